@@ -1,0 +1,167 @@
+"""Masks and routing as pure functions of importances and a generator (K1, K2, K5, K6).
+
+Every mask has the form `m = g + (1 - g) r` with a source `r` in [0, 1]: random for training, chosen by an
+adversary (`spd_lens.adversary`) in the worst case, 0 for "importance itself". The delta mask has no importance and
+is the source itself. The same generator state gives the same masks on every device: numbers are drawn on the
+generator's device and moved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from spd_lens.subcomponents import SiteMask
+
+MaskKind = Literal["stochastic", "bernoulli", "importance", "rounded", "random", "none", "off"]
+Routing = Literal["all", "layerwise", "subset"] | float
+Importances = Mapping[str, Float[Tensor, "*batch C"]]
+
+# Importance at and above which a rounded mask keeps a subcomponent.
+ROUND_AT = 0.5
+
+
+def mask_from_source(
+    importance: Float[Tensor, "*batch C"], source: Float[Tensor, "*#batch C"]
+) -> Float[Tensor, "*batch C"]:
+    """`m = g + (1 - g) r` (K1): a subcomponent of importance 1 stays on, one of importance 0 is the source's.
+
+    >>> mask_from_source(torch.tensor([1.0, 0.0, 0.5]), torch.tensor([0.2, 0.2, 0.2])).tolist()
+    [1.0, 0.20000000298023224, 0.6000000238418579]
+    """
+    return importance + (1 - importance) * source
+
+
+def _uniform(like: Tensor, shape: torch.Size, generator: torch.Generator) -> Tensor:
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    drawn = torch.rand(shape, generator=generator, device=generator.device, dtype=dtype)
+    return drawn.to(like.device)
+
+
+def _sources(
+    kind: MaskKind, importance: Tensor, delta: bool, generator: torch.Generator
+) -> tuple[Tensor | None, Tensor | None]:
+    """Source of the mask and the delta mask, `([... C], [...])`; a None delta leaves the delta as it is."""
+    positions = importance.shape[:-1]
+    source = _uniform(importance, importance.shape, generator)
+    delta_mask = _uniform(importance, positions, generator) if delta else None
+    if kind == "bernoulli":
+        source = (source >= 0.5).to(source.dtype)
+        delta_mask = None if delta_mask is None else (delta_mask >= 0.5).to(source.dtype)
+    return source, delta_mask
+
+
+def sample_masks(
+    importances: Importances,
+    *,
+    kind: MaskKind = "stochastic",
+    delta: bool = True,
+    generator: torch.Generator,
+) -> dict[str, SiteMask]:
+    """One draw of masks for every site, from importances `g [... C]`.
+
+    - `stochastic`: `m = g + (1 - g) r`, `r ~ U(0, 1)`; delta mask `U(0, 1)` per position (K1, K2).
+    - `bernoulli`: the same with `r` 0 or 1 with probability one half each.
+    - `random`: `m ~ U(0, 1)` whatever the importance; delta mask `U(0, 1)`.
+    - `importance`: `m = g`, delta 0. `rounded`: `m = [g >= 0.5]`, delta 0. For monitoring only (E3).
+    - `none`: `m = 1`, delta 0: the sum of all subcomponents alone (E2). `off`: `m = 0`, delta 0.
+
+    Draws are fresh and independent for every site and position. With `delta=False` the random kinds use a delta
+    mask of 0: what the subcomponents do not explain is then missing from the pass, as in the paper.
+    Gradients flow through `g` (reparametrised).
+    """
+    masks = {}
+    for name, g in importances.items():
+        zero = g.new_zeros(g.shape[:-1])
+        match kind:
+            case "stochastic" | "bernoulli":
+                source, delta_mask = _sources(kind, g, delta, generator)
+                assert source is not None
+                masks[name] = SiteMask(mask_from_source(g, source), zero if delta_mask is None else delta_mask)
+            case "random":
+                source, delta_mask = _sources(kind, g, delta, generator)
+                masks[name] = SiteMask(source, zero if delta_mask is None else delta_mask)
+            case "importance":
+                masks[name] = SiteMask(g, zero)
+            case "rounded":
+                masks[name] = SiteMask((g >= ROUND_AT).to(g.dtype), zero)
+            case "none":
+                masks[name] = SiteMask(None, zero)
+            case "off":
+                masks[name] = SiteMask(torch.zeros_like(g), zero)
+            case _:
+                raise ValueError(
+                    f"mask kind {kind!r}; expected stochastic, bernoulli, random, importance, rounded, none or off"
+                )
+    return masks
+
+
+def sample_routing(
+    shapes: Mapping[str, torch.Size], routing: Routing, *, generator: torch.Generator
+) -> list[dict[str, Bool[Tensor, "*batch"] | None]]:
+    """Which sites use masked weights where (K5): one dict per forward pass that the routing asks for.
+
+    `shapes` gives every site's positions `[batch pos]` (its activations without the last axis). A value of None
+    means routed everywhere; a site that is missing from a dict stays with the target in that pass.
+
+    - `"all"`: one pass, every site routed everywhere.
+    - `"layerwise"`: one pass per site, with only that site routed.
+    - `"subset"`: one pass; at every position k ~ U{1..L}, then k sites at random (uniform-k).
+    - a float p: one pass; every site at every position independently with probability p.
+
+    Routing is drawn on the generator's device (a CPU generator needs no device synchronisation).
+    """
+    names = list(shapes)
+    if isinstance(routing, float):
+        if not 0 <= routing <= 1:
+            raise ValueError(f"routing={routing}; a static probability lies between 0 and 1")
+        device = generator.device
+        return [{n: torch.rand(shapes[n], generator=generator, device=device) < routing for n in names}]
+    match routing:
+        case "all":
+            return [dict.fromkeys(names)]
+        case "layerwise":
+            return [{name: None} for name in names]
+        case "subset":
+            return [_uniform_k_subset(shapes, generator)]
+    raise ValueError(f"routing={routing!r}; expected 'all', 'layerwise', 'subset' or a probability")
+
+
+def _uniform_k_subset(
+    shapes: Mapping[str, torch.Size], generator: torch.Generator
+) -> dict[str, Bool[Tensor, "*batch"] | None]:
+    names, sizes = list(shapes), set(shapes.values())
+    # Sites with a head axis share the draw of their position.
+    positions = min(sizes, key=len)
+    if any(size[: len(positions)] != positions for size in sizes):
+        raise ValueError(f"subset routing needs sites with the same positions, got shapes {sorted(map(tuple, sizes))}")
+    n_sites, device = len(names), generator.device
+    k = torch.randint(1, n_sites + 1, positions, generator=generator, device=device)
+    order = torch.rand((n_sites, *positions), generator=generator, device=device).argsort(dim=0)
+    rank = order.argsort(dim=0)
+    chosen = rank < k
+    return {
+        name: chosen[i].reshape(*positions, *([1] * (len(shapes[name]) - len(positions)))).expand(shapes[name])
+        for i, name in enumerate(names)
+    }
+
+
+def route(
+    masks: Mapping[str, SiteMask], routed: Mapping[str, Bool[Tensor, "*batch"] | None]
+) -> dict[str, SiteMask]:
+    """The masks of the sites named in `routed`, with their routing attached; the other sites are left out."""
+    return {
+        name: masks[name]
+        if where is None
+        else SiteMask(masks[name].mask, masks[name].delta, _to_mask_device(where, masks[name]))
+        for name, where in routed.items()
+    }
+
+
+def _to_mask_device(where: Tensor, site_mask: SiteMask) -> Tensor:
+    reference = site_mask.mask if site_mask.mask is not None else site_mask.delta
+    return where if reference is None else where.to(reference.device, non_blocking=True)

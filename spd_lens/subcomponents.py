@@ -1,0 +1,467 @@
+"""Subcomponents: the rank-one pieces `V[:, c] U[c, :]` of one weight matrix, and the HookPoint that applies them.
+
+`DecomposedWeight` is a HookPoint. It stands where the target's HookPoint stood, receives the clean output
+`y0 = x @ W + b` that the model has computed anyway, and returns (method M2)
+
+    y = y0 - (1 - d) * (y0 - b) + (m * a' - d * a) @ U,     a = x @ V,
+
+where `a'`, `m` and `d` are what the hooks on `hook_*_acts`, `hook_*_mask` and `hook_*_delta_mask` make of `a` and
+of ones. With no hook on any of a site's four points it returns `y0` itself.
+
+Cost when watched: `2 C (d_in + d_out)` multiply-adds per position, against `d_in d_out` for the target's matmul.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+
+from spd_lens.gates import Gate, importance_of, matmul_or_lookup
+from spd_lens.hosts.site import POINT_SUFFIXES, Host, ModuleInput, Site
+
+if TYPE_CHECKING:
+    from transformer_lens import FactoredMatrix
+
+InitKind = Literal["normal", "paper"]
+
+
+class Subcomponents(nn.Module):
+    """The factors `V [d_in, C]` and `U [C, d_out]` of one matrix; their product is what they explain of it."""
+
+    def __init__(self, V: Float[Tensor, "d_in C"], U: Float[Tensor, "C d_out"]) -> None:
+        super().__init__()
+        self.V = nn.Parameter(V)
+        self.U = nn.Parameter(U)
+
+
+def initial_factors(
+    target: Float[Tensor, "d_in d_out"], n_subcomponents: int, kind: InitKind, generator: torch.Generator
+) -> tuple[Float[Tensor, "d_in C"], Float[Tensor, "C d_out"]]:
+    """Random `V [d_in, C]`, `U [C, d_out]`.
+
+    `normal`: `V ~ N(0, 1/d_in)`, `U ~ N(0, 1/C)` (variances). `paper`: `V_c` and `U_c` random of unit norm, then
+    `U_c` scaled by the inner product `<V_c U_c, W>`, so that each piece starts as W's projection on it.
+    """
+    d_in, d_out = target.shape
+    V = torch.randn(d_in, n_subcomponents, generator=generator)
+    U = torch.randn(n_subcomponents, d_out, generator=generator)
+    match kind:
+        case "normal":
+            V, U = V / math.sqrt(d_in), U / math.sqrt(n_subcomponents)
+        case "paper":
+            V, U = V / V.norm(dim=0), U / U.norm(dim=1, keepdim=True)
+            W = target.detach().to(V)
+            U = U * (V * (W @ U.T)).sum(0).unsqueeze(1)
+        case _:
+            raise ValueError(f"init={kind!r}; expected 'normal' or 'paper'")
+    return V, U
+
+
+@dataclass(frozen=True)
+class SiteMask:
+    """Masks of one site for one forward pass.
+
+    - `mask` `[... C]` and `delta` `[...]` are multiplied in as in M1; None stands for ones.
+    - `routed` `[...]`: where False, the site stays with the target whatever the masks say (K5); None: everywhere
+      routed.
+    """
+
+    mask: Float[Tensor, "*batch C"] | None = None
+    delta: Float[Tensor, "*batch"] | None = None
+    routed: Bool[Tensor, "*batch"] | None = None
+
+
+def _has_hook(point: HookPoint) -> bool:
+    return bool(
+        point._forward_hooks or point._backward_hooks or point._forward_pre_hooks or point._backward_pre_hooks
+    )
+
+
+class ReadPoint(HookPoint):
+    """A HookPoint that hands what it returns, after all its hooks have run, to the sites that read it.
+
+    Existing HookPoints become one by having their class changed, so every name, alias, hook and reference that
+    the host or the user holds stays valid; `__call__` rather than a hook is used because hooks that a user adds
+    later would run after ours.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        out = super().__call__(*args, **kwargs)
+        for weight in self.__dict__.get("spd_readers", ()):
+            weight.receive_input(out)
+        return out
+
+
+class DecomposedWeight(ReadPoint):
+    """One site's weight as subcomponents, standing in for the HookPoint that the weight's output passes.
+
+    Made by `decompose`, never directly. `V [d_in, C]` and `U [C, d_out]` are trained; `target_weight [d_in, d_out]`
+    is the frozen matrix; `gate` predicts importance.
+    """
+
+    site: Site
+    points: dict[str, HookPoint]
+    gate: Gate | None
+
+    # -- parameters ------------------------------------------------------------------------------------------
+
+    @property
+    def V(self) -> Float[Tensor, "d_in C"]:
+        """Input directions, one column per subcomponent."""
+        tied = self.__dict__["tied_to"]
+        return self.subcomponents.V if tied is None else tied.U.T  # pyright: ignore
+
+    @property
+    def U(self) -> Float[Tensor, "C d_out"]:
+        """Output directions, one row per subcomponent."""
+        tied = self.__dict__["tied_to"]
+        return self.subcomponents.U if tied is None else tied.V.T  # pyright: ignore
+
+    @property
+    def weight(self) -> Float[Tensor, "d_in d_out"]:
+        """`V @ U`: the sum of all subcomponents."""
+        return self.V @ self.U
+
+    @property
+    def target_weight(self) -> Float[Tensor, "d_in d_out"]:
+        """The target's matrix `W`, as the host holds it now."""
+        return self.site.matrix.read()
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The target's bias at this place, in the host's own shape; biases are never decomposed (M3)."""
+        return self.site.read_bias()
+
+    @property
+    def n_subcomponents(self) -> int:
+        """`C`."""
+        return self.V.shape[1]
+
+    @property
+    def rank_bound(self) -> int:
+        """`min(d_in, d_out)`, the largest rank that the target's matrix can have."""
+        return min(self.V.shape[0], self.U.shape[1])
+
+    def subcomponent(self, c: int) -> FactoredMatrix:
+        """The rank-one piece `V[:, c] U[c, :]` as TransformerLens's `FactoredMatrix [d_in, d_out]`."""
+        from transformer_lens import FactoredMatrix
+
+        if not 0 <= c < self.n_subcomponents:
+            raise ValueError(f"subcomponent {c} of {self.site.name}: expected 0..{self.n_subcomponents - 1}")
+        return FactoredMatrix(self.V[:, c : c + 1], self.U[c : c + 1, :])
+
+    # -- the forward pass ------------------------------------------------------------------------------------
+
+    def is_watched(self) -> bool:
+        """Whether any of the site's four HookPoints has a hook of any kind."""
+        return any(_has_hook(point) for point in self.points.values())
+
+    def receive_input(self, x: Tensor) -> None:
+        """Keep the input that the matmul is about to read, if this pass needs it; drop an older one."""
+        state = self.__dict__
+        if state["recording"] is None and state["given"] is None and not self.is_watched():
+            state["current_input"] = None
+            return
+        state["current_input"] = x
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`y` of M2 for the clean output `x` (called `y0` there)."""
+        y0, state = x, self.__dict__
+        recording, given = state["recording"], state["given"]
+        watched = recording is None and given is None and self.is_watched()
+        if recording is None and given is None and not watched:
+            return y0
+        x = self._take_input()
+        if recording is not None:
+            recording[self.site.name] = x
+            return y0
+        if given is not None:
+            return self.masked_output(y0, x, given)
+        return self._hooked_output(y0, x)
+
+    def _take_input(self) -> Tensor:
+        x = self.__dict__["current_input"]
+        if x is None:
+            raise RuntimeError(
+                f"{self.site.name}: its output HookPoint was called without its input having passed through "
+                "the model; run the whole model (or from the block onwards), not the HookPoint alone"
+            )
+        self.__dict__["current_input"] = None
+        if self.site.flatten_input and x.shape[-1] != self.V.shape[0]:
+            x = rearrange(x, "... head_index d_head -> ... (head_index d_head)")
+        return x
+
+    def activations(self, x: Tensor) -> Float[Tensor, "*batch C"]:
+        """`a = x @ V` (a row look-up at embedding sites, M4)."""
+        return matmul_or_lookup(x, self.V)
+
+    def masked_output(self, y0: Tensor, x: Tensor, given: SiteMask) -> Tensor:
+        """M2 with masks handed over directly instead of by hooks; the result is the same."""
+        a = self.activations(x)
+        mask, delta = given.mask, given.delta
+        if given.routed is not None:
+            mask = None if mask is None else torch.where(given.routed.unsqueeze(-1), mask, 1.0)
+            delta = None if delta is None else torch.where(given.routed, delta, 1.0)
+        return self._combine(y0, x, a, a, mask, delta)
+
+    def _hooked_output(self, y0: Tensor, x: Tensor) -> Tensor:
+        acts_point, importance_point, mask_point, delta_point = (self.points[s] for s in POINT_SUFFIXES)
+        a = self.activations(x)
+        patched, mask, delta = a, None, None
+        # A hook may write in place: it gets a tensor of its own, never the `a` that the delta still needs.
+        if _has_hook(acts_point):
+            patched = self._checked(acts_point(a.clone()), a.shape, "acts")
+        if _has_hook(importance_point):
+            importance_point(self.live_importance(x, a))
+        if _has_hook(mask_point):
+            mask = self._checked(mask_point(self._ones(mask_point, a)), a.shape, "mask")
+        if _has_hook(delta_point):
+            delta = self._checked(delta_point(self._ones(delta_point, a[..., 0])), a.shape[:-1], "delta_mask")
+        if patched is a and mask is None and delta is None:
+            return y0
+        return self._combine(y0, x, a, patched, mask, delta)
+
+    @staticmethod
+    def _ones(point: HookPoint, like: Tensor) -> Tensor:
+        ones = torch.ones_like(like, memory_format=torch.contiguous_format)
+        # Only then can a backward hook on the mask see a gradient.
+        wants_gradient = bool(point._backward_hooks or point._backward_pre_hooks) and torch.is_grad_enabled()
+        return ones.requires_grad_(wants_gradient)
+
+    def _checked(self, value: Any, shape: torch.Size, what: str) -> Tensor:
+        try:
+            fits = isinstance(value, Tensor) and torch.broadcast_shapes(value.shape, shape) == shape
+        except RuntimeError:
+            fits = False
+        if not fits:
+            given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"a hook on {self.site.point_stem}_{what} returned {given}; expected a tensor that broadcasts "
+                f"to {tuple(shape)} for this pass"
+            )
+        return value
+
+    def live_importance(self, x: Tensor, a: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch C"]:
+        """Importance from the pass that is running, `clamp(p, 0, 1)`; equal to the clean one if nothing is masked.
+
+        Raises ValueError where one pass cannot know it: the global gate needs all sites at once, and the
+        attention gate needs every position, which a key-value cache hides.
+        """
+        if self.gate is None:
+            raise ValueError(
+                f"{self.site.name} is gated by the global gate, which needs the inputs of all sites before it can "
+                "say anything; use decomposition.importance(tokens) instead of hooking the importance"
+            )
+        if self.gate.looks_across_positions and self.__dict__["cached_positions"] != 0:
+            raise ValueError(
+                f"the attention gate of {self.site.name} looks across positions, but this pass runs with a "
+                "key-value cache and sees only the newest; use decomposition.importance(tokens), or "
+                "generate(..., use_past_kv_cache=False)"
+            )
+        return importance_of(self.gate(x, a))
+
+    def _combine(
+        self, y0: Tensor, x: Tensor, a: Tensor, patched: Tensor, mask: Tensor | None, delta: Tensor | None
+    ) -> Tensor:
+        scaled = patched if mask is None else mask * patched
+        explained = a if delta is None else delta.unsqueeze(-1) * a
+        y = y0 + self._through_U(scaled - explained, y0)
+        if delta is not None:
+            dense = self._dense_part(y0, x)
+            weight = (1 - delta).reshape(*delta.shape, *([1] * (dense.ndim - delta.ndim)))
+            y = y - weight * dense
+        return y.to(y0.dtype)
+
+    def _through_U(self, coefficients: Float[Tensor, "*batch C"], y0: Tensor) -> Tensor:
+        """`coefficients @ U` in the shape of `y0`, which may have a head axis and repeat grouped heads."""
+        U = self.U
+        split_input = coefficients.ndim == y0.ndim
+        has_heads = y0.shape[-1] != U.shape[1]
+        if not has_heads:
+            return coefficients @ U
+        d_head = y0.shape[-1]
+        U_heads = rearrange(U, "C (head d_head) -> head C d_head", d_head=d_head)
+        repeats = y0.shape[-2] // U_heads.shape[0]
+        if split_input:  # every head has an input of its own and uses its own columns of U
+            if repeats > 1:
+                U_heads = U_heads.repeat_interleave(repeats, dim=0)
+            return (coefficients.unsqueeze(-2) @ U_heads).squeeze(-2)
+        out = rearrange(coefficients @ U, "... (head d_head) -> ... head d_head", d_head=d_head)
+        return out if repeats == 1 else out.repeat_interleave(repeats, dim=-2)
+
+    def _dense_part(self, y0: Tensor, x: Tensor) -> Tensor:
+        """`x @ W` in the shape of `y0`; taken from `y0` itself unless hooks may have changed that in between."""
+        flag = self.site.recompute_dense
+        if flag is not None and getattr(*flag):
+            dense = matmul_or_lookup(x, self.target_weight)
+            return dense.reshape(y0.shape)
+        bias = self.bias
+        return y0 if bias is None else y0 - bias.to(y0.device)
+
+
+# -- swapping in and out ----------------------------------------------------------------------------------------
+
+
+def _hand_over_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook on a consumer module: give its input to the sites that read it."""
+    entry = module.__dict__["spd_entry"]
+    waiting = [(read, weight) for read, weight in entry["readers"]]
+    for read, weight in waiting:
+        weight.receive_input(read(args, kwargs))
+    is_last = next(reversed(module._forward_pre_hooks)) == entry["handle_id"]
+    if not is_last and any(weight.__dict__["current_input"] is not None for _, weight in waiting):
+        # A later pre-hook may still change what the matmul reads; being last next time costs nothing.
+        module._forward_pre_hooks.move_to_end(entry["handle_id"])
+        raise RuntimeError(
+            f"a PyTorch forward pre-hook was added to a {type(module).__name__} after it was decomposed, and runs "
+            "after the input has been read. The order is put right now: run the pass again, or use a "
+            "TransformerLens hook"
+        )
+
+
+def _note_cached_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook on a block: tell gates that look across positions how many of them a cache hides."""
+    entry = module.__dict__["spd_cache_entry"]
+    hidden = entry["host"].cached_positions(args, kwargs)
+    for weight in entry["weights"]:
+        weight.__dict__["cached_positions"] = hidden
+
+
+def _become(point: HookPoint, cls: type[HookPoint]) -> None:
+    point.__class__ = cls
+
+
+def swap_in(
+    host: Host, site: Site, subcomponents: Subcomponents | None, gate: Gate | None, tied_to: DecomposedWeight | None
+) -> DecomposedWeight:
+    """Turn the HookPoint that `site`'s output passes into its `DecomposedWeight`, and add the four new points."""
+    was_training = host.model.training
+    weight = site.output
+    _become(weight, DecomposedWeight)
+    assert isinstance(weight, DecomposedWeight)
+    state = weight.__dict__
+    state.update(site=site, tied_to=tied_to, recording=None, given=None, current_input=None, cached_positions=0)
+    state.setdefault("spd_readers", [])
+    points = {suffix: HookPoint() for suffix in POINT_SUFFIXES}
+    state["points"] = points
+    if subcomponents is not None:
+        weight._modules["subcomponents"] = subcomponents.train(was_training)
+    weight._modules["gate"] = None if gate is None else gate.train(was_training)
+    for name, point in zip(site.point_names(), points.values(), strict=True):
+        host.add_point(site.parent, name, point.train(was_training))
+    _connect(host, weight)
+    return weight
+
+
+def _connect(host: Host, weight: DecomposedWeight) -> None:
+    source = weight.site.source
+    if isinstance(source, ModuleInput):
+        state = source.module.__dict__
+        if "spd_entry" not in state:
+            handle = source.module.register_forward_pre_hook(_hand_over_input, with_kwargs=True)
+            state["spd_entry"] = {"readers": [], "handle": handle, "handle_id": handle.id}
+        state["spd_entry"]["readers"].append((source.read, weight))
+    else:
+        if not isinstance(source.point, ReadPoint):
+            _become(source.point, ReadPoint)
+        source.point.__dict__.setdefault("spd_readers", []).append(weight)
+    if weight.gate is not None and weight.gate.looks_across_positions:
+        block = _block_before(host, weight.site)
+        if block is None:
+            return
+        state = block.__dict__
+        if "spd_cache_entry" not in state:
+            handle = block.register_forward_pre_hook(_note_cached_positions, with_kwargs=True)
+            state["spd_cache_entry"] = {"host": host, "weights": [], "handle": handle}
+        state["spd_cache_entry"]["weights"].append(weight)
+
+
+def _block_before(host: Host, site: Site) -> nn.Module | None:
+    """The last block whose call starts before the site's matmul runs; None for embeddings and for plain models."""
+    if host.n_layers() == 0 or site.is_lookup:
+        return None
+    return host.block(host.n_layers() - 1 if site.layer is None else site.layer)
+
+
+def swap_out(host: Host, weight: DecomposedWeight) -> None:
+    """Undo `swap_in` exactly; the HookPoint keeps the hooks that stand on it."""
+    site = weight.site
+    for name in site.point_names():
+        host.remove_point(site.parent, name)
+    _disconnect(host, weight)
+    for key in ("site", "tied_to", "recording", "given", "current_input", "cached_positions", "points"):
+        weight.__dict__.pop(key, None)
+    for key in ("subcomponents", "gate"):
+        weight._modules.pop(key, None)
+    still_read = bool(weight.__dict__.get("spd_readers"))
+    if not still_read:
+        weight.__dict__.pop("spd_readers", None)
+    _become(weight, ReadPoint if still_read else HookPoint)
+
+
+def _disconnect(host: Host, weight: DecomposedWeight) -> None:
+    source = weight.site.source
+    if isinstance(source, ModuleInput):
+        _leave(source.module, "spd_entry", "readers", lambda item: item[1] is weight)
+    else:
+        readers = source.point.__dict__.get("spd_readers", [])
+        readers[:] = [reader for reader in readers if reader is not weight]
+        if not readers and type(source.point) is ReadPoint:
+            source.point.__dict__.pop("spd_readers", None)
+            _become(source.point, HookPoint)
+    block = _block_before(host, weight.site)
+    if block is not None:
+        _leave(block, "spd_cache_entry", "weights", lambda item: item is weight)
+
+
+def _leave(module: nn.Module, key: str, members: str, is_mine: Any) -> None:
+    entry = module.__dict__.get(key)
+    if entry is None:
+        return
+    entry[members] = [item for item in entry[members] if not is_mine(item)]
+    if not entry[members]:
+        # By id, not by handle: a deep copy's handle still refers to the original's hooks.
+        module._forward_pre_hooks.pop(entry["handle"].id, None)
+        module._forward_pre_hooks_with_kwargs.pop(entry["handle"].id, None)
+        del module.__dict__[key]
+
+
+# -- passes without hooks: what training and evaluation use ---------------------------------------------------------
+
+
+@contextmanager
+def record_inputs(weights: Mapping[str, DecomposedWeight]) -> Iterator[dict[str, Tensor]]:
+    """While open, a forward pass stores every site's input `x` in the dict, and the model is the clean target.
+
+    Masks and patches that hooks put on the sites' own points are ignored meanwhile (S4); hooks elsewhere act.
+    """
+    inputs: dict[str, Tensor] = {}
+    try:
+        for weight in weights.values():
+            weight.__dict__["recording"] = inputs
+        yield inputs
+    finally:
+        for weight in weights.values():
+            weight.__dict__["recording"] = None
+
+
+@contextmanager
+def given_masks(weights: Mapping[str, DecomposedWeight], masks: Mapping[str, SiteMask]) -> Iterator[None]:
+    """While open, the sites named in `masks` use those masks, whatever hooks say on their own points; the other sites act as without this."""
+    try:
+        for name, weight in weights.items():
+            if name in masks:
+                weight.__dict__["given"] = masks[name]
+        yield
+    finally:
+        for weight in weights.values():
+            weight.__dict__["given"] = None

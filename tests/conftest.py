@@ -1,0 +1,23 @@
+"""Shared by all tests: shape checking, one thread, and which TransformerLens is installed."""
+
+from importlib.metadata import version
+
+import pytest
+import torch
+from jaxtyping import install_import_hook
+
+install_import_hook("spd_lens", "beartype.beartype")
+
+TL_MAJOR = int(version("transformer_lens").split(".")[0])
+
+needs_hooked = pytest.mark.skipif(TL_MAJOR >= 4, reason="TransformerLens 4 removed HookedTransformer")
+
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")),
+]
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
