@@ -1,0 +1,126 @@
+"""Adversarial mask sources (K3, K4): the masks, allowed by the importances, that hurt reconstruction most.
+
+A decomposition that only survives random masks is not shown to be right: gradient ascent on the sources
+`s in [0, 1]` of `m = g + (1 - g) s` looks for the worst case (E1). State the budget (steps and step size) beside
+every number that comes from here.
+
+Cost: one forward and one backward pass of the model per ascent step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from spd_lens.masks import Importances
+
+Scope = Literal["position", "example", "batch"]
+Sources = dict[str, Tensor]
+Objective = Callable[[Mapping[str, Tensor]], Tensor]
+
+
+@dataclass(frozen=True)
+class PGD:
+    """Budget of a projected gradient ascent by sign steps.
+
+    - `steps`, `step_size`: how often and how far every source moves.
+    - `scope`: one source per `position`, per `example` (shared over its positions), or one for the whole `batch`.
+    """
+
+    steps: int = 1
+    step_size: float = 0.1
+    scope: Scope = "batch"
+
+    def __post_init__(self) -> None:
+        if self.steps < 0 or self.step_size <= 0:
+            raise ValueError(f"{self}; expected steps >= 0 and step_size > 0")
+        if self.scope not in ("position", "example", "batch"):
+            raise ValueError(f"scope={self.scope!r}; expected 'position', 'example' or 'batch'")
+
+
+def random_sources(importances: Importances, scope: Scope, generator: torch.Generator) -> Sources:
+    """`U(0, 1)` sources with C + 1 channels per site (the last is the delta's), in the shape of `scope`."""
+    sources = {}
+    for name, g in importances.items():
+        match scope:
+            case "position":
+                lead = tuple(g.shape[:-1])
+            case "example":
+                lead = (g.shape[0], *([1] * (g.ndim - 2)))
+            case "batch":
+                lead = (1,) * (g.ndim - 1)
+        drawn = torch.rand((*lead, g.shape[-1] + 1), generator=generator, device=generator.device)
+        sources[name] = drawn.to(device=g.device, dtype=g.dtype)
+    return sources
+
+
+def ascend(objective: Objective, sources: Sources, pgd: PGD) -> Sources:
+    """`pgd.steps` sign steps on `objective(sources)`, each clamped to [0, 1]; returns detached sources (K3).
+
+    The objective is evaluated with gradients for the sources alone: whatever it closes over should be detached.
+    """
+    for _ in range(pgd.steps):
+        leaves = {name: source.detach().requires_grad_(True) for name, source in sources.items()}
+        with torch.enable_grad():
+            gradients = torch.autograd.grad(objective(leaves), list(leaves.values()), allow_unused=True)
+        sources = {
+            name: leaf.detach() if grad is None else (leaf.detach() + pgd.step_size * grad.sign()).clamp(0, 1)
+            for (name, leaf), grad in zip(leaves.items(), gradients, strict=True)
+        }
+    return {name: source.detach() for name, source in sources.items()}
+
+
+class PersistentSources:
+    """Sources kept between training steps and ascended by Adam(0.5, 0.99) at learning rate 0.01 (K4).
+
+    Shared over batch and positions, so that their shape never changes. Every training step calls `warm(objective)`
+    (n ascents), uses `tensors()` in its loss, and after the backward pass `ascend_from_graph()` (one more).
+    """
+
+    def __init__(self, importances: Importances, *, warm_steps: int, generator: torch.Generator) -> None:
+        initial = random_sources(importances, "batch", generator)
+        self.warm_steps = warm_steps
+        self._sources = {name: source.requires_grad_(True) for name, source in initial.items()}
+        # maximize: the sources climb the loss that everything else descends.
+        self._adam = torch.optim.Adam(self._sources.values(), lr=0.01, betas=(0.5, 0.99), maximize=True)
+
+    def tensors(self) -> Sources:
+        """The sources themselves, requiring gradients."""
+        return self._sources
+
+    def warm(self, objective: Objective) -> None:
+        """`warm_steps` ascents on the objective; gradients reach only the sources."""
+        for _ in range(self.warm_steps):
+            with torch.enable_grad():
+                gradients = torch.autograd.grad(
+                    objective(self._sources), list(self._sources.values()), allow_unused=True
+                )
+            for source, gradient in zip(self._sources.values(), gradients, strict=True):
+                source.grad = gradient
+            self._step()
+
+    def ascend_from_graph(self) -> None:
+        """One ascent with the gradients that the training step's backward pass left on the sources."""
+        self._step()
+
+    def _step(self) -> None:
+        self._adam.step()
+        self._adam.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for source in self._sources.values():
+                source.clamp_(0, 1)
+
+    def state(self) -> dict[str, Any]:
+        """Sources and Adam's moments, for checkpoints."""
+        return {"sources": {n: s.detach() for n, s in self._sources.items()}, "adam": self._adam.state_dict()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Undo `state`."""
+        with torch.no_grad():
+            for name, source in self._sources.items():
+                source.copy_(state["sources"][name])
+        self._adam.load_state_dict(state["adam"])
