@@ -1,4 +1,4 @@
-"""`decompose_layer`, `decompose` and the `Decomposition` they return: what a user holds.
+"""`Decomposition`: what a user holds.
 
 A decomposition is a mapping from site names to `DecomposedWeight`s that stand inside the model. Interventions are
 lists of ordinary TransformerLens hooks; nothing is switched on or off in the model itself.
@@ -6,31 +6,27 @@ lists of ordinary TransformerLens hooks; nothing is switched on or off in the mo
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from spd_lens.gates import GateKind, GlobalGate, DEFAULT_WIDTH, importance_of, make_gate
-from spd_lens.hosts import Host, Site, near_names, open_host
-from spd_lens.subcomponents import (
-    DecomposedWeight,
-    InitKind,
-    SiteMask,
-    Subcomponents,
-    given_masks,
-    initial_factors,
-    record_inputs,
-    swap_in,
-    swap_out,
-)
+from spd_lens.checkpoint import check_same_weights, read_decomposition, upload, write_decomposition
+from spd_lens.gates import GlobalGate, importance_of
+from spd_lens.hosts import Host, near_names, open_host
+from spd_lens.interventions import HookList, ablation_hooks, hooks_for_masks, keeping_hooks
+from spd_lens.losses import relative_faithfulness
+from spd_lens.subcomponents import DecomposedWeight, SiteMask, given_masks, record_inputs
+from spd_lens.swap import check_sites, swap_out, swap_sites
+from spd_lens.tables import format_table
 
-HookList = list[tuple[str, Any]]
+# Importance above which a subcomponent counts as active.
+ALIVE_ABOVE = 0.01
 
 
 @dataclass(frozen=True)
@@ -58,6 +54,7 @@ class Decomposition(Mapping[str, DecomposedWeight]):
         self.settings = settings
         self._weights = weights
         self.global_gate = global_gate
+        self.training_record: dict[str, Any] = {}
         self._removed = False
 
     # -- a mapping ---------------------------------------------------------------------------------------------
@@ -116,9 +113,7 @@ class Decomposition(Mapping[str, DecomposedWeight]):
             output = self._run(batch, start_at)
         return CleanPass(output, inputs)
 
-    def masked_forward(
-        self, batch: Tensor, masks: Mapping[str, SiteMask], *, start_at: int | None = None
-    ) -> Tensor:
+    def masked_forward(self, batch: Tensor, masks: Mapping[str, SiteMask], *, start_at: int | None = None) -> Tensor:
         """The model's output with the given masks at the named sites and the target everywhere else."""
         with given_masks(self._weights, masks):
             return self._run(batch, start_at)
@@ -156,58 +151,117 @@ class Decomposition(Mapping[str, DecomposedWeight]):
         Use with `model.hooks(fwd_hooks=...)`; lists compose by addition, because every hook multiplies the mask
         that it receives.
         """
-        hooks: HookList = []
-        for name, ids in subcomponents.items():
-            weight, chosen = self[name], self._checked_ids(name, ids)
-            factor = torch.ones(weight.n_subcomponents, device=weight.V.device)
-            factor[chosen] = 0
-            hooks.append((weight.site.point_names()[2], partial(_multiply, factor=factor)))
-        return hooks
+        return [hook for name, ids in subcomponents.items() for hook in ablation_hooks(self[name], ids)]
 
     def keep(self, subcomponents: Mapping[str, Iterable[int]]) -> HookList:
         """Hooks that keep only the named subcomponents of each named site: all others and the delta are 0."""
-        hooks: HookList = []
-        for name, ids in subcomponents.items():
-            weight, chosen = self[name], self._checked_ids(name, ids)
-            factor = torch.zeros(weight.n_subcomponents, device=weight.V.device)
-            factor[chosen] = 1
-            hooks.append((weight.site.point_names()[2], partial(_multiply, factor=factor)))
-            hooks.append((weight.site.point_names()[3], partial(_multiply, factor=torch.zeros_like(factor[0]))))
-        return hooks
+        return [hook for name, ids in subcomponents.items() for hook in keeping_hooks(self[name], ids)]
 
     def mask(
         self,
-        masks: Mapping[str, Float[Tensor, "*batch _"]],
-        delta: float | Mapping[str, Float[Tensor, "*batch"]] = 1.0,
+        masks: Mapping[str, Float[Tensor, ...]],
+        delta: float | Mapping[str, float | Float[Tensor, ...]] = 1.0,
     ) -> HookList:
         """Hooks that multiply the masks of the named sites by `mask` (`[C]` or `[batch pos C]`).
 
         `delta` is one number for all named sites, or `{site: Tensor [batch pos]}`.
         """
-        hooks: HookList = []
-        for name, mask in masks.items():
-            weight = self[name]
-            if mask.shape[-1:] != (weight.n_subcomponents,):
-                raise ValueError(
-                    f"mask for {name} has shape {tuple(mask.shape)}; its last axis must be C = "
-                    f"{weight.n_subcomponents}"
-                )
-            hooks.append((weight.site.point_names()[2], partial(_multiply, factor=mask)))
-        deltas = dict.fromkeys(masks, delta) if isinstance(delta, (int, float)) else delta
-        for name, value in deltas.items():
-            if isinstance(value, (int, float)):
-                if value == 1:
-                    continue
-                value = torch.tensor(float(value), device=self[name].V.device)
-            hooks.append((self[name].site.point_names()[3], partial(_multiply, factor=value)))
-        return hooks
+        return hooks_for_masks(self, masks, delta)
 
-    def _checked_ids(self, name: str, ids: Iterable[int]) -> list[int]:
-        chosen, count = [int(c) for c in ids], self[name].n_subcomponents
-        wrong = [c for c in chosen if not 0 <= c < count]
-        if wrong:
-            raise ValueError(f"subcomponents {wrong[:5]} of {name}: expected ids in 0..{count - 1}")
-        return chosen
+    # -- reports -----------------------------------------------------------------------------------------------
+
+    def summary(self, batch: Tensor | None = None) -> str:
+        """One readable block: per site C, rank bound, relative faithfulness and the smallest one that C allows.
+
+        With a batch of tokens (or inputs) also alive subcomponents (importance above 0.01 somewhere in it) and L0
+        (mean number with importance above 0.01 per position), both of that batch.
+        """
+        importances = None if batch is None else self.importance(batch)
+        rows = []
+        for name, weight in self.items():
+            W = weight.target_weight.detach()
+            alive = l0 = "-"
+            if importances is not None:
+                fires = importances[name].flatten(0, -2) > ALIVE_ABOVE
+                alive, l0 = str(int(fires.any(0).sum())), f"{float(fires.float().sum(-1).mean()):.1f}"
+            error = float(relative_faithfulness(W, weight.V.detach(), weight.U.detach()))
+            floor = smallest_relative_error(W, weight.n_subcomponents)
+            rows.append(
+                (name, str(weight.n_subcomponents), str(weight.rank_bound), alive, l0, f"{error:.2e}", f"{floor:.2e}")
+            )
+        trained = sum(p.numel() for p in self.subcomponent_parameters() + self.gate_parameters())
+        decomposed = sum(w.target_weight.numel() for w in self.values() if w.tied_to is None)
+        title = f"{len(self)} sites, {decomposed:,} target weights, {trained:,} trained parameters"
+        header = ("site", "C", "rank bound", "alive", "L0", "|W-VU|^2/|W|^2", "smallest possible")
+        return title + "\n" + format_table(header, rows)
+
+    # -- saving (see spd_lens.checkpoint) ------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every trained tensor by a stable name: `"{site}.V"`, `"{site}.U"`, `"{site}.gate.{parameter}"`."""
+        tensors: dict[str, Tensor] = {}
+        for name, weight in self.items():
+            if weight.tied_to is None:
+                tensors |= {f"{name}.{k}": p for k, p in weight.subcomponents.named_parameters()}
+            if weight.gate is not None:
+                tensors |= {f"{name}.gate.{k}": p for k, p in weight.gate.named_parameters()}
+        if self.global_gate is not None:
+            tensors |= {f"global_gate.{k}": p for k, p in self.global_gate.named_parameters()}
+        return tensors
+
+    def load_tensors(self, saved: Mapping[str, Tensor]) -> None:
+        """Copy in tensors that `tensors()` gave; names and shapes are checked before anything is written."""
+        own = self.tensors()
+        if own.keys() != saved.keys():
+            odd = sorted(own.keys() ^ saved.keys())[:3]
+            raise ValueError(f"the saved tensors do not belong to these sites; first differences: {odd}")
+        for name, tensor in own.items():
+            if tensor.shape != saved[name].shape:
+                raise ValueError(f"{name} has shape {tuple(saved[name].shape)}; expected {tuple(tensor.shape)}")
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(saved[name])
+
+    def save_pretrained(self, directory: str | Path) -> Path:
+        """Write subcomponents, gates, settings and provenance to `directory`, replacing an earlier save there.
+
+        Raises ValueError if the directory holds something else, OSError if the disk is full; nothing is lost then.
+        """
+        self._check_present()
+        return write_decomposition(
+            directory,
+            self.tensors(),
+            host=self.host,
+            sites=[weight.site for weight in self.values()],
+            settings=self.settings,
+            training=self.training_record,
+        )
+
+    @staticmethod
+    def from_pretrained(directory_or_hub_id: str | Path, model: nn.Module) -> Decomposition:
+        """Load a saved decomposition, from a directory or the Hugging Face Hub, onto a model of equal weights.
+
+        Raises ValueError, naming the site, if a weight differs from the one it was made from, and for a truncated,
+        altered, foreign or newer save; the model is then unchanged.
+        """
+        saved = read_decomposition(directory_or_hub_id)
+        host = open_host(model)
+        sites = check_sites(host, saved.settings["n_subcomponents"])
+        check_same_weights(saved, sites)
+        swapped = swap_sites(host, sites, saved.settings, torch.Generator().manual_seed(0))
+        decomposition = Decomposition(host, *swapped, saved.settings)
+        try:
+            decomposition.load_tensors(saved.tensors)
+        except BaseException:
+            decomposition.remove()
+            raise
+        decomposition.training_record = saved.config.get("training") or {}
+        return decomposition
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
+        """Upload the decomposition with a generated card to the Hugging Face Hub; returns the commit's address."""
+        with tempfile.TemporaryDirectory() as folder:
+            return upload(self.save_pretrained(Path(folder) / "decomposition"), repo_id, private=private, token=token)
 
     # -- state -------------------------------------------------------------------------------------------------
 
@@ -223,169 +277,9 @@ class Decomposition(Mapping[str, DecomposedWeight]):
             raise ValueError("this decomposition was removed from its model; decompose it again, or load a saved one")
 
 
-def _multiply(value: Tensor, hook: Any, *, factor: Tensor) -> Tensor:
-    """Hook: `value * factor`; a factor `[batch pos C]` also fits activations with a head axis."""
-    if 1 < factor.ndim < value.ndim:
-        factor = factor.unsqueeze(-2 if factor.ndim + 1 == value.ndim and factor.shape[-1] == value.shape[-1] else -1)
-    return value * factor.to(value.device)
-
-
-# -- making one ------------------------------------------------------------------------------------------------
-
-
-def decompose_layer(
-    model: nn.Module,
-    layer: int,
-    n_subcomponents: int | None = None,
-    *,
-    sites: Sequence[str] | None = None,
-    gate: GateKind = "scalar",
-    gate_width: int | None = None,
-    init: InitKind = "normal",
-    seed: int = 0,
-) -> Decomposition:
-    """Swap the weights of one block for subcomponents and return the `Decomposition`.
-
-    `sites` are names within the block; by default its MLP matrices (`mlp.W_gate` where there is one, `mlp.W_in`,
-    `mlp.W_out`). `n_subcomponents` is C for every site; by default 1.5 times the rank bound `min(d_in, d_out)`.
-    The model is the target, bit for bit, until a hook masks something.
-
-    Raises ValueError for a layer out of range, an unknown site, C < 1, non-finite weights, or a site that is
-    decomposed already; the model is then unchanged.
-    """
-    host = open_host(model)
-    count = host.n_layers()
-    if not 0 <= layer < count:
-        raise ValueError(f"layer={layer}; this model has blocks 0..{count - 1}")
-    chosen = host.default_sites(layer) if sites is None else tuple(sites)
-    if not chosen:
-        raise ValueError(f"block {layer} has no MLP matrices; name sites, for example sites=('attn.W_V', 'attn.W_O')")
-    patterns = {f"blocks.{layer}.{site}": n_subcomponents for site in chosen}
-    return decompose(model, patterns, gate=gate, gate_width=gate_width, init=init, seed=seed)
-
-
-def decompose(
-    model: nn.Module,
-    n_subcomponents: Mapping[str, int | None],
-    *,
-    gate: GateKind = "scalar",
-    gate_width: int | None = None,
-    init: InitKind = "normal",
-    seed: int = 0,
-) -> Decomposition:
-    """Swap all sites that match the patterns, `{pattern: C}`, for subcomponents.
-
-    Patterns are shell-style (`"blocks.*.mlp.W_*"`, `"blocks.0.attn.W_[QKVO]"`) over site names. A pattern that
-    matches nothing is an error that lists near names; where two patterns match a site, the later one sets its C.
-    C = None stands for 1.5 times the rank bound. Subcomponents and gates are initialised from `seed`, on the CPU,
-    so the same seed gives the same start on every device.
-
-    Raises ValueError or TypeError as `decompose_layer`; the model is then unchanged.
-    """
-    host = open_host(model)
-    host.check_can_swap()
-    counts = _matched_counts(host, n_subcomponents)
-    sites = [host.site(name) for name in counts]
-    for site in sites:
-        _check_site(site, counts[site.name], host)
-    _check_ties(sites)
-    generator = torch.Generator().manual_seed(seed)
-    settings = {
-        "n_subcomponents": {name: _count(site, counts[name]) for name, site in zip(counts, sites, strict=True)},
-        "gate": gate,
-        "gate_width": gate_width if gate_width is not None else DEFAULT_WIDTH.get(gate),
-        "init": init,
-        "seed": seed,
-    }
-    return build(host, sites, settings, generator)
-
-
-def build(
-    host: Host, sites: Sequence[Site], settings: dict[str, Any], generator: torch.Generator
-) -> Decomposition:
-    """Make subcomponents and gates for checked sites and swap them in; on any failure the model is unchanged."""
-    gate, width, counts = settings["gate"], settings["gate_width"], settings["n_subcomponents"]
-    prepared = []
-    for site in sites:
-        target = site.matrix.read()
-        factors = (
-            None
-            if site.tied_to is not None
-            else Subcomponents(*initial_factors(target.cpu(), counts[site.name], settings["init"], generator))
-        )
-        own_gate = (
-            None
-            if gate == "global"
-            else make_gate(
-                gate, d_in=target.shape[0], n_subcomponents=counts[site.name], width=width, generator=generator
-            )
-        )
-        dtype = torch.float64 if target.dtype == torch.float64 else torch.float32
-        modules = [None if m is None else m.to(device=target.device, dtype=dtype) for m in (factors, own_gate)]
-        prepared.append((site, *modules))
-    global_gate = None
-    if gate == "global":
-        d_ins = {s.name: s.matrix.read().shape[1 if s.is_lookup else 0] for s in sites}
-        first = sites[0].matrix.read()
-        dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
-        global_gate = GlobalGate(d_ins, counts, width, generator).to(device=first.device, dtype=dtype)
-    weights: dict[str, DecomposedWeight] = {}
-    try:
-        for site, factors, own_gate in prepared:
-            tied_to = None if site.tied_to is None else weights[site.tied_to]
-            weights[site.name] = swap_in(host, site, factors, own_gate, tied_to)
-    except BaseException:
-        for weight in reversed(list(weights.values())):
-            swap_out(host, weight)
-        raise
-    return Decomposition(host, weights, global_gate, settings)
-
-
-def _matched_counts(host: Host, patterns: Mapping[str, int | None]) -> dict[str, int | None]:
-    names = host.site_names()
-    if not patterns:
-        raise ValueError(f"no pattern given; sites of this model: {near_names('', names)}")
-    counts: dict[str, int | None] = {}
-    for pattern, count in patterns.items():
-        matched = [n for n in names if fnmatch.fnmatchcase(n, pattern)] or [
-            n for n in names if n.rsplit(".", 1)[-1] == pattern and "blocks" not in n
-        ]
-        if not matched:
-            raise ValueError(f"no site matches {pattern!r}; near names: {near_names(pattern, names)}")
-        counts.update(dict.fromkeys(matched, count))
-    return {name: counts[name] for name in names if name in counts}
-
-
-def _count(site: Site, count: int | None) -> int:
-    return int(1.5 * min(site.matrix.read().shape)) if count is None else count
-
-
-def _check_site(site: Site, count: int | None, host: Host) -> None:
-    if isinstance(site.output, DecomposedWeight):
-        raise ValueError(f"{site.name} is decomposed already; remove() that decomposition first")
-    if count is not None and (isinstance(count, bool) or not isinstance(count, int)):
-        raise TypeError(f"n_subcomponents for {site.name} is {count!r}; expected an int")
-    if count is not None and count < 1:
-        raise ValueError(f"n_subcomponents={count} for {site.name}; expected at least 1")
-    target = site.matrix.read()
-    if not target.is_floating_point():
-        raise ValueError(
-            f"{site.name} is stored as {target.dtype} (quantised); load the model in a floating-point dtype"
-        )
-    if target.device.type != "meta" and not bool(torch.isfinite(target).all()):
-        raise ValueError(f"{site.name} contains NaN or infinite entries; there is no decomposition of that")
-    existing = set(host.model.hook_dict)
-    clash = [name for name in site.point_names() if name in existing]
-    if clash:
-        raise ValueError(f"{site.name}: the model already has a hook point {clash[0]!r}; rename it")
-
-
-def _check_ties(sites: Sequence[Site]) -> None:
-    names = [site.name for site in sites]
-    for site in sites:
-        if site.tied_to is not None and site.tied_to not in names:
-            raise ValueError(
-                f"{site.name} shares its weight with {site.tied_to}, which was not chosen; decompose both"
-            )
-        if site.tied_to is not None and names.index(site.tied_to) > names.index(site.name):
-            raise ValueError(f"{site.name} is tied to {site.tied_to}, which must be declared before it")
+def smallest_relative_error(W: Float[Tensor, "d_in d_out"], n_subcomponents: int) -> float:
+    """The smallest `|W - V U|^2 / |W|^2` that C subcomponents allow: the tail of W's squared singular values."""
+    if n_subcomponents >= min(W.shape):
+        return 0.0
+    squared = torch.linalg.svdvals(W.float()).square()
+    return float(squared[n_subcomponents:].sum() / squared.sum())

@@ -81,9 +81,7 @@ def upper_squash(pre: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch C"]:
     return torch.where(pre > 1, 1 + LEAK * (pre - 1), pre.clamp_min(0))
 
 
-def matmul_or_lookup(
-    x: Shaped[Tensor, "..."], weight: Float[Tensor, "d_in d_out"]
-) -> Float[Tensor, "*batch d_out"]:
+def matmul_or_lookup(x: Shaped[Tensor, ...], weight: Float[Tensor, "d_in d_out"]) -> Float[Tensor, "*batch d_out"]:
     """`x @ weight`; for integer `x` the rows `weight[x]`, with index -1 standing for the zero vector (M4)."""
     if x.is_floating_point():
         return x.to(weight.dtype) @ weight

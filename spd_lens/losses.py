@@ -159,9 +159,7 @@ def masks_from_sources(
     Sources may be smaller than the importances in batch and position (`[1 1 C+1]`): they are then shared.
     """
     return {
-        name: SiteMask(
-            mask_from_source(g, sources[name][..., :-1]), sources[name][..., -1].expand(g.shape[:-1])
-        )
+        name: SiteMask(mask_from_source(g, sources[name][..., :-1]), sources[name][..., -1].expand(g.shape[:-1]))
         for name, g in importances.items()
     }
 

@@ -150,9 +150,7 @@ def _uniform_k_subset(
     }
 
 
-def route(
-    masks: Mapping[str, SiteMask], routed: Mapping[str, Bool[Tensor, "*batch"] | None]
-) -> dict[str, SiteMask]:
+def route(masks: Mapping[str, SiteMask], routed: Mapping[str, Bool[Tensor, "*batch"] | None]) -> dict[str, SiteMask]:
     """The masks of the sites named in `routed`, with their routing attached; the other sites are left out."""
     return {
         name: masks[name]

@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from spd_lens.gates import Gate, importance_of, matmul_or_lookup
-from spd_lens.hosts.site import POINT_SUFFIXES, Host, ModuleInput, Site
+from spd_lens.hosts.site import POINT_SUFFIXES, Site
 
 if TYPE_CHECKING:
     from transformer_lens import FactoredMatrix
 
-InitKind = Literal["normal", "paper"]
+InitKind = Literal["normal", "paper", "exact"]
 
 
 class Subcomponents(nn.Module):
@@ -48,22 +48,33 @@ def initial_factors(
 ) -> tuple[Float[Tensor, "d_in C"], Float[Tensor, "C d_out"]]:
     """Random `V [d_in, C]`, `U [C, d_out]`.
 
-    `normal`: `V ~ N(0, 1/d_in)`, `U ~ N(0, 1/C)` (variances). `paper`: `V_c` and `U_c` random of unit norm, then
-    `U_c` scaled by the inner product `<V_c U_c, W>`, so that each piece starts as W's projection on it.
+    - `normal`: `V ~ N(0, 1/d_in)`, `U ~ N(0, 1/C)` (variances).
+    - `paper`: `V_c` and `U_c` random of unit norm, then `U_c` scaled by the inner product `<V_c U_c, W>`, so that
+      each piece starts as W's projection on it.
+    - `exact`: the factor on the smaller side is random, the other solves `V U = W` by least squares with the
+      smallest norm, so with `C >= min(d_in, d_out)` the sum is W from the start; below that it is the best for the
+      random factor. Costs one pseudo-inverse of a matrix of `C x min(d_in, d_out)`.
     """
     d_in, d_out = target.shape
     V = torch.randn(d_in, n_subcomponents, generator=generator)
     U = torch.randn(n_subcomponents, d_out, generator=generator)
     match kind:
         case "normal":
-            V, U = V / math.sqrt(d_in), U / math.sqrt(n_subcomponents)
+            return V / math.sqrt(d_in), U / math.sqrt(n_subcomponents)
         case "paper":
             V, U = V / V.norm(dim=0), U / U.norm(dim=1, keepdim=True)
             W = target.detach().to(V)
-            U = U * (V * (W @ U.T)).sum(0).unsqueeze(1)
-        case _:
-            raise ValueError(f"init={kind!r}; expected 'normal' or 'paper'")
-    return V, U
+            return V, U * (V * (W @ U.T)).sum(0).unsqueeze(1)
+        case "exact":
+            W = target.detach().to(device="cpu", dtype=torch.float64)
+            if d_in <= d_out:
+                V = V / V.norm(dim=0)
+                U = (torch.linalg.pinv(V.double()) @ W).float()
+            else:
+                U = U / U.norm(dim=1, keepdim=True)
+                V = (W @ torch.linalg.pinv(U.double())).float()
+            return V, U
+    raise ValueError(f"init={kind!r}; expected 'normal', 'paper' or 'exact'")
 
 
 @dataclass(frozen=True)
@@ -81,9 +92,7 @@ class SiteMask:
 
 
 def _has_hook(point: HookPoint) -> bool:
-    return bool(
-        point._forward_hooks or point._backward_hooks or point._forward_pre_hooks or point._backward_pre_hooks
-    )
+    return bool(point._forward_hooks or point._backward_hooks or point._forward_pre_hooks or point._backward_pre_hooks)
 
 
 class ReadPoint(HookPoint):
@@ -308,133 +317,6 @@ class DecomposedWeight(ReadPoint):
         return y0 if bias is None else y0 - bias.to(y0.device)
 
 
-# -- swapping in and out ----------------------------------------------------------------------------------------
-
-
-def _hand_over_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook on a consumer module: give its input to the sites that read it."""
-    entry = module.__dict__["spd_entry"]
-    waiting = [(read, weight) for read, weight in entry["readers"]]
-    for read, weight in waiting:
-        weight.receive_input(read(args, kwargs))
-    is_last = next(reversed(module._forward_pre_hooks)) == entry["handle_id"]
-    if not is_last and any(weight.__dict__["current_input"] is not None for _, weight in waiting):
-        # A later pre-hook may still change what the matmul reads; being last next time costs nothing.
-        module._forward_pre_hooks.move_to_end(entry["handle_id"])
-        raise RuntimeError(
-            f"a PyTorch forward pre-hook was added to a {type(module).__name__} after it was decomposed, and runs "
-            "after the input has been read. The order is put right now: run the pass again, or use a "
-            "TransformerLens hook"
-        )
-
-
-def _note_cached_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook on a block: tell gates that look across positions how many of them a cache hides."""
-    entry = module.__dict__["spd_cache_entry"]
-    hidden = entry["host"].cached_positions(args, kwargs)
-    for weight in entry["weights"]:
-        weight.__dict__["cached_positions"] = hidden
-
-
-def _become(point: HookPoint, cls: type[HookPoint]) -> None:
-    point.__class__ = cls
-
-
-def swap_in(
-    host: Host, site: Site, subcomponents: Subcomponents | None, gate: Gate | None, tied_to: DecomposedWeight | None
-) -> DecomposedWeight:
-    """Turn the HookPoint that `site`'s output passes into its `DecomposedWeight`, and add the four new points."""
-    was_training = host.model.training
-    weight = site.output
-    _become(weight, DecomposedWeight)
-    assert isinstance(weight, DecomposedWeight)
-    state = weight.__dict__
-    state.update(site=site, tied_to=tied_to, recording=None, given=None, current_input=None, cached_positions=0)
-    state.setdefault("spd_readers", [])
-    points = {suffix: HookPoint() for suffix in POINT_SUFFIXES}
-    state["points"] = points
-    if subcomponents is not None:
-        weight._modules["subcomponents"] = subcomponents.train(was_training)
-    weight._modules["gate"] = None if gate is None else gate.train(was_training)
-    for name, point in zip(site.point_names(), points.values(), strict=True):
-        host.add_point(site.parent, name, point.train(was_training))
-    _connect(host, weight)
-    return weight
-
-
-def _connect(host: Host, weight: DecomposedWeight) -> None:
-    source = weight.site.source
-    if isinstance(source, ModuleInput):
-        state = source.module.__dict__
-        if "spd_entry" not in state:
-            handle = source.module.register_forward_pre_hook(_hand_over_input, with_kwargs=True)
-            state["spd_entry"] = {"readers": [], "handle": handle, "handle_id": handle.id}
-        state["spd_entry"]["readers"].append((source.read, weight))
-    else:
-        if not isinstance(source.point, ReadPoint):
-            _become(source.point, ReadPoint)
-        source.point.__dict__.setdefault("spd_readers", []).append(weight)
-    if weight.gate is not None and weight.gate.looks_across_positions:
-        block = _block_before(host, weight.site)
-        if block is None:
-            return
-        state = block.__dict__
-        if "spd_cache_entry" not in state:
-            handle = block.register_forward_pre_hook(_note_cached_positions, with_kwargs=True)
-            state["spd_cache_entry"] = {"host": host, "weights": [], "handle": handle}
-        state["spd_cache_entry"]["weights"].append(weight)
-
-
-def _block_before(host: Host, site: Site) -> nn.Module | None:
-    """The last block whose call starts before the site's matmul runs; None for embeddings and for plain models."""
-    if host.n_layers() == 0 or site.is_lookup:
-        return None
-    return host.block(host.n_layers() - 1 if site.layer is None else site.layer)
-
-
-def swap_out(host: Host, weight: DecomposedWeight) -> None:
-    """Undo `swap_in` exactly; the HookPoint keeps the hooks that stand on it."""
-    site = weight.site
-    for name in site.point_names():
-        host.remove_point(site.parent, name)
-    _disconnect(host, weight)
-    for key in ("site", "tied_to", "recording", "given", "current_input", "cached_positions", "points"):
-        weight.__dict__.pop(key, None)
-    for key in ("subcomponents", "gate"):
-        weight._modules.pop(key, None)
-    still_read = bool(weight.__dict__.get("spd_readers"))
-    if not still_read:
-        weight.__dict__.pop("spd_readers", None)
-    _become(weight, ReadPoint if still_read else HookPoint)
-
-
-def _disconnect(host: Host, weight: DecomposedWeight) -> None:
-    source = weight.site.source
-    if isinstance(source, ModuleInput):
-        _leave(source.module, "spd_entry", "readers", lambda item: item[1] is weight)
-    else:
-        readers = source.point.__dict__.get("spd_readers", [])
-        readers[:] = [reader for reader in readers if reader is not weight]
-        if not readers and type(source.point) is ReadPoint:
-            source.point.__dict__.pop("spd_readers", None)
-            _become(source.point, HookPoint)
-    block = _block_before(host, weight.site)
-    if block is not None:
-        _leave(block, "spd_cache_entry", "weights", lambda item: item is weight)
-
-
-def _leave(module: nn.Module, key: str, members: str, is_mine: Any) -> None:
-    entry = module.__dict__.get(key)
-    if entry is None:
-        return
-    entry[members] = [item for item in entry[members] if not is_mine(item)]
-    if not entry[members]:
-        # By id, not by handle: a deep copy's handle still refers to the original's hooks.
-        module._forward_pre_hooks.pop(entry["handle"].id, None)
-        module._forward_pre_hooks_with_kwargs.pop(entry["handle"].id, None)
-        del module.__dict__[key]
-
-
 # -- passes without hooks: what training and evaluation use ---------------------------------------------------------
 
 
@@ -456,7 +338,10 @@ def record_inputs(weights: Mapping[str, DecomposedWeight]) -> Iterator[dict[str,
 
 @contextmanager
 def given_masks(weights: Mapping[str, DecomposedWeight], masks: Mapping[str, SiteMask]) -> Iterator[None]:
-    """While open, the sites named in `masks` use those masks, whatever hooks say on their own points; the other sites act as without this."""
+    """While open, the sites named in `masks` use those masks, whatever hooks say on their own points.
+
+    The other sites act as they do without this.
+    """
     try:
         for name, weight in weights.items():
             if name in masks:

@@ -150,24 +150,20 @@ class HookedHost(Host):
                 "which has no single matrix of that name (mixture-of-experts weights are not supported)"
             )
         gated = hasattr(mlp, "W_gate")
-        common = dict(
-            name=name,
-            point_stem=f"blocks.{layer}.hook_{weight}",
-            parent=block,
-            layer=layer,
-            matrix=StoredMatrix(mlp, weight, _IN_OUT),
-        )
+        common: dict[str, Any] = {
+            "name": name,
+            "point_stem": f"blocks.{layer}.hook_{weight}",
+            "parent": block,
+            "layer": layer,
+            "matrix": StoredMatrix(mlp, weight, _IN_OUT),
+        }
         if weight == "W_out":
             self._refuse_norm_after(name, "hook_mlp_out")
-            return Site(
-                **common, output=block.hook_mlp_out, source=PointOutput(mlp.hook_post), bias=(mlp, "b_out")
-            )
+            return Site(**common, output=block.hook_mlp_out, source=PointOutput(mlp.hook_post), bias=(mlp, "b_out"))
         # A gated MLP adds b_in after the product, so hook_pre_linear sees x @ W_in alone.
         output = mlp.hook_pre_linear if gated and weight == "W_in" else mlp.hook_pre
         bias = None if gated else (mlp, "b_in")
-        return Site(
-            **common, output=output, source=ModuleInput(mlp, partial(argument, name="x", index=0)), bias=bias
-        )
+        return Site(**common, output=output, source=ModuleInput(mlp, partial(argument, name="x", index=0)), bias=bias)
 
     def _refuse_norm_after(self, name: str, point: str) -> None:
         from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES

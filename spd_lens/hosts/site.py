@@ -189,7 +189,7 @@ class Host(ABC):
         self.model.mod_dict.pop(name, None)
         self.model.hook_dict.pop(name, None)
 
-    def check_can_swap(self) -> None:
+    def check_can_swap(self) -> None:  # noqa: B027 (most hosts have nothing to check)
         """Raise ValueError if this model cannot be swapped at all in its present state."""
 
     # -- running ----------------------------------------------------------------------------------------------
