@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -82,9 +82,11 @@ class PersistentSources:
     """
 
     def __init__(self, importances: Importances, *, warm_steps: int, generator: torch.Generator) -> None:
-        initial = random_sources(importances, "batch", generator)
+        self._start(random_sources(importances, "batch", generator), warm_steps)
+
+    def _start(self, sources: Sources, warm_steps: int) -> None:
         self.warm_steps = warm_steps
-        self._sources = {name: source.requires_grad_(True) for name, source in initial.items()}
+        self._sources = {name: source.requires_grad_(True) for name, source in sources.items()}
         # maximize: the sources climb the loss that everything else descends.
         self._adam = torch.optim.Adam(self._sources.values(), lr=0.01, betas=(0.5, 0.99), maximize=True)
 
@@ -114,13 +116,25 @@ class PersistentSources:
             for source in self._sources.values():
                 source.clamp_(0, 1)
 
-    def state(self) -> dict[str, Any]:
-        """Sources and Adam's moments, for checkpoints."""
-        return {"sources": {n: s.detach() for n, s in self._sources.items()}, "adam": self._adam.state_dict()}
+    def tensors_by_name(self) -> dict[str, Tensor]:
+        """Sources, Adam's moments and the number of warm steps, for checkpoints."""
+        tensors = {f"source|{name}": source.detach() for name, source in self._sources.items()}
+        names = list(self._sources)
+        for index, state in self._adam.state_dict()["state"].items():
+            tensors |= {f"adam.{key}|{names[index]}": value for key, value in state.items()}
+        return tensors | {"warm_steps": torch.tensor(self.warm_steps)}
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Undo `state`."""
-        with torch.no_grad():
-            for name, source in self._sources.items():
-                source.copy_(state["sources"][name])
-        self._adam.load_state_dict(state["adam"])
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], *, device: torch.device) -> PersistentSources:
+        """Undo `tensors_by_name`."""
+        restored = cls.__new__(cls)
+        sources = {k.removeprefix("source|"): v.to(device) for k, v in tensors.items() if k.startswith("source|")}
+        restored._start({name: source.clone() for name, source in sources.items()}, int(tensors["warm_steps"]))
+        states: dict[int, dict[str, Tensor]] = {}
+        for index, name in enumerate(sources):
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                if f"adam.{key}|{name}" in tensors:
+                    states.setdefault(index, {})[key] = tensors[f"adam.{key}|{name}"].clone()
+        groups = restored._adam.state_dict()["param_groups"]
+        restored._adam.load_state_dict({"state": states, "param_groups": groups})
+        return restored

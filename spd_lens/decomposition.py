@@ -7,8 +7,10 @@ lists of ordinary TransformerLens hooks; nothing is switched on or off in the mo
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +33,12 @@ ALIVE_ABOVE = 0.01
 
 @dataclass(frozen=True)
 class CleanPass:
-    """A forward pass of the target: its output and the input `x` that every decomposed site read in it."""
+    """A forward pass of the target: its output, the input `x` that every decomposed site read in it, and the
+    activations of the hook points that were asked for."""
 
     output: Tensor
     inputs: dict[str, Tensor]
+    hidden: dict[str, Tensor]
 
 
 class Decomposition(Mapping[str, DecomposedWeight]):
@@ -104,19 +108,40 @@ class Decomposition(Mapping[str, DecomposedWeight]):
 
     # -- running -----------------------------------------------------------------------------------------------
 
-    def clean_pass(self, batch: Tensor, *, start_at: int | None = None) -> CleanPass:
+    def clean_pass(self, batch: Tensor, *, start_at: int | None = None, hidden_points: Sequence[str] = ()) -> CleanPass:
         """The target's output and every site's input, without gradients; hooks on the sites' points do not act.
 
         With `start_at=L`, `batch` is the residual stream that enters block L and only blocks from L on are run.
         """
-        with torch.no_grad(), record_inputs(self._weights) as inputs:
+        with torch.no_grad(), record_inputs(self._weights) as inputs, self._capture(hidden_points) as hidden:
             output = self._run(batch, start_at)
-        return CleanPass(output, inputs)
+        return CleanPass(output, inputs, hidden)
 
     def masked_forward(self, batch: Tensor, masks: Mapping[str, SiteMask], *, start_at: int | None = None) -> Tensor:
         """The model's output with the given masks at the named sites and the target everywhere else."""
         with given_masks(self._weights, masks):
             return self._run(batch, start_at)
+
+    def masked_hidden(
+        self, batch: Tensor, masks: Mapping[str, SiteMask], points: Sequence[str], *, start_at: int | None = None
+    ) -> dict[str, Tensor]:
+        """As `masked_forward`, but the activations of the named hook points, with gradients (L7)."""
+        with given_masks(self._weights, masks), self._capture(points) as hidden:
+            self._run(batch, start_at)
+        return hidden
+
+    @contextmanager
+    def _capture(self, points: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+        found: dict[str, Tensor] = {}
+        if not points:
+            yield found
+            return
+        known = self.model.hook_dict
+        for point in points:
+            if point not in known:
+                raise ValueError(f"no hook point {point!r}; near: {near_names(point, known)}")
+        with self.model.hooks(fwd_hooks=[(point, partial(_store, found=found, name=point)) for point in points]):
+            yield found
 
     def _run(self, batch: Tensor, start_at: int | None) -> Tensor:
         self._check_present()
@@ -283,3 +308,7 @@ def smallest_relative_error(W: Float[Tensor, "d_in d_out"], n_subcomponents: int
         return 0.0
     squared = torch.linalg.svdvals(W.float()).square()
     return float(squared[n_subcomponents:].sum() / squared.sum())
+
+
+def _store(value: Tensor, hook: Any, *, found: dict[str, Tensor], name: str) -> None:
+    found[name] = value

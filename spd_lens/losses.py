@@ -152,14 +152,17 @@ def _at_least_float32(x: Tensor) -> Tensor:
 
 
 def masks_from_sources(
-    importances: Importances, sources: Mapping[str, Float[Tensor, "*_batch _C_and_delta"]]
+    importances: Importances, sources: Mapping[str, Float[Tensor, "*_batch _C_and_delta"]], *, delta: bool = True
 ) -> dict[str, SiteMask]:
-    """K3: `m = g + (1 - g) s` with the first C channels of `s`, delta mask the last one.
+    """K3: `m = g + (1 - g) s` with the first C channels of `s`, delta mask the last one (0 with `delta=False`).
 
     Sources may be smaller than the importances in batch and position (`[1 1 C+1]`): they are then shared.
     """
     return {
-        name: SiteMask(mask_from_source(g, sources[name][..., :-1]), sources[name][..., -1].expand(g.shape[:-1]))
+        name: SiteMask(
+            mask_from_source(g, sources[name][..., :-1]),
+            sources[name][..., -1].expand(g.shape[:-1]) if delta else g.new_zeros(g.shape[:-1]),
+        )
         for name, g in importances.items()
     }
 
@@ -203,7 +206,7 @@ def reconstruction_loss(
             drawn = (
                 sample_masks(chosen, kind=masks, delta=delta, generator=generator)
                 if isinstance(masks, str)
-                else masks_from_sources(chosen, masks)
+                else masks_from_sources(chosen, masks, delta=delta)
             )
             output = forward(route(drawn, routed))
             losses.append(divergence(clean_output, output, kind=kind, position_mask=position_mask))
