@@ -8,6 +8,7 @@ from __future__ import annotations
 import html
 import json
 from collections.abc import Mapping, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,37 +71,6 @@ def _visible(token: str) -> str:
     return token.replace("\n", "⏎").replace("\t", "⇥").replace("$", r"\$").strip(" ") or "␣"
 
 
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>__TITLE__</title><style>
-body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem;color:#222}
-h1{font-size:1.3rem} h2{font-size:1rem;margin:1.6rem 0 .3rem;font-family:ui-monospace,monospace}
-.text{font:16px/2 ui-monospace,monospace;white-space:pre-wrap;border:1px solid #ddd;border-radius:6px;padding:.6rem;
-position:sticky;top:0;background:#fff}
-.text span{border-radius:3px;padding:1px 0} .chips button{font:12px ui-monospace,monospace;margin:2px;padding:2px 7px;
-border:1px solid #bbb;border-radius:10px;background:#f6f6f6;cursor:pointer}
-.chips button.on{background:#7a1f6b;color:#fff;border-color:#7a1f6b} .note{color:#666;font-size:13px}
-</style></head><body><h1>__TITLE__</h1>
-<p class="note">Click a subcomponent to colour the text by its importance (white 0, purple 1); hover over a token for the
-value. Nothing chosen: the number of active subcomponents, relative to the most at any token.</p>
-<div class="text" id="text"></div><div id="sites"></div>
-<script type="application/json" id="data">__DATA__</script><script>
-const data=JSON.parse(document.getElementById('data').textContent);
-const text=document.getElementById('text'),sites=document.getElementById('sites');let chosen=null;
-const spans=data.tokens.map(t=>{const s=document.createElement('span');s.textContent=t;text.append(s);return s});
-function paint(values,label){const top=label?1:Math.max(...values,1);
-spans.forEach((s,i)=>{const v=values[i]/top;s.style.background=`rgba(122,31,107,${0.75*v})`;
-s.style.color=v>.6?'#fff':'';s.title=(label||'active subcomponents')+': '+(label?values[i].toFixed(3):values[i])})}
-function overview(){paint(data.tokens.map((_,i)=>data.sites.reduce((n,s)=>n+s.active[i],0)),null)}
-data.sites.forEach(site=>{const h=document.createElement('h2');h.textContent=site.name;
-const p=document.createElement('div');p.className='chips';
-site.rows.forEach(row=>{const b=document.createElement('button');b.textContent=row.id;
-b.onclick=()=>{const same=chosen===b;if(chosen)chosen.classList.remove('on');
-if(same){chosen=null;overview()}else{chosen=b;b.classList.add('on');paint(row.values,site.name+' '+row.id)}};p.append(b)});
-if(!site.rows.length)p.textContent='no importance above 0.1';sites.append(h,p)});overview();
-</script></body></html>
-"""
-
-
 def importance_page(
     importances: Mapping[str, Float[Tensor, "pos C"]],
     tokens: Sequence[str],
@@ -115,7 +85,8 @@ def importance_page(
         sites.append({"name": name, "rows": rows, "active": (g > SHOWN_ABOVE).sum(-1).tolist()})
     # "</" would end the script element early, whatever the text says.
     data = json.dumps({"tokens": list(tokens), "sites": sites}).replace("</", "<\\/")
-    before, after = _PAGE.replace("__TITLE__", html.escape(title)).rsplit("__DATA__", 1)
+    page = resources.files("spd_lens").joinpath("templates/importance.html").read_text(encoding="utf-8")
+    before, after = page.replace("__TITLE__", html.escape(title)).rsplit("__DATA__", 1)
     return before + data + after
 
 
