@@ -146,5 +146,7 @@ class TrainConfig:
         terms = tuple(
             Reconstruction(**{**term, "pgd": PGD(**term["pgd"])}) for term in values.get("reconstructions", ())
         )
-        plain = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k != "reconstructions"}
+        plain: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k != "reconstructions"
+        }
         return TrainConfig(**plain, reconstructions=terms)

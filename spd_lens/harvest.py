@@ -101,6 +101,7 @@ def harvest(
         if batch.tokens is None:
             raise ValueError("harvest needs tokens beside the inputs: give Batch(inputs, tokens=...)")
         batch = batch.to(decomposition.device)
+        assert batch.tokens is not None
         inputs = decomposition.clean_pass(batch.inputs, start_at=batch.start_at).inputs
         pre = decomposition.pre_importances(inputs)
         for name, collector in collectors.items():

@@ -97,7 +97,7 @@ class RunFiles:
         temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         temporary.replace(self.log_path)
 
-    def read_log(self) -> list[dict[str, float]]:
+    def read_log(self) -> list[dict[str, Any]]:
         """All lines of the log."""
         if not self.log_path.exists():
             return []

@@ -120,20 +120,20 @@ class DecomposedWeight(ReadPoint):
     site: Site
     points: dict[str, HookPoint]
     gate: Gate | None
+    subcomponents: Subcomponents
+    tied_to: DecomposedWeight | None
 
     # -- parameters ------------------------------------------------------------------------------------------
 
     @property
     def V(self) -> Float[Tensor, "d_in C"]:
         """Input directions, one column per subcomponent."""
-        tied = self.__dict__["tied_to"]
-        return self.subcomponents.V if tied is None else tied.U.T  # pyright: ignore
+        return self.subcomponents.V if self.tied_to is None else self.tied_to.U.T
 
     @property
     def U(self) -> Float[Tensor, "C d_out"]:
         """Output directions, one row per subcomponent."""
-        tied = self.__dict__["tied_to"]
-        return self.subcomponents.U if tied is None else tied.V.T  # pyright: ignore
+        return self.subcomponents.U if self.tied_to is None else self.tied_to.V.T
 
     @property
     def weight(self) -> Float[Tensor, "d_in d_out"]:

@@ -120,7 +120,7 @@ def _hand_over_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     is_last = next(reversed(module._forward_pre_hooks)) == entry["handle_id"]
     if not is_last and any(weight.__dict__["current_input"] is not None for _, weight in waiting):
         # A later pre-hook may still change what the matmul reads; being last next time costs nothing.
-        module._forward_pre_hooks.move_to_end(entry["handle_id"])
+        module._forward_pre_hooks.move_to_end(entry["handle_id"])  # pyright: ignore[reportAttributeAccessIssue]
         raise RuntimeError(
             f"a PyTorch forward pre-hook was added to a {type(module).__name__} after it was decomposed, and runs "
             "after the input has been read. The order is put right now: run the pass again, or use a "
@@ -198,8 +198,12 @@ def _block_before(host: Host, site: Site) -> nn.Module | None:
     return host.block(host.n_layers() - 1 if site.layer is None else site.layer)
 
 
-def swap_out(host: Host, weight: DecomposedWeight) -> None:
-    """Undo `swap_in` exactly; the HookPoint keeps the hooks that stand on it."""
+def swap_out(host: Host, weight: HookPoint) -> None:
+    """Undo `swap_in` exactly; the HookPoint keeps the hooks that stand on it.
+
+    `weight` comes in as a DecomposedWeight and is a plain HookPoint (or ReadPoint) afterwards.
+    """
+    assert isinstance(weight, DecomposedWeight)
     site = weight.site
     for name in site.point_names():
         host.remove_point(site.parent, name)

@@ -55,12 +55,12 @@ class TrainResult:
 
     steps: int
     config: TrainConfig
-    log: list[dict[str, float]]
+    log: list[dict[str, Any]]
     directory: Path
     interrupted: bool = False
 
     @property
-    def final(self) -> dict[str, float]:
+    def final(self) -> dict[str, Any]:
         """The last line of the log."""
         return self.log[-1] if self.log else {}
 
@@ -403,8 +403,9 @@ def _repeated(batches: Iterable[Any]) -> Iterator[Any]:
 def _checked(batch: Batch, decomposition: Decomposition) -> Batch:
     """Refuse token ids out of range while the batch is still on the CPU, where looking costs no synchronisation."""
     d_vocab = getattr(getattr(decomposition.model, "cfg", None), "d_vocab", None)
-    is_tokens = batch.start_at is None and not batch.inputs.is_floating_point() and d_vocab is not None
-    if is_tokens and batch.inputs.device.type == "cpu" and (problem := token_arguments_error(batch.inputs, d_vocab)):
+    is_tokens = batch.start_at is None and not batch.inputs.is_floating_point()
+    on_cpu = batch.inputs.device.type == "cpu"
+    if d_vocab is not None and is_tokens and on_cpu and (problem := token_arguments_error(batch.inputs, d_vocab)):
         raise ValueError(problem)
     return batch
 

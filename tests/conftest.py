@@ -8,6 +8,9 @@ from jaxtyping import install_import_hook
 
 install_import_hook("spd_lens", "beartype.beartype")
 
+# Tiny tensors: more threads only wait for each other (and pytest-xdist fills the cores).
+torch.set_num_threads(1)
+
 TL_MAJOR = int(version("transformer_lens").split(".")[0])
 
 needs_hooked = pytest.mark.skipif(TL_MAJOR >= 4, reason="TransformerLens 4 removed HookedTransformer")

