@@ -78,7 +78,7 @@ class TokenBatches:
 
     def __init__(
         self,
-        tokens: Int[Tensor, "n pos"],
+        tokens: Tensor,
         batch_size: int,
         *,
         seed: int = 0,

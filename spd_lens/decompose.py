@@ -69,7 +69,7 @@ def decompose(
     sites = check_sites(host, counts)
     generator = torch.Generator().manual_seed(seed)
     settings = {
-        "n_subcomponents": {name: _count(site, counts[name]) for name, site in zip(counts, sites, strict=True)},
+        "n_subcomponents": {site.name: _count(site, counts[site.name]) for site in sites},
         "gate": gate,
         "gate_width": gate_width if gate_width is not None else DEFAULT_WIDTH.get(gate),
         "init": init,

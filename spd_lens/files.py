@@ -104,7 +104,7 @@ def read_tensors(path: Path, expected_hash: str | None = None) -> dict[str, Tens
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write readable JSON."""
-    path.write_text(json.dumps(content, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path, *, format_name: str, newest_version: int) -> dict[str, Any]:

@@ -20,11 +20,11 @@ from spd_lens.subcomponents import DecomposedWeight, ReadPoint, Subcomponents, i
 def check_sites(host: Host, counts: Mapping[str, int | None]) -> list[Site]:
     """The sites named in `counts`, after everything has been checked that could make the swap fail."""
     host.check_can_swap()
-    known = set(host.site_names())
+    known = host.site_names()
     for name in counts:
         if name not in known:
             raise ValueError(f"this model has no site {name!r}; near names: {near_names(name, known)}")
-    sites = [host.site(name) for name in counts]
+    sites = [host.site(name) for name in known if name in counts]
     for site in sites:
         _check_site(site, counts[site.name], host)
     _check_ties(sites)

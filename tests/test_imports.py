@@ -1,0 +1,83 @@
+"""The import graph is the drawn one: no cycles, hosts stand alone, and importing the package costs little."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent.parent / "spd_lens"
+
+# Every module may import the ones before its own line, and none after it.
+LAYERS = [
+    {"hosts.site", "files", "tables"},
+    {"hosts.hooked", "hosts.bridge", "hosts.root"},
+    {"hosts"},
+    {"gates"},
+    {"subcomponents"},
+    {"swap", "masks", "interventions", "checkpoint"},
+    {"losses", "adversary"},
+    {"config", "decomposition"},
+    {"decompose", "data", "run_files"},
+    {"training", "evaluate", "harvest", "plots"},
+    {"pretrained", "toys.tiny_lm"},
+    {"toys"},
+    {""},
+]
+
+
+def _module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _imports(path: Path) -> set[str]:
+    """Modules of this package that a file imports anywhere, also inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "spd_lens":
+            found.add(node.module.removeprefix("spd_lens").lstrip("."))
+        if isinstance(node, ast.Import):
+            found |= {a.name.removeprefix("spd_lens").lstrip(".") for a in node.names if a.name.split(".")[0] == "spd_lens"}  # fmt: skip
+    return found
+
+
+def test_imports_point_down_only() -> None:
+    level = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+    for path in PACKAGE.rglob("*.py"):
+        module = _module_name(path)
+        assert module in level, f"{module} is not drawn in LAYERS"
+        for imported in _imports(path):
+            assert level[imported] < level[module], f"{module} imports {imported}, which does not stand below it"
+
+
+def test_only_hosts_and_their_hook_points_know_transformer_lens() -> None:
+    allowed_anywhere = {"HookPoint", "FactoredMatrix"}
+    loaders = {"pretrained", "toys.tiny_lm"}
+    for path in PACKAGE.rglob("*.py"):
+        module = _module_name(path)
+        if module.startswith("hosts") or module in loaders:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("transformer_lens"):
+                assert {a.name for a in node.names} <= allowed_anywhere, module
+
+
+def test_no_module_imports_what_only_one_major_has_at_import_time() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ImportFrom):
+                assert "HookedTransformer" not in {a.name for a in node.names}, path
+
+
+def test_importing_costs_little_more_than_transformer_lens() -> None:
+    code = (
+        "import time, warnings; warnings.simplefilter('ignore'); import transformer_lens; "
+        "t = time.process_time(); import spd_lens; print(time.process_time() - t)"
+    )
+    seconds = min(
+        float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+        for _ in range(3)
+    )
+    assert seconds < 0.3
