@@ -159,7 +159,7 @@ class Decomposition(Mapping[str, DecomposedWeight]):
         for name, x in inputs.items():
             weight = self._weights[name]
             assert weight.gate is not None
-            pre[name] = weight.gate(x, weight.activations(x))
+            pre[name] = weight.gate(x, weight.activations(x) if weight.gate.reads_activations else None)
         return pre
 
     @torch.no_grad()

@@ -96,13 +96,15 @@ def _he(shape: tuple[int, ...], fan_in: int, generator: torch.Generator) -> nn.P
 class Gate(nn.Module):
     """One gate: `forward(x, a)` gives the pre-activation `p [... C]` from the site's clean input and activations.
 
-    `x` is `[... d_in]`, or integer indices `[...]` at look-up sites; `a = x @ V` is `[... C]`.
+    `x` is `[... d_in]`, or integer indices `[...]` at look-up sites; `a = x @ V` is `[... C]`, and may be None for
+    gates that do not read it.
     """
 
     looks_across_positions: bool = False
+    reads_activations: bool = False
     kind: GateKind
 
-    def forward(self, x: Tensor, a: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch C"]:
+    def forward(self, x: Tensor, a: Float[Tensor, "*batch C"] | None = None) -> Float[Tensor, "*batch C"]:
         raise NotImplementedError
 
 
@@ -110,6 +112,7 @@ class ScalarGate(Gate):
     """Per subcomponent an MLP `1 -> h -> 1` with GELU on its own activation `a_c` (the paper's gate)."""
 
     kind: GateKind = "scalar"
+    reads_activations = True
 
     def __init__(self, n_subcomponents: int, width: int, generator: torch.Generator) -> None:
         super().__init__()
@@ -118,7 +121,8 @@ class ScalarGate(Gate):
         self.w_out = _he((n_subcomponents, width), width, generator)
         self.b_out = nn.Parameter(torch.zeros(n_subcomponents))
 
-    def forward(self, x: Tensor, a: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch C"]:
+    def forward(self, x: Tensor, a: Float[Tensor, "*batch C"] | None = None) -> Float[Tensor, "*batch C"]:
+        assert a is not None
         hidden = F.gelu(a.unsqueeze(-1) * self.w_in + self.b_in)
         return (hidden * self.w_out).sum(-1) + self.b_out
 
@@ -136,7 +140,7 @@ class VectorGate(Gate):
         self.w_out = _he((n_subcomponents, width), width, generator)
         self.b_out = nn.Parameter(torch.zeros(n_subcomponents))
 
-    def forward(self, x: Tensor, a: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch C"]:
+    def forward(self, x: Tensor, a: Float[Tensor, "*batch C"] | None = None) -> Float[Tensor, "*batch C"]:
         hidden = F.gelu(matmul_or_lookup(x, self.w_in) + self.b_in)
         hidden = rearrange(hidden, "... (C h) -> ... C h", C=self.n_subcomponents)
         return (hidden * self.w_out).sum(-1) + self.b_out
@@ -154,11 +158,19 @@ class SharedGate(Gate):
         self.w_out = _he((width, n_subcomponents), width, generator)
         self.b_out = nn.Parameter(torch.zeros(n_subcomponents))
 
-    def forward(self, x: Tensor, a: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch C"]:
+    def forward(self, x: Tensor, a: Float[Tensor, "*batch C"] | None = None) -> Float[Tensor, "*batch C"]:
         return F.gelu(matmul_or_lookup(x, self.w_in) + self.b_in) @ self.w_out + self.b_out
 
 
 MAX_OFFSET = 128
+
+
+def _causal_bias(offset_bias: Float[Tensor, " offsets"], q: Float[Tensor, "batch pos _"]) -> Float[Tensor, "pos pos"]:
+    """`offset_bias` of every pair's distance back, minus infinity ahead, in the dtype of `q`."""
+    position = torch.arange(q.shape[1], device=q.device)
+    offset = position[:, None] - position[None, :]
+    bias = offset_bias[offset.clamp(0, MAX_OFFSET)].masked_fill(offset < 0, -torch.inf)
+    return bias.to(q.dtype)
 
 
 class AttentionGate(Gate):
@@ -183,22 +195,18 @@ class AttentionGate(Gate):
         self.w_out = _he((width, n_subcomponents), width, generator)
         self.b_out = nn.Parameter(torch.zeros(n_subcomponents))
 
-    def forward(self, x: Tensor, a: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch C"]:
-        if a.ndim == 4:  # a head axis: every head is a sequence of its own
-            heads = a.shape[2]
-            folded = rearrange(x, "batch pos head d -> (batch head) pos d")
-            pre = self.forward(folded, rearrange(a, "batch pos head C -> (batch head) pos C"))
-            return rearrange(pre, "(batch head) pos C -> batch pos head C", head=heads)
-        if a.ndim != 3:
+    def forward(self, x: Tensor, a: Float[Tensor, "*batch C"] | None = None) -> Float[Tensor, "*batch C"]:
+        positions = x.shape[:-1] if x.is_floating_point() else x.shape
+        if len(positions) == 3:  # a head axis: every head is a sequence of its own
+            pre = self.forward(rearrange(x, "batch pos head d -> (batch head) pos d"))
+            return rearrange(pre, "(batch head) pos C -> batch pos head C", head=positions[2])
+        if len(positions) != 2:
             raise ValueError(
-                f"the attention gate needs activations [batch pos C], got {tuple(a.shape)}; "
+                f"the attention gate needs inputs with batch and position, got {tuple(x.shape)}; "
                 "use a scalar, vector or shared gate for models without positions"
             )
         q, k, v = matmul_or_lookup(x, self.w_qkv).chunk(3, dim=-1)
-        position = torch.arange(a.shape[1], device=a.device)
-        offset = position[:, None] - position[None, :]
-        bias = self.offset_bias[offset.clamp(0, MAX_OFFSET)].masked_fill(offset < 0, -torch.inf)
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=_causal_bias(self.offset_bias, q))
         hidden = F.gelu(matmul_or_lookup(x, self.w_x) + attended @ self.w_attended + self.b_in)
         return hidden @ self.w_out + self.b_out
 
@@ -247,10 +255,7 @@ class GlobalGate(nn.Module):
 
     def _attend(self, stream: Float[Tensor, "batch pos width"]) -> Float[Tensor, "batch pos width"]:
         q, k, v = (stream @ self.w_qkv).chunk(3, dim=-1)
-        position = torch.arange(stream.shape[1], device=stream.device)
-        offset = position[:, None] - position[None, :]
-        bias = self.offset_bias[offset.clamp(0, MAX_OFFSET)].masked_fill(offset < 0, -torch.inf)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=_causal_bias(self.offset_bias, q))
 
 
 # Width of a gate's hidden layer unless told otherwise: the paper's h = 16 for scalar gates, the authors' later

@@ -67,8 +67,10 @@ def importance_figure(
 
 
 def _visible(token: str) -> str:
+    shown = token.replace("\n", "⏎").replace("\t", "⇥").strip(" ") or "␣"
+    shown = shown if len(shown) <= 14 else shown[:13] + "…"
     # matplotlib would read $ as the start of a formula.
-    return token.replace("\n", "⏎").replace("\t", "⇥").replace("$", r"\$").strip(" ") or "␣"
+    return shown.replace("$", r"\$")
 
 
 def importance_page(
