@@ -49,6 +49,7 @@ def test_regimes_equal_hooked_passes_with_masks_made_by_hand() -> None:
     assert report.cross_entropy["target"] == pytest.approx(ce, rel=1e-5)
 
 
+@torch.no_grad()
 def test_l0_alive_and_faithfulness_are_counts_and_ratios() -> None:
     decomposition = _decomposition()
     rows = tokens(8)
@@ -113,7 +114,7 @@ def test_regressors_are_measured_by_mse() -> None:
     decomposition = decompose(model, {"*": 3})
     x = torch.rand(9, 5)
     report = evaluate(decomposition, [x], kind="mse")
-    expected = (plain(x) - torch.relu(plain.b)).square().mean()
+    expected = (plain(x) - torch.relu(plain.b)).square().mean().detach()
     assert report.divergence["all off"] == pytest.approx(float(expected), rel=1e-5)
     assert report.cross_entropy == {}
     assert "MSE from the target" in str(report)
