@@ -54,7 +54,8 @@ def random_sources(importances: Importances, scope: Scope, generator: torch.Gene
             case "batch":
                 lead = (1,) * (g.ndim - 1)
         drawn = torch.rand((*lead, g.shape[-1] + 1), generator=generator, device=generator.device)
-        sources[name] = drawn.to(device=g.device, dtype=g.dtype)
+        # Never in half precision: its grid is coarser than a step, and its rounding reaches 1.
+        sources[name] = drawn.to(device=g.device, dtype=torch.promote_types(g.dtype, torch.float32))
     return sources
 
 
@@ -118,10 +119,10 @@ class PersistentSources:
 
     def tensors_by_name(self) -> dict[str, Tensor]:
         """Sources, Adam's moments and the number of warm steps, for checkpoints."""
-        tensors = {f"source|{name}": source.detach() for name, source in self._sources.items()}
+        tensors = {f"source|{name}": source.detach().clone() for name, source in self._sources.items()}
         names = list(self._sources)
         for index, state in self._adam.state_dict()["state"].items():
-            tensors |= {f"adam.{key}|{names[index]}": value for key, value in state.items()}
+            tensors |= {f"adam.{key}|{names[index]}": value.clone() for key, value in state.items()}
         return tensors | {"warm_steps": torch.tensor(self.warm_steps)}
 
     @classmethod

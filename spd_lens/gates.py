@@ -93,6 +93,11 @@ def _he(shape: tuple[int, ...], fan_in: int, generator: torch.Generator) -> nn.P
     return nn.Parameter(torch.randn(shape, generator=generator) * math.sqrt(2 / fan_in))
 
 
+def _check_width(width: int) -> None:
+    if width < 1:
+        raise ValueError(f"gate_width={width}; expected at least 1")
+
+
 class Gate(nn.Module):
     """One gate: `forward(x, a)` gives the pre-activation `p [... C]` from the site's clean input and activations.
 
@@ -225,6 +230,7 @@ class GlobalGate(nn.Module):
         self, d_ins: dict[str, int], n_subcomponents: dict[str, int], width: int, generator: torch.Generator
     ) -> None:
         super().__init__()
+        _check_width(width)
         self.sizes = dict(n_subcomponents)
         total = sum(d_ins.values())
         self.w_embed = nn.Parameter(torch.randn(total, width, generator=generator) / math.sqrt(total))
@@ -273,8 +279,7 @@ def make_gate(
     if kind not in DEFAULT_WIDTH:
         raise ValueError(f"gate={kind!r}; expected one of {sorted(DEFAULT_WIDTH)}")
     width = DEFAULT_WIDTH[kind] if width is None else width
-    if width < 1:
-        raise ValueError(f"gate_width={width}; expected at least 1")
+    _check_width(width)
     match kind:
         case "scalar":
             return ScalarGate(n_subcomponents, width, generator)

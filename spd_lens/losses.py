@@ -20,7 +20,8 @@ from spd_lens.subcomponents import SiteMask
 
 Divergence = Literal["kl", "mse"]
 MaskedForward = Callable[[Mapping[str, SiteMask]], Tensor]
-Factors = tuple[Float[Tensor, "d_in d_out"], Float[Tensor, "d_in C"], Float[Tensor, "C d_out"]]
+# Unbound axis names: every site has its own sizes, and one annotation is checked against several sites.
+Factors = tuple[Float[Tensor, "_d_in _d_out"], Float[Tensor, "_d_in _C"], Float[Tensor, "_C _d_out"]]
 # Without it the gradient of g^p at g = 0 is infinite for p < 1.
 EPSILON = 1e-12
 
@@ -37,7 +38,7 @@ def faithfulness_loss(sites: Iterable[Factors]) -> Float[Tensor, ""]:
     total: Tensor | float = 0.0
     entries = 0
     for W, V, U in sites:
-        total = total + (W.to(V.dtype) - V @ U).square().sum()
+        total = total + _squared_error(W, V, U)
         entries += W.numel()
     if entries == 0:
         raise ValueError("faithfulness_loss was given no site")
@@ -49,8 +50,14 @@ def relative_faithfulness(
     W: Float[Tensor, "d_in d_out"], V: Float[Tensor, "d_in C"], U: Float[Tensor, "C d_out"]
 ) -> Float[Tensor, ""]:
     """`|W - V U|_F^2 / |W|_F^2` of one site: the share of the matrix's energy that is not explained."""
-    W = W.to(V.dtype)
-    return (W - V @ U).square().sum() / W.square().sum()
+    return _squared_error(W, V, U) / W.to(_at_least_float32(V).dtype).square().sum()
+
+
+def _squared_error(W: Tensor, V: Tensor, U: Tensor) -> Tensor:
+    """`|W - V U|_F^2` in float32 or wider, also under autocast, which would multiply in bfloat16."""
+    with torch.autocast(V.device.type, enabled=False):
+        V, U = _at_least_float32(V), _at_least_float32(U)
+        return (W.to(V.dtype) - V @ U).square().sum()
 
 
 def _mean_over_positions(
@@ -73,7 +80,7 @@ def _fit_position_mask(position_mask: Tensor | None, like: Tensor) -> Tensor | N
 
 
 def minimality_loss(
-    upper: Importances, *, p: float, position_mask: Bool[Tensor, "batch pos"] | None = None
+    upper: Importances, *, p: float, position_mask: Bool[Tensor, ...] | None = None
 ) -> Float[Tensor, ""]:
     """L2: mean over batch and positions of `sum over sites and c of (g_upper + 1e-12)^p`.
 
@@ -84,7 +91,7 @@ def minimality_loss(
     """
     total: Tensor | None = None
     for g in upper.values():
-        per_position = (g + EPSILON).pow(p).sum(-1)
+        per_position = (_at_least_float32(g) + EPSILON).pow(p).sum(-1)
         mean = _mean_over_positions(per_position, _fit_position_mask(position_mask, per_position))
         total = mean if total is None else total + mean
     if total is None:
@@ -96,7 +103,7 @@ def frequency_loss(
     upper: Importances,
     *,
     p: float,
-    position_mask: Bool[Tensor, "batch pos"] | None = None,
+    position_mask: Bool[Tensor, ...] | None = None,
     sum_over_processes: Callable[[Tensor], Tensor] | None = None,
 ) -> Float[Tensor, ""]:
     """L3: `sum_c mean_c * log2(1 + total_c)` with `mean_c`, `total_c` the mean and sum of `(g_upper + 1e-12)^p`.
@@ -107,7 +114,7 @@ def frequency_loss(
     add = sum_over_processes or (lambda tensor: tensor)
     loss: Tensor | None = None
     for g in upper.values():
-        powered = (g + EPSILON).pow(p).flatten(0, -2)
+        powered = (_at_least_float32(g) + EPSILON).pow(p).flatten(0, -2)
         if position_mask is None:
             count = powered.new_tensor(float(powered.shape[0]))
         else:
@@ -169,7 +176,7 @@ def masks_from_sources(
 
 def reconstruction_loss(
     forward: MaskedForward,
-    clean_output: Float[Tensor, "*batch d_out"],
+    clean_output: Float[Tensor, "*output_batch d_out"],
     importances: Importances,
     *,
     masks: MaskKind | Mapping[str, Tensor] = "stochastic",
@@ -177,7 +184,7 @@ def reconstruction_loss(
     kind: Divergence = "kl",
     delta: bool = True,
     draws: int = 1,
-    position_mask: Bool[Tensor, "*batch"] | None = None,
+    position_mask: Bool[Tensor, "*output_batch"] | None = None,
     generator: torch.Generator,
     routing_generator: torch.Generator | None = None,
 ) -> Float[Tensor, ""]:
@@ -193,6 +200,8 @@ def reconstruction_loss(
     """
     if draws < 1:
         raise ValueError(f"draws={draws}; expected at least 1")
+    if not importances:
+        raise ValueError("reconstruction_loss was given no site")
     shapes = {name: g.shape[:-1] for name, g in importances.items()}
     losses = []
     for _ in range(draws):
@@ -217,7 +226,7 @@ def hidden_reconstruction_loss(
     clean: Mapping[str, Float[Tensor, "*batch _"]],
     masked: Mapping[str, Float[Tensor, "*batch _"]],
     *,
-    position_mask: Bool[Tensor, "*batch"] | None = None,
+    position_mask: Bool[Tensor, ...] | None = None,
 ) -> Float[Tensor, ""]:
     """L7: mean over the named hook points of the MSE between clean and masked activations."""
     if not clean:

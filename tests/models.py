@@ -48,7 +48,9 @@ def _tiny_bridge(seed: int, n_layers: int) -> nn.Module:
     )  # fmt: skip
     model = GPT2LMHeadModel(config).eval()
     _shake(model, seed)
-    return TransformerBridge.boot_transformers("gpt2", hf_model=model, tokenizer=tiny_tokenizer(PreTrainedTokenizerFast))
+    return TransformerBridge.boot_transformers(
+        "gpt2", hf_model=model, tokenizer=tiny_tokenizer(PreTrainedTokenizerFast)
+    )
 
 
 def tiny_tokenizer(cls: type) -> object:

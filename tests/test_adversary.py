@@ -100,7 +100,6 @@ def test_k6_sources_come_from_the_generator_alone_and_broadcast_over_the_importa
     assert bool(((s >= 0) & (s < 1)).all())
 
 
-@pytest.mark.xfail(strict=True, reason="bug A1: sources take the dtype of the importances, whose grid is too coarse")
 def test_k3_sources_of_bfloat16_importances_are_kept_in_float32() -> None:
     s = random_sources({"site": torch.zeros(20, 50, 9, dtype=torch.bfloat16)}, "position", generator())["site"]
     assert s.dtype == torch.float32
@@ -465,7 +464,6 @@ def test_k4_without_its_moments_a_restart_would_differ() -> None:
     assert continued(forgetful, 4) != continued(persistent, 4)
 
 
-@pytest.mark.xfail(strict=True, reason="bug A2: tensors_by_name() hands out the running tensors themselves")
 def test_k4_saved_tensors_that_are_kept_in_memory_are_not_changed_by_going_on() -> None:
     persistent = persistent_pair(warm_steps=2)
     continued(persistent, 3)

@@ -514,7 +514,6 @@ def test_a_width_below_one_is_an_error(width: int) -> None:
         make_gate("scalar", d_in=2, n_subcomponents=2, width=width, generator=generator())
 
 
-@pytest.mark.xfail(strict=True, raises=ZeroDivisionError, reason="bug G1: the global gate does not check its width")
 def test_a_width_below_one_is_an_error_for_the_global_gate_too() -> None:
     with pytest.raises(ValueError, match=r"gate_width=0; expected at least 1"):
         GlobalGate({"only": 2}, {"only": 2}, 0, generator())

@@ -137,14 +137,12 @@ def test_a_loss_of_no_site_is_an_error(loss: Callable[[], Tensor], name: str) ->
         loss()
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="bug L1a: the annotation binds d_in, C, d_out over sites")
 def test_l1_accepts_a_list_of_sites_of_different_shapes_under_shape_checks() -> None:
     sites = [factors(3, 2, 4), factors(2, 6, 5, seed=10)]
     for _ in range(40):  # the checker looks at one random item
         faithfulness_loss(sites)
 
 
-@pytest.mark.xfail(strict=True, reason="bug L1b: V @ U is computed in bfloat16 under autocast")
 def test_l1_is_computed_in_float32_under_autocast() -> None:
     W, V, U = (x.float() for x in factors(8, 5, 9))
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -276,7 +274,6 @@ def test_l3_makes_one_piece_that_is_always_on_dearer_than_several_that_take_turn
 # -- precision ----------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(strict=True, reason="bug L23: minimality and frequency compute in the dtype of the importances")
 @pytest.mark.parametrize(
     ("loss", "by_hand"), [(minimality_loss, minimality_by_hand), (frequency_loss, frequency_by_hand)]
 )
@@ -290,7 +287,6 @@ def test_l2_l3_of_bfloat16_importances_are_computed_in_float32(
         assert value(result) == pytest.approx(by_hand(upper, p), rel=1e-5)
 
 
-@pytest.mark.xfail(strict=True, reason="bug L1c: faithfulness computes in the dtype of the factors")
 def test_l1_of_bfloat16_factors_is_computed_in_float32() -> None:
     W, V, U = (x.bfloat16() for x in factors(8, 5, 9))
     for loss, scale in ((faithfulness_loss([(W, V, U)]), 72), (relative_faithfulness(W, V, U), None)):
@@ -700,7 +696,6 @@ def test_fewer_than_one_draw_is_an_error(toy: Toy, draws: int) -> None:
         reconstruction_loss(toy, CLEAN, toy_importances(), draws=draws, generator=generator())
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="bug L5a: one *batch for the output and for split heads")
 def test_l5_accepts_sites_with_a_head_axis_under_shape_checks() -> None:
     g = {"heads": rand(BATCH, POS, 2, 4), "plain": rand(BATCH, POS, 5)}
     seen: list[Mapping[str, SiteMask]] = []
@@ -710,7 +705,6 @@ def test_l5_accepts_sites_with_a_head_axis_under_shape_checks() -> None:
     assert seen[0]["heads"].delta.shape == (BATCH, POS, 2)
 
 
-@pytest.mark.xfail(strict=True, reason="bug L5b: no site gives an error of torch, or a loss without masks")
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_reconstruction_of_no_site_is_an_error(toy: Toy, routing: Routing) -> None:
     with pytest.raises(ValueError, match="reconstruction_loss was given no site"):
@@ -734,7 +728,6 @@ def test_l7_heads_count_as_one_activation_per_position() -> None:
     assert value(hidden_reconstruction_loss({"z": clean}, {"z": masked})) == close(expected)
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="bug L7a: the annotation binds *batch to the head axis")
 def test_l7_accepts_heads_with_a_position_mask_under_shape_checks() -> None:
     clean, masked = randn(2, 3, 2, 4), randn(2, 3, 2, 4, seed=1)
     expected = divergence_by_hand(clean.reshape(2, 3, 8), masked.reshape(2, 3, 8), "mse", KEPT)

@@ -162,6 +162,23 @@ def test_masks_act_like_the_masked_weight_bf16(name: str) -> None:
     assert float((got - truth).abs().max()) <= 2 * rounding + 0.004 * float(truth.abs().max())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_a_weight_that_is_wholly_masked_leaves_the_bias_in_half_precision(dtype: torch.dtype) -> None:
+    """With mask and delta 0 the output is b. The rounding of y0 must cancel, or 0.2 % of a large output stays."""
+    target = CASES["ln"].build(dtype=dtype)
+    with torch.no_grad():
+        for site in oracle.all_sites(target):  # outputs a thousand times the bias, as massive activations are
+            target.get_parameter(oracle.parameter_name(target, site)).mul_(30)
+    tokens = oracle.tokens_for(target)
+    decomposition = swapped(target)
+    for site in ("blocks.0.attn.W_V", "blocks.0.attn.W_O", "blocks.0.mlp.W_in", "blocks.1.mlp.W_out", "unembed.W_U"):
+        name = oracle.output_name(target, site)
+        with torch.no_grad(), decomposition.model.hooks(fwd_hooks=decomposition.keep({site: []})):
+            _, cache = decomposition.model.run_with_cache(tokens, names_filter=name)
+        bias = oracle.bias_of(target, site).reshape(cache[name].shape[2:])
+        assert_close(cache[name].double(), bias.double().expand(cache[name].shape), 2**-8, site)
+
+
 @pytest.mark.parametrize("name", ["moe", "post_norm", "norm_before_and_after", "embedding_norm"])
 def test_sites_that_stay_possible_in_refused_architectures_are_exact(name: str) -> None:
     cfg, refused = REFUSALS[name][:2]
@@ -608,10 +625,33 @@ def test_quantised_weights_are_refused_with_the_way_out() -> None:
         decompose(model, {"blocks.0.mlp.W_in": 3})
 
 
-def test_sites_that_the_forward_pass_never_uses_are_not_offered() -> None:
-    """An ALiBi model owns a W_pos that nothing reads: masking it would silently do nothing."""
-    with pytest.raises(ValueError, match=r"no site matches 'pos_embed.W_pos'"):
-        decompose(CASES["alibi"].build(), {"pos_embed.W_pos": 3})
+@pytest.mark.parametrize(
+    ("cfg", "site"),
+    [
+        ({"positional_embedding_type": "alibi"}, "pos_embed.W_pos"),
+        ({"gated_mlp": True, "act_fn": "solu_ln"}, "blocks.0.mlp.W_in"),  # TransformerLens then leaves W_in out
+    ],
+)
+def test_weights_that_the_forward_pass_never_uses_are_refused(cfg: dict[str, Any], site: str) -> None:
+    """The model owns them, but masking them would silently do nothing."""
+    with pytest.raises(ValueError, match=site):
+        decompose(oracle.tiny_model(**cfg), {site: 3})
+
+
+def test_the_blocks_of_an_encoder_are_exact_and_its_embedding_is_refused() -> None:
+    from transformer_lens import HookedEncoder
+
+    cfg = {"n_layers": 1, "d_model": 16, "n_heads": 2, "d_head": 8, "d_mlp": 20, "d_vocab": oracle.VOCAB, "n_ctx": 8}
+    target = HookedEncoder(
+        {**cfg, "act_fn": "gelu", "normalization_type": "LN", "attention_dir": "bidirectional", "device": "cpu"},
+        move_to_device=False,
+    ).double()
+    for parameter in target.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    sites = [site for site in oracle.all_sites(target) if "embed.W_" not in site or "unembed" in site]
+    check_weight_oracle(target, swapped(target, sites), F64)
+    with pytest.raises(ValueError, match=r"embed\.W_E"):
+        decompose(target, {"embed.W_E": 3})
 
 
 # -- masks compose ---------------------------------------------------------------------------------------------
@@ -659,6 +699,14 @@ def test_ids_out_of_range_are_an_error_that_names_them(members: list[int], wrong
     _, decomposition, _, site = composed_model()
     with pytest.raises(ValueError, match=rf"subcomponents \[{wrong}\] of {site}: expected ids in 0..{N - 1}"):
         getattr(decomposition, kind)({site: [*members, wrong]})
+
+
+@pytest.mark.parametrize("wrong", [[1.7], torch.tensor([True, False, True]), ["1"]], ids=["float", "bools", "text"])
+def test_ids_that_are_not_integers_are_an_error(wrong: Any) -> None:
+    """A tensor of bools is a mask, not the ids 1 and 0."""
+    _, decomposition, _, site = composed_model()
+    with pytest.raises((TypeError, ValueError), match="ids"):
+        decomposition.ablate({site: wrong})
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)

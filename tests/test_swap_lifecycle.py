@@ -348,6 +348,18 @@ def test_a_clean_pass_that_fails_ends_the_recording() -> None:
     assert torch.equal(logits_of(model, tokens, half_masks(decomposition)), masked)
 
 
+def test_a_masked_pass_inside_another_gives_the_outer_masks_back() -> None:
+    from spd_lens.subcomponents import SiteMask, given_masks
+
+    decomposition = all_decomposed(CASES["ln"].build())
+    tokens, site = oracle.tokens_for(decomposition.model), "blocks.0.mlp.W_in"
+    with torch.no_grad(), given_masks(dict(decomposition), {site: SiteMask(mask=torch.zeros(N))}):
+        outer = decomposition.model(tokens)
+        decomposition.masked_forward(tokens, {"blocks.1.mlp.W_in": SiteMask(mask=torch.zeros(N))})
+        decomposition.clean_pass(tokens)
+        assert torch.equal(decomposition.model(tokens), outer)
+
+
 def test_a_removed_model_is_freed() -> None:
     model = CASES["ln"].build()
     decomposition = all_decomposed(model, gate="attention", gate_width=4)
@@ -529,6 +541,23 @@ def test_generating_with_a_key_value_cache_equals_generating_without_under_ablat
         assert_close(got, wanted, 1e-10)
 
 
+@pytest.mark.parametrize("name", ["ln", "rotary", "gqa", "split_qkv", "alibi"])
+def test_a_padded_sequence_in_pieces_equals_the_whole_under_masks_of_every_site(name: str) -> None:
+    from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
+
+    decomposition = all_decomposed(CASES[name].build(dtype=torch.float64))
+    model, tokens = decomposition.model, oracle.tokens_for(decomposition.model, pos=6)
+    attention_mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    hooks = half_masks(decomposition)
+    whole = logits_of(model, tokens, hooks, attention_mask=attention_mask)
+    cache = TransformerLensKeyValueCache.init_cache(model.cfg, "cpu", 2)
+    pieces = [
+        logits_of(model, tokens[:, i:j], hooks, attention_mask=attention_mask[:, i:j], past_kv_cache=cache)
+        for i, j in ((0, 4), (4, 5), (5, 6))
+    ]
+    assert_close(torch.cat(pieces, 1)[:, 2:], whole[:, 2:], 1e-10)
+
+
 def test_an_attention_gate_refuses_a_pass_that_hides_positions() -> None:
     model = CASES["ln"].build()
     prompt = oracle.tokens_for(model, pos=3)
@@ -600,6 +629,20 @@ def test_a_pytorch_pre_hook_added_later_raises_once_and_is_then_obeyed(path: str
         logits_of(model, tokens, hooks)
     masks = {site: Masks(weight.V.detach(), weight.U.detach(), torch.zeros(N).double(), torch.tensor(0.5).double())}
     assert_close(logits_of(model, tokens, hooks), oracle.run_written(target, masks, tokens), 1e-10)
+
+
+@pytest.mark.parametrize(
+    ("path", "site"), [("blocks.0.mlp", "blocks.0.mlp.W_out"), ("blocks.0.attn", "blocks.0.attn.W_O")]
+)
+def test_a_pytorch_hook_that_changes_the_output_before_the_swap_sees_it_is_not_ignored(path: str, site: str) -> None:
+    """What mlp and attn return passes their plain forward hooks before hook_mlp_out and hook_attn_out."""
+    model = CASES["ln"].build()
+    tokens = oracle.tokens_for(model)
+    decomposition = all_decomposed(model)
+    model.get_submodule(path).register_forward_hook(lambda module, args, out: out.square())
+    logits_of(model, tokens)
+    with pytest.raises(RuntimeError, match="forward hook"):
+        logits_of(model, tokens, decomposition.keep({site: [0]}))
 
 
 def test_a_decomposed_hook_point_called_alone_says_what_is_missing() -> None:

@@ -198,10 +198,10 @@ def test_tied_toy_learns_to_be_faithful_and_reconstructs(tmp_path: Path) -> None
     model = TiedAutoencoder()
     decomposition = decompose(model, {"*": 10}, seed=1)
     generator = torch.Generator().manual_seed(0)
-    data = [torch.rand(256, 5, generator=generator) * (torch.rand(256, 5, generator=generator) < 0.2) for _ in range(50)]
-    result = train(
-        decomposition, data, steps=400, lr=5e-3, divergence="mse", minimality=3e-2, out_dir=tmp_path / "run"
-    )
+    data = [
+        torch.rand(256, 5, generator=generator) * (torch.rand(256, 5, generator=generator) < 0.2) for _ in range(50)
+    ]
+    result = train(decomposition, data, steps=400, lr=5e-3, divergence="mse", minimality=3e-2, out_dir=tmp_path / "run")
     first, last = result.log[0], result.log[-1]
     assert last["faithfulness"] < 5e-3 < first["faithfulness"]
     assert last["stochastic_all"] < 0.2 * first["stochastic_all"]

@@ -45,9 +45,7 @@ def main(
     layer: Annotated[int, typer.Option(help="Block whose MLP is decomposed.")] = 28,
     steps: Annotated[int, typer.Option(help="Training steps.")] = 500,
     windows: Annotated[int, typer.Option(help=f"Training windows of {CONTEXT} tokens.")] = 240,
-    out: Annotated[Path, typer.Option(help="Where pictures and the decomposition go.")] = Path(
-        "demo_output"
-    ),
+    out: Annotated[Path, typer.Option(help="Where pictures and the decomposition go.")] = Path("demo_output"),
 ) -> None:
     started = time.perf_counter()
     run_directory = out / time.strftime("run-%Y%m%d-%H%M%S")
