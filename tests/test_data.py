@@ -15,7 +15,11 @@ from tests.models import tiny_tokenizer, tiny_transformer, tokens
 def test_every_epoch_holds_every_row_once_in_another_order() -> None:
     rows = torch.arange(12)[:, None].expand(12, 3)
     batches = TokenBatches(rows, 4, seed=1)
-    first, second = ([int(b.inputs[i, 0]) for b in islice(it, 3) for i in range(4)] for it in [batches.batches_from(0), batches.batches_from(3)])  # fmt: skip
+
+    def epoch(start: int) -> list[int]:
+        return [int(row) for batch in islice(batches.batches_from(start), 3) for row in batch.inputs[:, 0]]
+
+    first, second = epoch(0), epoch(3)
     assert sorted(first) == sorted(second) == list(range(12))
     assert first != second
 

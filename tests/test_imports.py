@@ -39,7 +39,8 @@ def _imports(path: Path) -> set[str]:
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "spd_lens":
             found.add(node.module.removeprefix("spd_lens").lstrip("."))
         if isinstance(node, ast.Import):
-            found |= {a.name.removeprefix("spd_lens").lstrip(".") for a in node.names if a.name.split(".")[0] == "spd_lens"}  # fmt: skip
+            ours = [a.name for a in node.names if a.name.split(".")[0] == "spd_lens"]
+            found |= {name.removeprefix("spd_lens").lstrip(".") for name in ours}
     return found
 
 

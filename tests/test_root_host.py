@@ -76,7 +76,7 @@ def test_faithfulness_counts_the_tied_matrix_once() -> None:
 
 
 def test_half_of_a_tied_pair_is_refused() -> None:
-    with pytest.raises(ValueError, match="shares its weight with encoder.W"):
+    with pytest.raises(ValueError, match=r"shares its weight with encoder\.W"):
         decompose(TiedAutoencoder(), {"decoder.W": 3})
 
 

@@ -126,7 +126,9 @@ def test_a_run_killed_at_random_moments_and_resumed_equals_the_uninterrupted_one
 
     def start(run: Path, out: Path) -> subprocess.Popen[str]:
         code = _CHILD.format(root=root, run=str(run), out=str(out))
-        return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)  # fmt: skip
+        command = [sys.executable, "-c", code]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
 
     whole = start(tmp_path / "whole", tmp_path / "whole.safetensors")
     _, errors = whole.communicate(timeout=300)
@@ -279,7 +281,7 @@ def test_a_run_is_never_overwritten_nor_resumed_differently(tmp_path: Path) -> N
     train(_fresh(), [tokens(4)], steps=2, out_dir=tmp_path / "run")
     with pytest.raises(ValueError, match="already holds a run"):
         train(_fresh(), [tokens(4)], steps=2, out_dir=tmp_path / "run")
-    with pytest.raises(ValueError, match="another configuration .different: lr"):
+    with pytest.raises(ValueError, match=r"another configuration \(different: lr"):
         train(_fresh(), [tokens(4)], resume_from=tmp_path / "run", lr=0.5)
     with pytest.raises(ValueError, match="holds neither a run nor a checkpoint"):
         train(_fresh(), [tokens(4)], resume_from=tmp_path)
@@ -307,9 +309,8 @@ def test_ctrl_c_finishes_the_step_saves_and_can_be_resumed(tmp_path: Path) -> No
 
 def test_loggers_get_every_line(tmp_path: Path) -> None:
     seen: list[int] = []
-    result = train(
-        _fresh(), [tokens(4)], steps=5, log_every=2, out_dir=tmp_path / "r", loggers=[lambda step, values: seen.append(step)]
-    )  # fmt: skip
+    logger = lambda step, values: seen.append(step)  # noqa: E731
+    result = train(_fresh(), [tokens(4)], steps=5, log_every=2, out_dir=tmp_path / "run", loggers=[logger])
     assert seen == [0, 2, 4] == [line["step"] for line in result.log]
 
 

@@ -43,15 +43,15 @@ SENTENCE = (
 
 def main(
     layer: Annotated[int, typer.Option(help="Block whose MLP is decomposed.")] = 28,
-    steps: Annotated[int, typer.Option(help="Training steps.")] = 500,
-    windows: Annotated[int, typer.Option(help=f"Training windows of {CONTEXT} tokens.")] = 240,
+    steps: Annotated[int, typer.Option(help="Training steps.")] = 800,
+    windows: Annotated[int, typer.Option(help=f"Training windows of {CONTEXT} tokens.")] = 300,
     out: Annotated[Path, typer.Option(help="Where pictures and the decomposition go.")] = Path("demo_output"),
 ) -> None:
     started = time.perf_counter()
     run_directory = out / time.strftime("run-%Y%m%d-%H%M%S")
     heading("1. A real model and real text")
-    model = load_smollm2()
-    model.eval()
+    # A bridge multiplies with the weights as they are stored; a HookedTransformer transposes them in every pass.
+    model = load_smollm2(host="bridge")
     training = windows_of(model, load_moby_dick("train"), windows)
     held_out = windows_of(model, load_moby_dick("held_out"), 16)
     print(
@@ -71,10 +71,10 @@ def main(
         decomposition,
         train_batches,
         steps=steps,
-        lr=1e-3,
+        lr=4e-3,
         gate_lr=2e-3,
-        minimality=2e-4,
-        faithfulness=1e3,
+        minimality=1.5e-4,
+        faithfulness=100.0,
         clip_subcomponents=1.0,
         clip_gates=1.0,
         precision=precision,
@@ -195,7 +195,7 @@ def show_an_ablation(decomposition: Decomposition, site: str, harvested: SiteHar
 @torch.no_grad()
 def check_reload(decomposition: Decomposition, path: Path, tokens: Tensor) -> None:
     """The logits of a fresh model with the loaded decomposition, under the same random masks."""
-    fresh = Decomposition.from_pretrained(path, load_smollm2())
+    fresh = Decomposition.from_pretrained(path, load_smollm2(host="bridge"))
     generator = torch.Generator().manual_seed(0)
     masks = {name: torch.rand(w.n_subcomponents, generator=generator) for name, w in decomposition.items()}
     logits = []
