@@ -61,7 +61,11 @@ def tiny_tokenizer(cls: type) -> object:
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<|endoftext|>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     special = "<|endoftext|>"
-    return cls(tokenizer_object=tokenizer, eos_token=special, bos_token=special, pad_token=special, unk_token=special)
+    # TransformerLens 4 reads `name_or_path` and whether a BOS is added instead of reloading such a tokenizer.
+    return cls(
+        tokenizer_object=tokenizer, eos_token=special, bos_token=special, pad_token=special, unk_token=special,
+        add_bos_token=True, name_or_path="tiny",
+    )  # fmt: skip
 
 
 def _shake(model: nn.Module, seed: int) -> None:

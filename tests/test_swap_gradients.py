@@ -6,16 +6,16 @@ import copy
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import oracle
 import pytest
 import torch
-from conftest import needs_hooked
-from oracle import CASES, Case, Masks, assert_close, assert_differs
 from torch import Tensor
 from torch.func import functional_call
 
 from spd_lens import Decomposition, decompose
 from spd_lens.subcomponents import SiteMask
+from tests import oracle
+from tests.conftest import needs_hooked
+from tests.oracle import CASES, Case, Masks, assert_close, assert_differs
 
 pytestmark = needs_hooked
 

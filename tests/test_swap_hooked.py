@@ -7,17 +7,17 @@ import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import oracle
 import pytest
 import torch
-from conftest import needs_hooked
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracle import CASES, SWITCHES, Case, Masks, assert_close, assert_differs
 from torch import Tensor
 
 from spd_lens import Decomposition, decompose, decompose_layer
 from spd_lens.subcomponents import SiteMask
+from tests import oracle
+from tests.conftest import needs_hooked
+from tests.oracle import CASES, SWITCHES, Case, Masks, assert_close, assert_differs
 
 pytestmark = needs_hooked
 

@@ -13,16 +13,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import oracle
 import pytest
 import torch
-from conftest import needs_hooked
-from oracle import CASES, Masks, assert_close, assert_differs
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from spd_lens import Decomposition, decompose, decompose_layer
+from tests import oracle
+from tests.conftest import needs_hooked
+from tests.oracle import CASES, Masks, assert_close, assert_differs
 
 pytestmark = needs_hooked
 
@@ -171,6 +171,26 @@ def test_hooks_on_old_names_survive_the_swap_and_its_removal(point: str, permane
     assert calls == [point, point]
     model.reset_hooks(including_permanent=True)
     assert not torch.equal(logits_of(model, tokens), expected)
+
+
+def test_plain_pytorch_hooks_survive_the_swap_and_its_removal() -> None:
+    model = CASES["ln"].build()
+    tokens, calls = oracle.tokens_for(model), []
+    for path in ("blocks.0.mlp", "blocks.0.mlp.hook_post", "blocks.0.mlp.hook_pre", "blocks.0"):
+        model.get_submodule(path).register_forward_pre_hook(lambda module, args, path=path: calls.append(path))
+    logits_of(model, tokens)
+    expected = list(calls)
+    for _ in range(2):
+        copied = copy.deepcopy(all_decomposed(model, gate="attention", gate_width=4))
+        for decomposed in (model, copied.model):
+            calls.clear()
+            logits_of(decomposed, tokens)
+            assert calls == expected
+        copied.remove()
+        calls.clear()
+        logits_of(copied.model, tokens)
+        assert calls == expected
+        model = copied.model
 
 
 def test_removing_inside_a_hook_context_gives_the_target_and_leaves_the_context_usable() -> None:
@@ -754,7 +774,7 @@ import copy, statistics, time, warnings
 warnings.simplefilter("ignore")
 import torch
 torch.set_num_threads(1)
-import oracle
+from tests import oracle
 from spd_lens import decompose
 
 def measure(rounds, batch, pos, **cfg):
@@ -786,7 +806,7 @@ def test_an_unwatched_swap_costs_less_than_two_percent_of_a_forward() -> None:
     must stay under 2 % of 50 ms. Of three ratios at 50 ms the smallest counts, because other load only adds.
     """
     found = subprocess.run(
-        [sys.executable, "-c", MEASURE], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        [sys.executable, "-c", MEASURE], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False
     )
     assert found.returncode == 0, found.stderr
     added, seconds, ratio = map(float, found.stdout.split())

@@ -216,7 +216,7 @@ class BridgeHost(Host):
         kind = _PROJECTIONS[weight]
         bridge = mlp._modules[kind]
         matrix, bias = self._module_weights(name, bridge)
-        # TransformerLens 3.9 multiplies with tensors of its own, which a deep copy parts from the modules' parameters.
+        # TransformerLens 3.9 multiplies with tensors of its own; a deep copy no longer shares them with the modules.
         if hasattr(mlp, f"_processed_{weight}"):
             matrix, bias = StoredMatrix(mlp, f"_processed_{weight}", _OUT_IN), (mlp, f"_processed_b_{kind}")
         source = PointOutput(bridge.hook_in if kind == "out" else mlp.hook_in)
