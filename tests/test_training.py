@@ -190,7 +190,7 @@ def test_training_on_residuals_runs_no_block_before_the_first_decomposed_one(tmp
         return hook
 
     for layer in (0, 1):
-        decomposition.model.blocks[layer].mlp.register_forward_pre_hook(count(layer), with_kwargs=True)
+        decomposition.model.blocks[layer].ln1.register_forward_pre_hook(count(layer), with_kwargs=True)
     train(decomposition, cached, steps=2, out_dir=tmp_path / "run")
     assert calls[0] == 0
     assert calls[1] > 0
