@@ -8,7 +8,7 @@ TL4 ?= 4.3.0
 # One thread per worker: two workers fill two cores without fighting over them.
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest
 
-.PHONY: demo test test-slow test-tl4 check lint format types tutorials lock clean
+.PHONY: demo test test-slow test-tl4 check lint format types examples tutorials lock clean
 
 demo: $(VENV)/.ready
 	$(PY) tutorials/demo.py
@@ -23,7 +23,7 @@ test-slow: $(VENV)/.ready
 test-tl4: .venv-tl4/.ready
 	$(MAKE) test VENV=.venv-tl4
 
-check: lint types test tutorials
+check: lint types test examples tutorials
 
 lint: $(VENV)/.ready
 	$(PY) -m ruff check .
@@ -35,6 +35,10 @@ format: $(VENV)/.ready
 
 types: $(VENV)/.ready
 	$(PY) -m pyright
+
+# Examples in docstrings.
+examples: $(VENV)/.ready
+	$(PYTEST) --doctest-modules spd_lens
 
 tutorials: $(VENV)/.ready
 	$(PYTEST) -m tutorial

@@ -34,18 +34,15 @@ SIZES = {
     "intermediate_size": 24, "max_position_embeddings": 32, "pad_token_id": None, "bos_token_id": 30,
     "eos_token_id": 30,
 }  # fmt: skip
-GROUPED = {**SIZES, "num_key_value_heads": 2, "head_dim": HEAD}
-CONFIGS: dict[str, Callable[[], Any]] = {
-    "gpt2": lambda: transformers.GPT2Config(
-        vocab_size=VOCAB, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS, n_positions=32, n_inner=24,
-        bos_token_id=30, eos_token_id=30,
-    ),
-    "pythia": lambda: transformers.GPTNeoXConfig(**SIZES, rotary_pct=0.5),
-    "llama": lambda: transformers.LlamaConfig(**GROUPED),
-    "mistral": lambda: transformers.MistralConfig(**GROUPED, sliding_window=4),
-    "qwen2": lambda: transformers.Qwen2Config(**SIZES, num_key_value_heads=2),
-    "gemma2": lambda: transformers.Gemma2Config(**GROUPED, sliding_window=4, query_pre_attn_scalar=4),
-}  # fmt: skip
+GROUPED = {"num_key_value_heads": 2, "head_dim": HEAD}
+CONFIGS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "gpt2": lambda sizes: transformers.GPT2Config(**{**sizes, "intermediate_size": None}, n_inner=24),
+    "pythia": lambda sizes: transformers.GPTNeoXConfig(**sizes, rotary_pct=0.5),
+    "llama": lambda sizes: transformers.LlamaConfig(**sizes, **GROUPED),
+    "mistral": lambda sizes: transformers.MistralConfig(**sizes, **GROUPED, sliding_window=4),
+    "qwen2": lambda sizes: transformers.Qwen2Config(**sizes, num_key_value_heads=2),
+    "gemma2": lambda sizes: transformers.Gemma2Config(**sizes, **GROUPED, sliding_window=4, query_pre_attn_scalar=4),
+}
 # Names that TransformerLens's adapters recognise; nothing is downloaded.
 NAMES = {
     "gpt2": "gpt2", "pythia": "EleutherAI/pythia-70m", "llama": "meta-llama/Llama-2-7b-hf",
@@ -72,17 +69,16 @@ class Masks:
 
 
 @lru_cache
-def pristine(family: str) -> nn.Module:
-    """A Hugging Face model with random weights, biases and norm weights; never handed out, only copied."""
-    config = CONFIGS[family]()
+def pristine(family: str, n_layers: int = LAYERS) -> nn.Module:
+    """A Hugging Face model with random weights, biases and norm weights; to be copied, never changed."""
+    config = CONFIGS[family]({**SIZES, "num_hidden_layers": n_layers})
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn_like(parameter)
-            parameter.copy_(
-                parameter + 0.2 * noise if parameter.ndim == 1 else 1.3 * noise / parameter.shape[-1] ** 0.5
-            )
+            is_matrix = parameter.ndim == 2
+            parameter.copy_(1.3 * noise / parameter.shape[-1] ** 0.5 if is_matrix else parameter + 0.2 * noise)
     return model
 
 
@@ -138,41 +134,46 @@ def hf_weight(model: Any, site: str) -> Tensor:
     kind, short = type(model).__name__, site.rsplit(".", 1)[-1]
     layer = int(site.split(".")[1]) if site.startswith("blocks") else -1
     if kind.startswith("GPT2"):
-        roots = {"W_E": model.transformer.wte, "W_pos": model.transformer.wpe}
         block = model.transformer.h[layer]
+        if short == "W_U":
+            return model.lm_head.weight.T
         if short in ("W_Q", "W_K", "W_V"):
             return block.attn.c_attn.weight.split(WIDTH, dim=1)["QKV".index(short[-1])]
-        conv = {"W_O": block.attn.c_proj, "W_in": block.mlp.c_fc, "W_out": block.mlp.c_proj}
-        return {**roots, **conv}[short].weight if short != "W_U" else model.lm_head.weight.T
+        in_out = {
+            "W_E": model.transformer.wte, "W_pos": model.transformer.wpe, "W_O": block.attn.c_proj,
+            "W_in": block.mlp.c_fc, "W_out": block.mlp.c_proj,
+        }  # fmt: skip
+        return in_out[short].weight
     if kind.startswith("GPTNeoX"):
         block = model.gpt_neox.layers[layer]
         if short in ("W_Q", "W_K", "W_V"):
             fused = block.attention.query_key_value.weight.view(HEADS, 3, WIDTH // HEADS, WIDTH)
             return fused[:, "QKV".index(short[-1])].permute(2, 0, 1)
-        linear = {"W_O": block.attention.dense, "W_in": block.mlp.dense_h_to_4h, "W_out": block.mlp.dense_4h_to_h}
-        return (
-            {**linear, "W_U": model.get_output_embeddings()}[short].weight.T
-            if short != "W_E"
-            else (model.gpt_neox.embed_in.weight)
-        )
+        if short == "W_E":
+            return model.gpt_neox.embed_in.weight
+        out_in = {
+            "W_O": block.attention.dense, "W_in": block.mlp.dense_h_to_4h, "W_out": block.mlp.dense_4h_to_h,
+            "W_U": model.get_output_embeddings(),
+        }  # fmt: skip
+        return out_in[short].weight.T
     block, attention = model.model.layers[layer], model.model.layers[layer].self_attn
     if short == "W_E":
         return model.model.embed_tokens.weight
-    linear = {
+    out_in = {
         "W_Q": attention.q_proj, "W_K": attention.k_proj, "W_V": attention.v_proj, "W_O": attention.o_proj,
         "W_gate": block.mlp.gate_proj, "W_in": block.mlp.up_proj, "W_out": block.mlp.down_proj, "W_U": model.lm_head,
     }  # fmt: skip
-    return linear[short].weight.T
+    return out_in[short].weight.T
 
 
 def bridge_weight(model: Any, site: str) -> Tensor:
-    """A view of the tensor that a bridge with processed weights multiplies with, as `[d_in, d_out]`."""
+    """A view of the tensor that a bridge multiplies with, as `[d_in, d_out]`."""
     parts = site.split(".")
     if parts[0] != "blocks":
         weight = getattr(model, parts[0]).original_component.weight
         return weight.T if parts[0] == "unembed" else weight
     component, short = getattr(model.blocks[int(parts[1])], parts[2]), parts[3]
-    if TL_MAJOR == 3 and model.cfg.gated_mlp and parts[2] == "mlp":
+    if TL_MAJOR == 3 and model.cfg.gated_mlp and parts[2] == "mlp" and model._weights_processed:
         return getattr(component, f"_processed_{short}").T
     name = {"W_Q": "q", "W_K": "k", "W_V": "v", "W_O": "o", "W_gate": "gate", "W_in": "in", "W_out": "out"}[short]
     module = getattr(component, name).original_component

@@ -21,6 +21,7 @@ from tests.bridge_models import (
     HEADS,
     LAYERS,
     MODES,
+    SIZES,
     TOLERANCE,
     VOCAB,
     WIDTH,
@@ -45,20 +46,21 @@ from tests.bridge_models import (
 
 @pytest.mark.parametrize(("family", "mode"), [(family, mode) for family in CONFIGS for mode in MODES[:2]])
 def test_starting_at_a_block_gives_the_whole_pass_and_runs_no_other_block(family: str, mode: str) -> None:
-    host = BridgeHost(boot(family, mode))
+    n_layers = 3
+    host = BridgeHost(boot(family, mode, copy.deepcopy(pristine(family, n_layers))))
     ran: list[int] = []
     for index, block in enumerate(host.model.blocks):
         block.original_component.register_forward_pre_hook(lambda *_, index=index: ran.append(index))
     with torch.no_grad():
         for tokens in (random_tokens(), random_tokens(3, 4), random_tokens(1, 1)):
             expected = host.forward(tokens)
-            for layer in range(LAYERS):
+            for layer in range(n_layers):
                 ran.clear()
                 residual = host.residual_before(layer, tokens)
                 assert ran == list(range(layer))
                 ran.clear()
                 assert torch.equal(host.forward_from(layer, residual), expected)
-                assert ran == list(range(layer, LAYERS))
+                assert ran == list(range(layer, n_layers))
     assert torch.equal(run(host.model, random_tokens(1, 1)), expected), "the model keeps nothing of a partial pass"
 
 
@@ -232,15 +234,10 @@ def test_models_of_transformer_lens_itself_are_exact(gated: bool) -> None:
         for layer in range(LAYERS):
             assert torch.equal(host.forward_from(layer, host.residual_before(layer, tokens)), written(tokens))
         for site, these in masks.items():
-            view = bridge_weight(written, site) if ".mlp." not in site else mlp_view(written, site)
+            view = bridge_weight(written, site)
             view.copy_(these.applied_to(view.clone()))
         expected = written(tokens)
     assert_close(run(model, tokens, mask_hooks(decomposition, masks)), expected, TOLERANCE)
-
-
-def mlp_view(model: Any, site: str) -> Tensor:
-    name = {"W_gate": "gate", "W_in": "in", "W_out": "out"}[site.rsplit(".", 1)[-1]]
-    return getattr(model.blocks[int(site.split(".")[1])].mlp, name).original_component.weight.T
 
 
 # -- provenance and refusals -------------------------------------------------------------------------------------------
@@ -315,7 +312,7 @@ def test_two_decompositions_of_one_model_are_removed_one_by_one() -> None:
     [
         (
             "mistralai/Mixtral-8x7B-v0.1",
-            transformers.MixtralConfig(**GROUPED, num_local_experts=2, num_experts_per_tok=1),
+            transformers.MixtralConfig(**SIZES, **GROUPED, num_local_experts=2, num_experts_per_tok=1),
             "blocks.0.mlp.W_in",
             "is a MoEBridge, in which TransformerLens shows no single matrix",
         ),
