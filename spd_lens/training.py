@@ -305,7 +305,10 @@ def _make_accelerator(decomposition: Decomposition, config: TrainConfig) -> Any:
     accelerator = Accelerator(
         mixed_precision="bf16" if config.precision == "bf16" else "no", cpu=decomposition.device.type == "cpu"
     )
-    if accelerator.num_processes > 1 and accelerator.device != decomposition.device:
+    elsewhere = accelerator.device.type != decomposition.device.type or (
+        accelerator.device.type != "cpu" and accelerator.device != decomposition.device
+    )
+    if accelerator.num_processes > 1 and elsewhere:
         raise ValueError(
             f"process {accelerator.process_index} should run on {accelerator.device}, but its decomposition is on "
             f"{decomposition.device}; move it there with decomposition.to(...) before train()"

@@ -96,9 +96,19 @@ def _enter(
     return (residual, *args[1:]), kwargs
 
 
-def _skip(*args: Any, unused: Any, **kwargs: Any) -> Any:
-    """Forward of a block that is left out; what it returns never reaches the block that is entered."""
-    return unused
+class _SkippedBlock(nn.Module):
+    """Stands for a block that is left out of a pass; what it returns never reaches the block that is entered."""
+
+    def __init__(self, block: nn.Module, unused: Any) -> None:
+        super().__init__()
+        self.__dict__.update(block=block, unused=unused)
+
+    def __getattr__(self, name: str) -> Any:
+        # The loop around the blocks may ask a block which kind of attention it has.
+        return getattr(self.__dict__["block"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__["unused"]
 
 
 def _refuse(*args: Any, method: str, **kwargs: Any) -> None:
@@ -331,19 +341,18 @@ class BridgeHost(Host):
     def _entering(self, layer: int, residual: Tensor) -> Iterator[None]:
         """While open, a pass leaves out the blocks before `layer`, and `residual` enters that one."""
         block = self._block(layer)
-        skipped = list(self._blocks())[:layer]
-        # What the loop around the blocks can take apart: TransformerLens's native models unpack `(hidden_states,)`.
+        # The very list that the Hugging Face model loops over.
+        blocks = self._blocks()._modules
+        skipped = dict(list(blocks.items())[:layer])
+        # What the loop can take apart: TransformerLens's native models unpack `(hidden_states,)`.
         unused = residual if isinstance(self.model.original_model, PreTrainedModel) else (residual,)
         handle = block.register_forward_pre_hook(partial(_enter, residual=residual), with_kwargs=True, prepend=True)
         try:
-            for other in skipped:
-                # Not by setattr, which a bridge component hands on to the module that it wraps.
-                other.__dict__["forward"] = partial(_skip, unused=unused)
+            blocks.update({index: _SkippedBlock(other, unused) for index, other in skipped.items()})
             yield
         finally:
+            blocks.update(skipped)
             handle.remove()
-            for other in skipped:
-                other.__dict__.pop("forward", None)
 
     def _block(self, layer: int) -> nn.Module:
         count = self.n_layers()
