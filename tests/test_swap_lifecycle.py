@@ -792,7 +792,7 @@ def measure(rounds, batch, pos, **cfg):
 
 short = measure(300, 1, 4, n_ctx=128)
 print(statistics.median(b - a for a, b in zip(*short)))
-large = [measure(25, 4, 128, n_ctx=128, d_model=256, d_head=64, d_mlp=1024, d_vocab=1000) for _ in range(3)]
+large = [measure(20, 8, 128, n_ctx=128, d_model=256, d_head=64, d_mlp=1024, d_vocab=1000) for _ in range(3)]
 print(min(statistics.median(times[0]) for times in large))
 print(min(statistics.median(b / a for a, b in zip(*times)) for times in large))
 """

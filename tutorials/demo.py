@@ -43,7 +43,7 @@ SENTENCE = (
 
 def main(
     layer: Annotated[int, typer.Option(help="Block whose MLP is decomposed.")] = 28,
-    steps: Annotated[int, typer.Option(help="Training steps.")] = 800,
+    steps: Annotated[int, typer.Option(help="Training steps.")] = 1_000,
     windows: Annotated[int, typer.Option(help=f"Training windows of {CONTEXT} tokens.")] = 300,
     out: Annotated[Path, typer.Option(help="Where pictures and the decomposition go.")] = Path("demo_output"),
 ) -> None:
@@ -72,7 +72,7 @@ def main(
         train_batches,
         steps=steps,
         lr=2e-3,
-        minimality=1e-4,
+        minimality=8e-5,
         p_start=1.0,
         p_end=0.5,
         faithfulness=100.0,
@@ -92,12 +92,14 @@ def main(
     heading("5. What the most used subcomponents fire on (held-out text)")
     harvested = harvest(decomposition, held_out_batches, top_k=4, before=8, after=2)
     site = f"blocks.{layer}.mlp.W_in"
-    # Above one half of all positions there is nothing specific to read.
-    shown = harvested[site].most_used(8, below=0.5)
-    print_contexts(model, site, harvested[site], shown)
+    often, seldom = harvested[site].most_used(4), harvested[site].most_used(8, below=0.05)
+    print("The four that are on most often:")
+    print_contexts(model, site, harvested[site], often)
+    print("The most used of those that are on at under 5 % of positions:")
+    print_contexts(model, site, harvested[site], seldom)
 
     heading("6. Ablate one of them with an ordinary hook")
-    show_an_ablation(decomposition, site, harvested[site], shown)
+    show_an_ablation(decomposition, site, harvested[site], seldom)
 
     heading("7. Save, load into a fresh model, compare")
     decomposition.save_pretrained(out / "decomposition")
@@ -170,7 +172,7 @@ def context(model: object, example: Example) -> str:
 
 @torch.no_grad()
 def show_an_ablation(decomposition: Decomposition, site: str, harvested: SiteHarvest, ids: list[int]) -> None:
-    """Of the shown subcomponents, take the one whose removal moves the next token most, and print how."""
+    """Of the given subcomponents, take the one whose removal moves the next token most, and print how."""
     model = decomposition.model
     best: tuple[float, int, Tensor, Tensor, Tensor] | None = None
     for c in ids:
