@@ -12,6 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -23,11 +24,32 @@ SHOWN_ABOVE = 0.1
 
 
 def strongest(importance: Float[Tensor, "pos C"], n: int) -> list[int]:
-    """Ids of at most `n` subcomponents with importance above 0.1 somewhere, in the order of where they peak."""
-    peak, where = importance.max(dim=0)
-    chosen = peak.argsort(descending=True, stable=True)[:n]
-    chosen = chosen[peak[chosen] > SHOWN_ABOVE]
-    return sorted((int(c) for c in chosen), key=lambda c: (int(where[c]), c))
+    """Ids of at most `n` subcomponents worth showing, in the order of the tokens that they are shown for.
+
+    Every position in turn names the subcomponent (with importance above 0.1 there) that stands out most against its own
+    mean over the text, so that one position where everything fires does not fill the picture.
+    """
+    contrast = importance - importance.mean(dim=0)
+    contrast = contrast.masked_fill(importance <= SHOWN_ABOVE, -torch.inf)
+    position_order = contrast.amax(dim=1).argsort(descending=True, stable=True).tolist()
+    ranked = contrast.argsort(dim=1, descending=True, stable=True)
+    chosen: dict[int, int] = {}
+    next_rank = [0] * len(position_order)
+    progress = True
+    while progress and len(chosen) < n:
+        progress = False
+        for position in position_order:
+            while next_rank[position] < ranked.shape[1]:
+                c = int(ranked[position, next_rank[position]])
+                next_rank[position] += 1
+                if contrast[position, c] == -torch.inf:
+                    next_rank[position] = ranked.shape[1]
+                elif c not in chosen:
+                    chosen[c], progress = position, True
+                    break
+            if len(chosen) == n:
+                break
+    return sorted(chosen, key=lambda c: (chosen[c], c))
 
 
 def importance_figure(
