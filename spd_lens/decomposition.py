@@ -113,12 +113,14 @@ class Decomposition(Mapping[str, DecomposedWeight]):
 
         With `start_at=L`, `batch` is the residual stream that enters block L and only blocks from L on are run.
         """
+        self._check_present()
         with torch.no_grad(), record_inputs(self._weights) as inputs, self._capture(hidden_points) as hidden:
             output = self._run(batch, start_at)
         return CleanPass(output, inputs, hidden)
 
     def masked_forward(self, batch: Tensor, masks: Mapping[str, SiteMask], *, start_at: int | None = None) -> Tensor:
         """The model's output with the given masks at the named sites and the target everywhere else."""
+        self._check_present()
         with given_masks(self._weights, masks):
             return self._run(batch, start_at)
 
@@ -126,6 +128,7 @@ class Decomposition(Mapping[str, DecomposedWeight]):
         self, batch: Tensor, masks: Mapping[str, SiteMask], points: Sequence[str], *, start_at: int | None = None
     ) -> dict[str, Tensor]:
         """As `masked_forward`, but the activations of the named hook points, with gradients (L7)."""
+        self._check_present()
         with given_masks(self._weights, masks), self._capture(points) as hidden:
             self._run(batch, start_at)
         return hidden
@@ -150,6 +153,12 @@ class Decomposition(Mapping[str, DecomposedWeight]):
     def pre_importances(self, inputs: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "*batch _"]]:
         """Pre-activations `p [batch pos C]` of every site's gate, from the clean inputs `x` (S4)."""
         if self.global_gate is not None:
+            split = [name for name, x in inputs.items() if x.ndim == 4]
+            if split:
+                raise ValueError(
+                    f"the global gate reads one input per position, but under use_split_qkv_input (or use_attn_in) "
+                    f"{split[0]} has one per head; switch that off while asking for importances"
+                )
             dense = {
                 name: x if x.is_floating_point() else self[name].target_weight[x.clamp_min(0)]
                 for name, x in inputs.items()

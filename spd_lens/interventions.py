@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -64,20 +65,29 @@ def _mask_hook(weight: DecomposedWeight, factor: Tensor) -> tuple[str, Any]:
 
 
 def _delta_hook(weight: DecomposedWeight, factor: float | Tensor) -> tuple[str, Any]:
-    factor = factor if isinstance(factor, Tensor) else torch.tensor(float(factor), device=weight.V.device)
+    factor = factor if isinstance(factor, Tensor) else weight.V.new_tensor(float(factor))
     return weight.site.point_names()[3], partial(_multiply, factor=factor, n_trailing=0)
 
 
 def _multiply(value: Tensor, hook: Any, *, factor: Tensor, n_trailing: int) -> Tensor:
     """Hook: `value * factor`; a factor given per position also fits values with a head axis after the positions."""
     factor = factor.to(value.device)
-    while n_trailing < factor.ndim < value.ndim:
+    if factor.ndim == 2 + n_trailing and value.ndim == 3 + n_trailing:
         factor = factor.unsqueeze(-1 - n_trailing)
+    elif factor.ndim not in (0, n_trailing, value.ndim):
+        raise ValueError(
+            f"{hook.name} is {tuple(value.shape)} in this pass and was given a factor {tuple(factor.shape)}; "
+            f"expected the same number of axes, or {'[C]' if n_trailing else 'one number'}"
+        )
     return value * factor
 
 
 def _checked_ids(weight: DecomposedWeight, ids: Iterable[int]) -> list[int]:
-    chosen, count = [int(c) for c in ids], weight.n_subcomponents
+    chosen, count = [c.item() if isinstance(c, Tensor) else c for c in ids], weight.n_subcomponents
+    odd = [c for c in chosen if isinstance(c, bool) or not isinstance(c, Integral)]
+    if odd:
+        raise TypeError(f"subcomponents {odd[:5]} of {weight.site.name}: expected integer ids in 0..{count - 1}")
+    chosen = [int(c) for c in chosen]
     wrong = [c for c in chosen if not 0 <= c < count]
     if wrong:
         raise ValueError(f"subcomponents {wrong[:5]} of {weight.site.name}: expected ids in 0..{count - 1}")

@@ -95,6 +95,13 @@ def _has_hook(point: HookPoint) -> bool:
     return bool(point._forward_hooks or point._backward_hooks or point._forward_pre_hooks or point._backward_pre_hooks)
 
 
+def _over_heads(value: Tensor | None, a: Tensor, *, n_trailing: int) -> Tensor | None:
+    """A value given per position, with a head axis where the activations `a [batch pos head C]` have one."""
+    if value is not None and a.ndim == 4 and value.ndim == 2 + n_trailing:
+        return value.unsqueeze(-1 - n_trailing)
+    return value
+
+
 class ReadPoint(HookPoint):
     """A HookPoint that hands what it returns, after all its hooks have run, to the sites that read it.
 
@@ -168,6 +175,10 @@ class DecomposedWeight(ReadPoint):
             raise ValueError(f"subcomponent {c} of {self.site.name}: expected 0..{self.n_subcomponents - 1}")
         return FactoredMatrix(self.V[:, c : c + 1], self.U[c : c + 1, :])
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles take nothing of a pass: an input that a raising hook left behind cannot be copied."""
+        return {**self.__dict__, "current_input": None, "recording": None, "given": None}
+
     # -- the forward pass ------------------------------------------------------------------------------------
 
     def is_watched(self) -> bool:
@@ -189,7 +200,7 @@ class DecomposedWeight(ReadPoint):
         watched = recording is None and given is None and self.is_watched()
         if recording is None and given is None and not watched:
             return y0
-        x = self._take_input()
+        x = self._take_input(y0)
         if recording is not None:
             recording[self.site.name] = x
             return y0
@@ -197,7 +208,7 @@ class DecomposedWeight(ReadPoint):
             return self.masked_output(y0, x, given)
         return self._hooked_output(y0, x)
 
-    def _take_input(self) -> Tensor:
+    def _take_input(self, y0: Tensor) -> Tensor:
         x = self.__dict__["current_input"]
         if x is None:
             raise RuntimeError(
@@ -205,7 +216,12 @@ class DecomposedWeight(ReadPoint):
                 "the model; run the whole model (or from the block onwards), not the HookPoint alone"
             )
         self.__dict__["current_input"] = None
-        if self.site.flatten_input and x.shape[-1] != self.V.shape[0]:
+        if self.site.module_output is not None and self.site.module_output._forward_hooks:
+            raise RuntimeError(
+                f"{self.site.name}: a PyTorch forward hook on its {type(self.site.module_output).__name__} may change "
+                "the output before the masks act on it; use a TransformerLens hook"
+            )
+        if self.site.flatten_input and x.ndim > y0.ndim:
             x = rearrange(x, "... head_index d_head -> ... (head_index d_head)")
         return x
 
@@ -216,10 +232,11 @@ class DecomposedWeight(ReadPoint):
     def masked_output(self, y0: Tensor, x: Tensor, given: SiteMask) -> Tensor:
         """M2 with masks handed over directly instead of by hooks; the result is the same."""
         a = self.activations(x)
-        mask, delta = given.mask, given.delta
-        if given.routed is not None:
-            mask = None if mask is None else torch.where(given.routed.unsqueeze(-1), mask, 1.0)
-            delta = None if delta is None else torch.where(given.routed, delta, 1.0)
+        mask = _over_heads(given.mask, a, n_trailing=1)
+        delta, routed = (_over_heads(value, a, n_trailing=0) for value in (given.delta, given.routed))
+        if routed is not None:
+            mask = None if mask is None else torch.where(routed.unsqueeze(-1), mask, 1.0)
+            delta = None if delta is None else torch.where(routed, delta, 1.0)
         return self._combine(y0, x, a, a, mask, delta)
 
     def _hooked_output(self, y0: Tensor, x: Tensor) -> Tensor:
@@ -286,7 +303,8 @@ class DecomposedWeight(ReadPoint):
         y = y0 + self._through_U(scaled - explained, y0)
         if delta is not None:
             dense = self._dense_part(y0, x)
-            weight = (1 - delta).reshape(*delta.shape, *([1] * (dense.ndim - delta.ndim)))
+            weight = (1 - delta).expand(a.shape[:-1])
+            weight = weight.reshape(*weight.shape, *([1] * (dense.ndim - weight.ndim)))
             y = y - weight * dense
         return y.to(y0.dtype)
 
@@ -294,7 +312,8 @@ class DecomposedWeight(ReadPoint):
         """`coefficients @ U` in the shape of `y0`, which may have a head axis and repeat grouped heads."""
         U = self.U
         split_input = coefficients.ndim == y0.ndim
-        has_heads = y0.shape[-1] != U.shape[1]
+        # By the number of axes too: with one stored head, d_head is all of d_out.
+        has_heads = y0.ndim > coefficients.ndim or y0.shape[-1] != U.shape[1]
         if not has_heads:
             return coefficients @ U
         d_head = y0.shape[-1]
@@ -314,7 +333,12 @@ class DecomposedWeight(ReadPoint):
             dense = matmul_or_lookup(x, self.target_weight)
             return dense.reshape(y0.shape)
         bias = self.bias
-        return y0 if bias is None else y0 - bias.to(y0.device)
+        if bias is None:
+            return y0
+        if bias.ndim == 2 and bias.shape[0] != y0.shape[-2]:  # grouped keys, which the host has repeated
+            bias = bias.repeat_interleave(y0.shape[-2] // bias.shape[0], dim=0)
+        # Not in half precision: the rounding that y0 has already must cancel where delta is 0.
+        return y0.to(torch.promote_types(y0.dtype, torch.float32)) - bias.to(y0.device)
 
 
 # -- passes without hooks: what training and evaluation use ---------------------------------------------------------
@@ -342,11 +366,11 @@ def given_masks(weights: Mapping[str, DecomposedWeight], masks: Mapping[str, Sit
 
     The other sites act as they do without this.
     """
+    before = {name: weight.__dict__["given"] for name, weight in weights.items()}
     try:
         for name, weight in weights.items():
-            if name in masks:
-                weight.__dict__["given"] = masks[name]
+            weight.__dict__["given"] = masks.get(name, before[name])
         yield
     finally:
-        for weight in weights.values():
-            weight.__dict__["given"] = None
+        for name, weight in weights.items():
+            weight.__dict__["given"] = before[name]

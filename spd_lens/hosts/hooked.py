@@ -45,8 +45,8 @@ class HookedHost(Host):
 
     def site_names(self) -> list[str]:
         cfg = self.model.cfg
-        names = ["embed.W_E"]
-        if hasattr(self.model, "pos_embed"):
+        names = ["embed.W_E"] if hasattr(self.model, "hook_embed") else []
+        if cfg.positional_embedding_type in ("standard", "shortformer"):
             names.append("pos_embed.W_pos")
         for layer in range(cfg.n_layers):
             names += [f"blocks.{layer}.attn.W_{kind}" for kind in "QKVO"]
@@ -125,6 +125,7 @@ class HookedHost(Host):
                 bias=(attn, "b_O"),
                 flatten_input=True,
                 recompute_dense=(attn.cfg, "use_attn_result"),
+                module_output=attn,
             )
         kind = weight[-1]
         grouped = kind in "KV" and hasattr(attn, f"_W_{kind}")
@@ -150,6 +151,8 @@ class HookedHost(Host):
                 "which has no single matrix of that name (mixture-of-experts weights are not supported)"
             )
         gated = hasattr(mlp, "W_gate")
+        if gated and weight == "W_in" and self.model.cfg.is_layer_norm_activation():
+            raise ValueError(f"{name} is never used: with act_fn={self.model.cfg.act_fn!r} a gated MLP leaves it out")
         common: dict[str, Any] = {
             "name": name,
             "point_stem": f"blocks.{layer}.hook_{weight}",
@@ -159,7 +162,13 @@ class HookedHost(Host):
         }
         if weight == "W_out":
             self._refuse_norm_after(name, "hook_mlp_out")
-            return Site(**common, output=block.hook_mlp_out, source=PointOutput(mlp.hook_post), bias=(mlp, "b_out"))
+            return Site(
+                **common,
+                output=block.hook_mlp_out,
+                source=PointOutput(mlp.hook_post),
+                bias=(mlp, "b_out"),
+                module_output=mlp,
+            )
         # A gated MLP adds b_in after the product, so hook_pre_linear sees x @ W_in alone.
         output = mlp.hook_pre_linear if gated and weight == "W_in" else mlp.hook_pre
         bias = None if gated else (mlp, "b_in")

@@ -93,6 +93,7 @@ class Site:
     - `tied_to`: the site whose matrix is the transpose of this one; both share their subcomponents.
     - `recompute_dense`: `(object, flag)`; while the flag is true other hooks may change the output between the
       matmul and the HookPoint, so `x @ W` is computed rather than taken as `y0 - b`.
+    - `module_output`: the module whose return value is `y0`; its own PyTorch forward hooks would act in between.
     """
 
     name: str
@@ -107,6 +108,7 @@ class Site:
     flatten_input: bool = False
     tied_to: str | None = None
     recompute_dense: tuple[Any, str] | None = None
+    module_output: nn.Module | None = None
 
     @property
     def short_name(self) -> str:
