@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 import pickle
 import subprocess
 import sys
@@ -769,47 +770,14 @@ def test_left_padding_on_another_device_never_touches_the_cpu() -> None:
 
 # -- cost ------------------------------------------------------------------------------------------------------
 
-MEASURE = """
-import copy, statistics, time, warnings
-warnings.simplefilter("ignore")
-import torch
-torch.set_num_threads(1)
-from tests import oracle
-from spd_lens import decompose
-
-def measure(rounds, batch, pos, **cfg):
-    target = oracle.tiny_model(n_layers=4, **cfg)
-    models = [target, decompose(copy.deepcopy(target), dict.fromkeys(oracle.all_sites(target), 8)).model]
-    tokens = oracle.tokens_for(target, batch=batch, pos=pos)
-    times = [[], []]
-    with torch.no_grad():
-        for i in range(rounds):
-            for which in (0, 1) if i % 2 else (1, 0):
-                start = time.process_time()
-                models[which](tokens)
-                times[which].append(time.process_time() - start)
-    return times
-
-short = measure(300, 1, 4, n_ctx=128)
-print(statistics.median(b - a for a, b in zip(*short)))
-large = [measure(20, 8, 128, n_ctx=128, d_model=256, d_head=64, d_mlp=1024, d_vocab=1000) for _ in range(3)]
-print(min(statistics.median(times[0]) for times in large))
-print(min(statistics.median(b / a for a, b in zip(*times)) for times in large))
-"""
-
 
 @pytest.mark.slow
 def test_an_unwatched_swap_costs_less_than_two_percent_of_a_forward() -> None:
-    """Paired medians, in a process of its own: this one checks types at every call, which costs several per cent.
-
-    The cost does not depend on the sizes, so it is also measured where a forward is short and the clock is sure: it
-    must stay under 2 % of 50 ms. Of three ratios at 50 ms the smallest counts, because other load only adds.
-    """
-    found = subprocess.run(
-        [sys.executable, "-c", MEASURE], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False
-    )
+    """In a process of its own: this one checks types at every call, which costs several per cent."""
+    script = Path(__file__).parents[1] / "benchmarks" / "overhead.py"
+    found = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
-    added, seconds, ratio = map(float, found.stdout.split())
-    assert added < 0.02 * 0.05, f"27 sites add {1e3 * added:.2f} ms"
-    assert seconds >= 0.05, "a forward is too short to measure 2 % of it"
-    assert ratio < 1.02, f"the swapped forward takes {100 * (ratio - 1):.1f} % longer"
+    measured = json.loads(found.stdout)
+    assert measured["added_ms"] < 0.02 * 50, measured
+    assert measured["forward_ms"] >= 50, "a forward is too short to measure 2 % of it"
+    assert measured["ratio"] < 1.02, measured
