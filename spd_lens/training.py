@@ -13,9 +13,9 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,29 +24,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from spd_lens.adversary import PersistentSources, ascend, random_sources
-from spd_lens.config import Reconstruction, TrainConfig
+from spd_lens.config import TrainConfig
 from spd_lens.data import Batch, as_batch
 from spd_lens.decomposition import ALIVE_ABOVE, Decomposition
-from spd_lens.gates import lower_squash, upper_squash
 from spd_lens.hosts import token_arguments_error
-from spd_lens.losses import (
-    faithfulness_loss,
-    frequency_loss,
-    hidden_reconstruction_loss,
-    minimality_loss,
-    reconstruction_loss,
-)
-from spd_lens.masks import sample_masks, sample_routing
-from spd_lens.run_files import (
-    Checkpoint,
-    Logger,
-    RunFiles,
-    load_optimizer_tensors,
-    open_run,
-    optimizer_tensors,
-    read_checkpoint,
-)
+from spd_lens.run_files import Checkpoint, Logger, RunFiles, open_run, read_checkpoint
+from spd_lens.step import Learner, faithfulness, training_losses
 
 
 @dataclass(frozen=True)
@@ -63,40 +46,6 @@ class TrainResult:
     def final(self) -> dict[str, Any]:
         """The last line of the log."""
         return self.log[-1] if self.log else {}
-
-
-@dataclass
-class _Learner:
-    """Everything that changes while training, and so everything that a checkpoint holds."""
-
-    decomposition: Decomposition
-    config: TrainConfig
-    optimizer: torch.optim.Optimizer
-    generators: dict[str, torch.Generator]
-    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
-    sum_over_processes: Callable[[Tensor], Tensor] | None = None
-    adversaries: dict[str, PersistentSources] = field(default_factory=dict)
-    targets: dict[str, Tensor] = field(default_factory=dict)
-
-    def tensors(self) -> dict[str, Tensor]:
-        tensors = {f"decomposition.{name}": t for name, t in self.decomposition.tensors().items()}
-        tensors |= optimizer_tensors(self.optimizer, "adam")
-        tensors |= {f"generator.{name}": g.get_state() for name, g in self.generators.items()}
-        for term, adversary in self.adversaries.items():
-            tensors |= {f"adversary.{term}|{key}": value for key, value in adversary.tensors_by_name().items()}
-        return tensors
-
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        def below(prefix: str) -> dict[str, Tensor]:
-            return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-        self.decomposition.load_tensors(below("decomposition."))
-        load_optimizer_tensors(self.optimizer, "adam", tensors)
-        for name, generator in self.generators.items():
-            generator.set_state(tensors[f"generator.{name}"])
-        for name in {key.removeprefix("adversary.").split("|")[0] for key in tensors if key.startswith("adversary.")}:
-            saved = below(f"adversary.{name}|")
-            self.adversaries[name] = PersistentSources.from_tensors(saved, device=self.decomposition.device)
 
 
 def train(
@@ -188,85 +137,7 @@ def train(
     return TrainResult(step, config, log, files.directory, interrupted)
 
 
-def training_losses(learner: _Learner, batch: Batch, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """All terms of the loss at a step, by name and unweighted, and the importances `g` (lower squashing)."""
-    decomposition, config = learner.decomposition, learner.config
-    with learner.autocast():
-        clean = decomposition.clean_pass(batch.inputs, start_at=batch.start_at, hidden_points=config.hidden_points)
-        pre = decomposition.pre_importances(clean.inputs)
-    pre = {name: p if p.dtype == torch.float64 else p.float() for name, p in pre.items()}
-    lower = {name: lower_squash(p, variant=config.squash) for name, p in pre.items()}
-    upper = {name: upper_squash(p) for name, p in pre.items()}
-
-    losses: dict[str, Tensor] = {}
-    if config.faithfulness > 0:
-        losses["faithfulness"] = _faithfulness(learner)
-    exponent = config.p_at(step)
-    if config.minimality > 0:
-        losses["minimality"] = minimality_loss(upper, p=exponent, position_mask=batch.position_mask)
-    if config.frequency > 0:
-        losses["frequency"] = frequency_loss(
-            upper, p=exponent, position_mask=batch.position_mask, sum_over_processes=learner.sum_over_processes
-        )
-    for term in config.reconstructions:
-        losses[term.name] = _reconstruction(learner, term, batch, clean.output, lower)
-    if config.hidden > 0:
-        masks = sample_masks(lower, delta=config.delta, generator=learner.generators["masks"])
-        with learner.autocast():
-            hidden = decomposition.masked_hidden(batch.inputs, masks, config.hidden_points, start_at=batch.start_at)
-        losses["hidden"] = hidden_reconstruction_loss(clean.hidden, hidden, position_mask=batch.position_mask)
-    return losses, lower
-
-
-def _reconstruction(
-    learner: _Learner, term: Reconstruction, batch: Batch, clean_output: Tensor, lower: Mapping[str, Tensor]
-) -> Tensor:
-    """One reconstruction term; adversaries climb the very passes that the loss then uses."""
-    config, generators = learner.config, learner.generators
-
-    def forward(masks: Mapping[str, Any]) -> Tensor:
-        with learner.autocast():
-            return learner.decomposition.masked_forward(batch.inputs, masks, start_at=batch.start_at)
-
-    def loss(g: Mapping[str, Tensor], masks: Any, routing: Any, draws: int = 1) -> Tensor:
-        return reconstruction_loss(
-            forward,
-            clean_output,
-            g,
-            masks=masks,
-            routing=routing,
-            kind=config.divergence,
-            delta=config.delta,
-            draws=draws,
-            position_mask=batch.position_mask,
-            generator=generators["masks"],
-            routing_generator=generators["routing"],
-        )
-
-    if term.masks not in ("pgd", "persistent"):
-        return loss(lower, term.masks, term.routing, term.draws)
-    detached = {name: g.detach() for name, g in lower.items()}
-    shapes = {name: g.shape[:-1] for name, g in lower.items()}
-    passes = sample_routing(shapes, term.routing, generator=generators["routing"])
-    if term.masks == "pgd":
-        start = random_sources(detached, term.pgd.scope, generators["adversary"])
-        sources = ascend(lambda s: loss(detached, s, passes), start, term.pgd)
-        return loss(lower, sources, passes)
-    if term.name not in learner.adversaries:
-        learner.adversaries[term.name] = PersistentSources(
-            detached, warm_steps=term.pgd.steps, generator=generators["adversary"]
-        )
-    adversary = learner.adversaries[term.name]
-    adversary.warm(lambda s: loss(detached, s, passes))
-    return loss(lower, adversary.tensors(), passes)
-
-
-def _faithfulness(learner: _Learner) -> Tensor:
-    weights = learner.decomposition
-    return faithfulness_loss((learner.targets[name], w.V, w.U) for name, w in weights.items() if w.tied_to is None)
-
-
-def _warm_up_faithfulness(learner: _Learner) -> None:
+def _warm_up_faithfulness(learner: Learner) -> None:
     """L8: some steps on faithfulness alone, with an optimiser that is thrown away."""
     config = learner.config
     if config.faithfulness_warmup == 0:
@@ -274,7 +145,7 @@ def _warm_up_faithfulness(learner: _Learner) -> None:
     parameters = learner.decomposition.subcomponent_parameters()
     optimizer = torch.optim.Adam(parameters, lr=config.faithfulness_warmup_lr)
     for _ in tqdm(range(config.faithfulness_warmup), desc="faithfulness warm-up", leave=False):
-        _faithfulness(learner).backward()
+        faithfulness(learner).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -316,7 +187,7 @@ def _make_accelerator(decomposition: Decomposition, config: TrainConfig) -> Any:
     return accelerator
 
 
-def _make_learner(decomposition: Decomposition, config: TrainConfig, accelerator: Any) -> _Learner:
+def _make_learner(decomposition: Decomposition, config: TrainConfig, accelerator: Any) -> Learner:
     groups = [{"params": decomposition.subcomponent_parameters()}, {"params": decomposition.gate_parameters()}]
     device = decomposition.device
     seed = config.seed * 1_000_003 + accelerator.process_index * 101
@@ -326,7 +197,7 @@ def _make_learner(decomposition: Decomposition, config: TrainConfig, accelerator
         # On the CPU, so that which rows are routed is known without waiting for the device.
         "routing": torch.Generator().manual_seed(seed + 3),
     }
-    learner = _Learner(decomposition, config, torch.optim.Adam(groups, lr=config.lr), generators)
+    learner = Learner(decomposition, config, torch.optim.Adam(groups, lr=config.lr), generators)
     learner.autocast = accelerator.autocast if config.precision == "bf16" else nullcontext
     learner.targets = {name: w.target_weight.detach() for name, w in decomposition.items()}
     if accelerator.num_processes > 1:
@@ -423,7 +294,7 @@ def _coefficient(config: TrainConfig, name: str) -> float:
     return getattr(config, name)
 
 
-def _set_learning_rates(learner: _Learner, step: int) -> None:
+def _set_learning_rates(learner: Learner, step: int) -> None:
     config = learner.config
     factor = config.lr_factor(step)
     subcomponents, gates = learner.optimizer.param_groups
@@ -431,7 +302,7 @@ def _set_learning_rates(learner: _Learner, step: int) -> None:
     gates["lr"] = (config.lr if config.gate_lr is None else config.gate_lr) * factor
 
 
-def _average_gradients(learner: _Learner, accelerator: Any) -> None:
+def _average_gradients(learner: Learner, accelerator: Any) -> None:
     if accelerator.num_processes == 1:
         return
     for group in learner.optimizer.param_groups:
@@ -440,7 +311,7 @@ def _average_gradients(learner: _Learner, accelerator: Any) -> None:
                 p.grad = accelerator.reduce(p.grad, reduction="mean")
 
 
-def _clip_gradients(learner: _Learner) -> dict[str, Tensor]:
+def _clip_gradients(learner: Learner) -> dict[str, Tensor]:
     """Clip subcomponents and gates separately; returns the norms before clipping."""
     norms = {}
     limits = (learner.config.clip_subcomponents, learner.config.clip_gates)
@@ -455,7 +326,7 @@ def _log_values(
     losses: Mapping[str, Tensor],
     importances: Mapping[str, Tensor],
     norms: Mapping[str, Tensor],
-    learner: _Learner,
+    learner: Learner,
     step: int,
     rate: float,
 ) -> dict[str, float]:
@@ -472,7 +343,7 @@ def _log_values(
     return line
 
 
-def _give_up(learner: _Learner, step: int, losses: Mapping[str, Tensor], good: Checkpoint | None) -> None:
+def _give_up(learner: Learner, step: int, losses: Mapping[str, Tensor], good: Checkpoint | None) -> None:
     """Put the last good checkpoint back and say which loss went wrong."""
     wrong = [name for name, loss in losses.items() if not bool(loss.isfinite())]
     kept = "there was no checkpoint yet"

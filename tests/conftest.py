@@ -1,7 +1,9 @@
 """Shared by all tests: shape checking, one thread, and which TransformerLens is installed."""
 
+from collections.abc import Iterator
 from importlib.metadata import version
 
+import jaxtyping
 import pytest
 import torch
 from jaxtyping import install_import_hook
@@ -24,3 +26,11 @@ DEVICES = [
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def without_type_checks() -> Iterator[None]:
+    """What a user sees: the library's own errors, not those of the test run's type checker."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

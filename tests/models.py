@@ -75,6 +75,21 @@ def _shake(model: nn.Module, seed: int) -> None:
             p += 0.1 * torch.randn(p.shape, generator=generator).to(p.dtype)
 
 
+def generator(seed: int = 0) -> torch.Generator:
+    """A CPU generator."""
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    """Standard normal numbers in float64."""
+    return torch.randn(shape, generator=generator(seed), dtype=torch.float64)
+
+
+def rand(*shape: int, seed: int = 0) -> Tensor:
+    """Uniform numbers in float64."""
+    return torch.rand(shape, generator=generator(seed), dtype=torch.float64)
+
+
 def tokens(n: int, seed: int = 0, length: int = N_CTX) -> Tensor:
     """Random tokens `[n length]`."""
     return torch.randint(0, D_VOCAB, (n, length), generator=torch.Generator().manual_seed(seed))

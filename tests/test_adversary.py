@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import jaxtyping
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,29 +17,10 @@ from torch import Tensor
 from spd_lens.adversary import PGD, PersistentSources, Scope, Sources, ascend, random_sources
 from spd_lens.losses import reconstruction_loss
 from spd_lens.subcomponents import SiteMask
+from tests.models import generator, rand, randn
 
 PROPERTY = settings(deadline=None, max_examples=40, derandomize=True, database=None)
 SCOPES: list[Scope] = ["position", "example", "batch"]
-
-
-@pytest.fixture
-def without_type_checks() -> Iterator[None]:
-    """What a user sees: the library's own errors, not those of the test run's type checker."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=generator(seed), dtype=torch.float64)
-
-
-def rand(*shape: int, seed: int = 0) -> Tensor:
-    return torch.rand(shape, generator=generator(seed), dtype=torch.float64)
 
 
 def two_sites(batch: int = 2, pos: int = 3) -> dict[str, Tensor]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Literal, get_args
 
-import jaxtyping
 import pytest
 import torch
 from hypothesis import given, settings
@@ -26,27 +25,12 @@ from spd_lens.gates import (
     matmul_or_lookup,
     upper_squash,
 )
+from tests.models import generator, randn
 
 PROPERTY = settings(deadline=None, max_examples=50, derandomize=True, database=None)
 SiteKind = Literal["scalar", "vector", "shared", "attention"]
 SITE_KINDS = get_args(SiteKind)
 Row = list[float]
-
-
-@pytest.fixture
-def without_type_checks() -> Iterator[None]:
-    """What a user sees: the library's own errors, not those of the test run's type checker."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=generator(seed), dtype=torch.float64)
 
 
 def randomised(module: nn.Module, seed: int = 0) -> nn.Module:

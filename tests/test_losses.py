@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import jaxtyping
 import pytest
 import torch
 from hypothesis import given, settings
@@ -29,32 +28,13 @@ from spd_lens.losses import (
 )
 from spd_lens.masks import MaskKind, Routing
 from spd_lens.subcomponents import SiteMask
+from tests.models import generator, rand, randn
 
 PROPERTY = settings(deadline=None, max_examples=40, derandomize=True, database=None)
 KINDS: list[MaskKind] = ["stochastic", "bernoulli", "random", "importance", "rounded", "none", "off"]
 ROUTINGS: list[Routing] = ["all", "layerwise", "subset", 0.5]
 DIVERGENCES: list[Divergence] = ["kl", "mse"]
 KEPT = torch.tensor([[True, True, False], [False, True, True]])
-
-
-@pytest.fixture
-def without_type_checks() -> Iterator[None]:
-    """What a user sees: the library's own errors, not those of the test run's type checker."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def rand(*shape: int, seed: int = 0) -> Tensor:
-    return torch.rand(shape, generator=generator(seed), dtype=torch.float64)
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=generator(seed), dtype=torch.float64)
 
 
 def value(loss: Tensor) -> float:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
-import jaxtyping
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from spd_lens.masks import MaskKind, Routing, mask_from_source, route, sample_masks, sample_routing
 from spd_lens.subcomponents import SiteMask
+from tests.models import generator, rand
 
 PROPERTY = settings(deadline=None, max_examples=50, derandomize=True, database=None)
 RANDOM_KINDS: list[MaskKind] = ["stochastic", "bernoulli", "random"]
@@ -23,22 +23,6 @@ FIXED_KINDS: list[MaskKind] = ["importance", "rounded", "none", "off"]
 ROUTINGS: list[Routing] = ["all", "layerwise", "subset", 0.3]
 # 0.999 quantiles of chi-square by degrees of freedom.
 CHI_SQUARE = {6: 22.46, 9: 27.88, 14: 36.12}
-
-
-@pytest.fixture
-def without_type_checks() -> Iterator[None]:
-    """What a user sees: the library's own errors, not those of the test run's type checker."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def rand(*shape: int, seed: int = 0) -> Tensor:
-    return torch.rand(shape, generator=generator(seed), dtype=torch.float64)
 
 
 def mask_of(site_mask: SiteMask) -> Tensor:

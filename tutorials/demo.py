@@ -12,6 +12,8 @@ model's predictions most, and only one block has to be run after it in every tra
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -44,7 +46,7 @@ SENTENCE = (
 def main(
     layer: Annotated[int, typer.Option(help="Block whose MLP is decomposed.")] = 28,
     steps: Annotated[int, typer.Option(help="Training steps.")] = 1_000,
-    windows: Annotated[int, typer.Option(help=f"Training windows of {CONTEXT} tokens.")] = 300,
+    windows: Annotated[int, typer.Option(help=f"Training windows of {CONTEXT} tokens.")] = 420,
     out: Annotated[Path, typer.Option(help="Where pictures and the decomposition go.")] = Path("demo_output"),
 ) -> None:
     started = time.perf_counter()
@@ -71,8 +73,8 @@ def main(
         decomposition,
         train_batches,
         steps=steps,
-        lr=2e-3,
-        minimality=8e-5,
+        lr=3e-3,
+        minimality=1e-4,
         p_start=1.0,
         p_end=0.5,
         faithfulness=100.0,
@@ -90,7 +92,7 @@ def main(
     print_aims(report)
 
     heading("5. What the most used subcomponents fire on (held-out text)")
-    harvested = harvest(decomposition, held_out_batches, top_k=4, before=8, after=2)
+    harvested = harvest(decomposition, without_first_position(held_out_batches), top_k=4, before=8, after=2)
     site = f"blocks.{layer}.mlp.W_in"
     often, seldom = harvested[site].most_used(4), harvested[site].most_used(8, below=0.05)
     print("The four that are on most often:")
@@ -123,6 +125,14 @@ def windows_of(model: object, text: str, count: int) -> Tensor:
     """`count` windows of `CONTEXT` tokens, taken evenly over the text."""
     rows = pack_tokens([text], model.tokenizer, CONTEXT)
     return rows[torch.linspace(0, len(rows) - 1, count).long()]
+
+
+def without_first_position(batches: TokenBatches) -> Iterator[Batch]:
+    """Hundreds of subcomponents fire on the first token of any window, which this model uses as an attention sink."""
+    for batch in batches.once():
+        counts = torch.ones_like(batch.tokens, dtype=torch.bool)
+        counts[:, 0] = False
+        yield replace(batch, position_mask=counts)
 
 
 def to_tokens(model: object, text: str) -> Tensor:
