@@ -64,6 +64,8 @@ def train(
       repeated when it ends, if it can be.
     - `config` and `changes`: the choices, and fields to change in them: `train(d, batches, steps=5_000)`.
     - `out_dir`: the run's directory (log and checkpoints), by default `runs/<date>-<time>`.
+    - `loggers`: functions `(step, values)` that get every log line as well; `spd_lens.run_files.wandb_logger` and
+      `tensorboard_logger` make them.
     - `resume_from`: a run's directory or one of its checkpoints; the decomposition must have been made with the
       same arguments. The resumed run equals the uninterrupted one bit for bit on the same machine.
 

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from torch import Tensor
 from spd_lens import Decomposition, Reconstruction, TrainConfig, decompose, train
 from spd_lens.adversary import PGD
 from spd_lens.data import Batch, TokenBatches, cache_residuals
+from spd_lens.run_files import tensorboard_logger, wandb_logger
 from spd_lens.training import TrainResult
 from tests.conftest import TL_MAJOR
 from tests.models import D_VOCAB, TiedAutoencoder, tiny_transformer, tokens
@@ -347,3 +349,30 @@ def test_training_waits_for_the_device_only_where_it_logs(tmp_path: Path, monkey
     monkeypatch.setattr(training, "training_losses", guarded)
     config = EVERYTHING.changed(reconstructions=(Reconstruction(), Reconstruction(0.5, "pgd", "layerwise")))
     train(decomposition, TokenBatches(tokens(8), 4), config, out_dir=tmp_path / "run")
+
+
+def test_wandb_and_tensorboard_get_what_the_log_gets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With stand-ins of the same interface: neither is a dependency, and neither is imported unless asked for."""
+    sent: dict[str, list[Any]] = {"wandb": [], "tensorboard": []}
+
+    class Run:
+        def log(self, values: dict[str, float], step: int) -> None:
+            sent["wandb"].append((step, values["loss"]))
+
+    class SummaryWriter:
+        def __init__(self, directory: str) -> None:
+            assert directory == str(tmp_path / "board")
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            if name == "loss":
+                sent["tensorboard"].append((step, value))
+
+        def flush(self) -> None:
+            pass
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **arguments: Run()))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
+    loggers = [wandb_logger(project="spd"), tensorboard_logger(tmp_path / "board")]
+    result = train(_fresh(), [tokens(4)], steps=3, log_every=1, out_dir=tmp_path / "run", loggers=loggers)
+    expected = [(line["step"], line["loss"]) for line in result.log]
+    assert sent == {"wandb": expected, "tensorboard": expected}
