@@ -45,7 +45,7 @@ SENTENCE = (
 
 def main(
     layer: Annotated[int, typer.Option(help="Block whose MLP is decomposed.")] = 28,
-    steps: Annotated[int, typer.Option(help="Training steps.")] = 1_000,
+    steps: Annotated[int, typer.Option(help="Training steps.")] = 1_200,
     windows: Annotated[int, typer.Option(help=f"Training windows of {CONTEXT} tokens.")] = 420,
     out: Annotated[Path, typer.Option(help="Where pictures and the decomposition go.")] = Path("demo_output"),
 ) -> None:
@@ -74,7 +74,7 @@ def main(
         train_batches,
         steps=steps,
         lr=3e-3,
-        minimality=1e-4,
+        minimality=8e-5,
         p_start=1.0,
         p_end=0.5,
         faithfulness=100.0,
