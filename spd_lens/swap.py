@@ -114,11 +114,10 @@ def _master_dtype(target: Tensor) -> torch.dtype:
 def _hand_over_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook on a consumer module: give its input to the sites that read it."""
     entry = module.__dict__["spd_entry"]
-    waiting = [(read, weight) for read, weight in entry["readers"]]
-    for read, weight in waiting:
+    for read, weight in entry["readers"]:
         weight.receive_input(read(args, kwargs))
     is_last = next(reversed(module._forward_pre_hooks)) == entry["handle_id"]
-    if not is_last and any(weight.__dict__["current_input"] is not None for _, weight in waiting):
+    if not is_last and any(weight.__dict__["current_input"] is not None for _, weight in entry["readers"]):
         # A later pre-hook may still change what the matmul reads; being last next time costs nothing.
         module._forward_pre_hooks.move_to_end(entry["handle_id"])  # pyright: ignore[reportAttributeAccessIssue]
         raise RuntimeError(

@@ -27,10 +27,6 @@ from typing import Any, NoReturn
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
-from transformer_lens.model_bridge.generalized_components.gated_mlp import GatedMLPBridge
-from transformer_lens.model_bridge.generalized_components.joint_gate_up_mlp import JointGateUpMLPBridge
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from spd_lens.hosts.site import Host, ModuleInput, PointOutput, Provenance, Site, StoredMatrix, argument
 
@@ -125,6 +121,10 @@ def _refuse(*args: Any, method: str, **kwargs: Any) -> None:
 
 def _multiplies_itself(mlp: nn.Module) -> bool:
     """Whether the MLP bridge calls `F.linear` itself instead of the modules that it wraps."""
+    # Inside functions here and below: these modules take a second to import, and only bridges need them.
+    from transformer_lens.model_bridge.generalized_components.gated_mlp import GatedMLPBridge
+    from transformer_lens.model_bridge.generalized_components.joint_gate_up_mlp import JointGateUpMLPBridge
+
     functional = (GatedMLPBridge.forward, JointGateUpMLPBridge.forward)
     return bool(getattr(mlp, "_use_processed_weights", False)) and type(mlp).forward in functional
 
@@ -233,6 +233,8 @@ class BridgeHost(Host):
         return self._site(name, block, layer, matrix, bridge.hook_out, source, bias)
 
     def _module_weights(self, name: str, bridge: Any) -> tuple[StoredMatrix, tuple[nn.Module, str] | None]:
+        from transformers.pytorch_utils import Conv1D
+
         module = bridge.original_component
         forward = type(module).forward
         # FalconLinear spells the same product out.
@@ -340,6 +342,8 @@ class BridgeHost(Host):
     @contextmanager
     def _entering(self, layer: int, residual: Tensor) -> Iterator[None]:
         """While open, a pass leaves out the blocks before `layer`, and `residual` enters that one."""
+        from transformers import PreTrainedModel
+
         block = self._block(layer)
         # The very list that the Hugging Face model loops over.
         blocks = self._blocks()._modules
