@@ -17,12 +17,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from spd_lens import Decomposition, Reconstruction, TrainConfig, decompose, train
+from spd_lens import Decomposition, Reconstruction, TrainConfig, decompose, evaluate, train
 from spd_lens.adversary import PGD
 from spd_lens.data import Batch, TokenBatches, cache_residuals
 from spd_lens.run_files import tensorboard_logger, wandb_logger
 from spd_lens.training import TrainResult
-from tests.conftest import TL_MAJOR
+from tests.conftest import DEVICES, TL_MAJOR
 from tests.models import D_VOCAB, TiedAutoencoder, tiny_transformer, tokens
 
 EVERYTHING = TrainConfig(
@@ -376,3 +376,13 @@ def test_wandb_and_tensorboard_get_what_the_log_gets(tmp_path: Path, monkeypatch
     result = train(_fresh(), [tokens(4)], steps=3, log_every=1, out_dir=tmp_path / "run", loggers=loggers)
     expected = [(line["step"], line["loss"]) for line in result.log]
     assert sent == {"wandb": expected, "tensorboard": expected}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_training_and_evaluation_run_where_the_model_is(tmp_path: Path, device: str) -> None:
+    decomposition = _fresh().to(device)
+    result = train(decomposition, TokenBatches(tokens(8), 4), EVERYTHING.changed(steps=3), out_dir=tmp_path / "run")
+    assert result.steps == 3
+    assert {t.device.type for t in decomposition.tensors().values()} == {device}
+    report = evaluate(decomposition, TokenBatches(tokens(8), 4), adversary_steps=(2,))
+    assert report.positions == 8 * 12
