@@ -111,7 +111,9 @@ def train(
             step += 1
             bar.update()
 
-            is_last = step == config.steps or stop.is_set()
+            # Read once: a Ctrl-C that comes between here and the end of this turn must not skip the checkpoint.
+            interrupted = stop.is_set()
+            is_last = step == config.steps or interrupted
             saves = is_last or (config.checkpoint_every is not None and step % config.checkpoint_every == 0)
             if saves or (step - 1) % config.log_every == 0:
                 if (failed := int(bad_step)) >= 0:
@@ -126,8 +128,7 @@ def train(
                 tensors = learner.tensors()
                 path = files.save(step, tensors, keep=config.keep_checkpoints)
                 good = Checkpoint(path, step, {})
-            if stop.is_set():
-                interrupted = True
+            if interrupted:
                 break
         bar.close()
 

