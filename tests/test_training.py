@@ -309,6 +309,17 @@ def test_ctrl_c_finishes_the_step_saves_and_can_be_resumed(tmp_path: Path) -> No
     assert _same(_tensors(whole), _tensors(resumed))
 
 
+def test_ctrl_c_while_a_line_is_logged_still_ends_with_a_checkpoint(tmp_path: Path) -> None:
+    def interrupt(step: int, values: Any) -> None:
+        if step == 4:
+            signal.raise_signal(signal.SIGINT)
+
+    config = EVERYTHING.changed(checkpoint_every=None, log_every=1)
+    result = train(_fresh(), TokenBatches(tokens(32), 4), config, out_dir=tmp_path / "run", loggers=[interrupt])
+    assert result.interrupted
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step-{result.steps:08d}"]
+
+
 def test_loggers_get_every_line(tmp_path: Path) -> None:
     seen: list[int] = []
     logger = lambda step, values: seen.append(step)  # noqa: E731
