@@ -21,6 +21,8 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spd_lens.pointwise_mlp import pointwise_mlp
+
 GateKind = Literal["scalar", "vector", "shared", "attention", "global"]
 LEAK = 0.01
 
@@ -37,18 +39,41 @@ def importance_of(pre: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch C"]:
 class _StraightLower(torch.autograd.Function):
     """S1: clamp forward; backward leaks below 0 only where descent wants `p` up."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, pre: Tensor) -> Tensor:
-        ctx.save_for_backward(pre)
+    def forward(pre: Tensor) -> Tensor:
         return pre.clamp(0, 1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (pre,) = ctx.saved_tensors
         (grad,) = grads
-        inside = (pre > 0) & (pre <= 1)
-        revive = (pre <= 0) & (grad < 0)
-        return grad * inside + LEAK * grad * revive
+        return torch.where(pre > 0, grad * (pre <= 1), LEAK * grad.clamp_max(0))
+
+
+class _Upper(torch.autograd.Function):
+    """S2, keeping nothing but `p` for the backward pass."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(pre: Tensor) -> Tensor:
+        return pre.clamp(0, 1).add_((pre - 1).clamp_min_(0), alpha=LEAK)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (pre,) = ctx.saved_tensors
+        (grad,) = grads
+        return torch.where(pre > 1, LEAK * grad, grad * (pre >= 0))
 
 
 def lower_squash(
@@ -78,7 +103,7 @@ def upper_squash(pre: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch C"]:
     >>> upper_squash(torch.tensor([-1.0, 0.5, 2.0])).tolist()
     [0.0, 0.5, 1.0099999904632568]
     """
-    return torch.where(pre > 1, 1 + LEAK * (pre - 1), pre.clamp_min(0))
+    return _Upper.apply(pre)  # pyright: ignore[reportReturnType]
 
 
 def matmul_or_lookup(x: Shaped[Tensor, ...], weight: Float[Tensor, "d_in d_out"]) -> Float[Tensor, "*batch d_out"]:
@@ -128,8 +153,7 @@ class ScalarGate(Gate):
 
     def forward(self, x: Tensor, a: Float[Tensor, "*batch C"] | None = None) -> Float[Tensor, "*batch C"]:
         assert a is not None
-        hidden = F.gelu(a.unsqueeze(-1) * self.w_in + self.b_in)
-        return (hidden * self.w_out).sum(-1) + self.b_out
+        return pointwise_mlp(a, self.w_in, self.b_in, self.w_out, self.b_out)
 
 
 class VectorGate(Gate):

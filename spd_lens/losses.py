@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from spd_lens.blocks import block_entries
 from spd_lens.masks import Importances, MaskKind, Routing, mask_from_source, route, sample_masks, sample_routing
 from spd_lens.subcomponents import SiteMask
 
@@ -90,12 +91,17 @@ def minimality_loss(
     """
     total: Tensor | None = None
     for g in upper.values():
-        per_position = (_at_least_float32(g) + EPSILON).pow(p).sum(-1)
+        per_position = _powered(g, p).sum(-1)
         mean = _mean_over_positions(per_position, _fit_position_mask(position_mask, per_position))
         total = mean if total is None else total + mean
     if total is None:
         raise ValueError("minimality_loss was given no site")
     return total
+
+
+def _powered(g: Float[Tensor, "*batch C"], p: float) -> Float[Tensor, "*batch C"]:
+    shifted = _at_least_float32(g) + EPSILON
+    return shifted if p == 1 else shifted.pow(p)
 
 
 def frequency_loss(
@@ -113,7 +119,7 @@ def frequency_loss(
     add = sum_over_processes or (lambda tensor: tensor)
     loss: Tensor | None = None
     for g in upper.values():
-        powered = (_at_least_float32(g) + EPSILON).pow(p).flatten(0, -2)
+        powered = _powered(g, p).flatten(0, -2)
         if position_mask is None:
             count = powered.new_tensor(float(powered.shape[0]))
         else:
@@ -129,21 +135,31 @@ def frequency_loss(
     return loss
 
 
+def log_probs(logits: Float[Tensor, "*batch d_vocab"]) -> Float[Tensor, "*batch d_vocab"]:
+    """`log_softmax` in float32 or wider, block by block."""
+    return torch.cat([_at_least_float32(rows).log_softmax(-1) for rows in _row_blocks(logits)]).view(logits.shape)
+
+
 def divergence(
     clean: Float[Tensor, "*batch d_out"],
     masked: Float[Tensor, "*batch d_out"],
     *,
     kind: Divergence = "kl",
     position_mask: Bool[Tensor, "*batch"] | None = None,
+    clean_is_log_probs: bool = False,
 ) -> Float[Tensor, ""]:
     """`D` of L4, averaged over batch and positions.
 
-    `kl`: `KL(softmax(clean) || softmax(masked))`, summed over the vocabulary. `mse`: squared error summed over the
+    `kl`: `KL(softmax(clean) || softmax(masked))`, summed over the vocabulary; with `clean_is_log_probs`, `clean` has
+    been through `log_softmax` already, which saves doing so for every term. `mse`: squared error summed over the
     outputs and divided by their number.
     """
     match kind:
         case "kl":
-            per_position = _KLFromFrozen.apply(masked, clean.detach())
+            clean = clean.detach()
+            log_p = clean if clean_is_log_probs else log_probs(clean)
+            wants_gradient = masked.requires_grad and torch.is_grad_enabled()
+            per_position, _ = _KLFromFrozen.apply(masked, log_p, wants_gradient)  # pyright: ignore[reportGeneralTypeIssues]
         case "mse":
             per_position = (_at_least_float32(clean) - _at_least_float32(masked)).square().mean(-1)
         case _:
@@ -152,40 +168,52 @@ def divergence(
 
 
 class _KLFromFrozen(torch.autograd.Function):
-    """`KL(softmax(clean) || softmax(masked))` per row, with the gradient `softmax(masked) - softmax(clean)`.
+    """`KL(clean || masked)` per row, and its gradient by the logits `masked`: `softmax(masked) - softmax(clean)`.
 
-    Rows are worked off in chunks that fit the processor's cache: over a real vocabulary the five passes over the
-    logits that the formula needs would otherwise each go through main memory, and autograd would keep three of them.
+    Rows are worked off in blocks that fit the processor's cache: over a real vocabulary the passes over the logits
+    that the formula needs would otherwise each go through main memory, and autograd would keep three of them. The
+    gradient is written down at once, because its parts are at hand; it takes the place of the logits in memory.
     """
 
     @staticmethod
-    def forward(ctx: Any, masked: Tensor, clean: Tensor) -> Tensor:
-        ctx.save_for_backward(masked, clean)
+    def forward(masked: Tensor, clean_log_probs: Tensor, wants_gradient: bool) -> tuple[Tensor, Tensor]:
+        gradient = torch.empty_like(masked, memory_format=torch.contiguous_format) if wants_gradient else None
+        gradient_rows = _row_blocks(masked if gradient is None else gradient)
         rows = []
-        for q, p in zip(_row_chunks(masked), _row_chunks(clean), strict=True):
-            log_p, log_q = _at_least_float32(p).log_softmax(-1), _at_least_float32(q).log_softmax(-1)
-            rows.append((log_p.exp() * (log_p - log_q)).sum(-1))
-        return torch.cat(rows).reshape(masked.shape[:-1])
+        for q, log_p, out in zip(_row_blocks(masked), _row_blocks(clean_log_probs), gradient_rows, strict=True):
+            log_q, log_p = _at_least_float32(q).log_softmax(-1), _at_least_float32(log_p)
+            p = log_p.exp()
+            difference = log_p - log_q
+            rows.append(torch.linalg.vecdot(p, difference))
+            if gradient is not None:
+                out.copy_(torch.sub(log_q.exp_(), p, out=difference))
+        kl = torch.cat(rows).reshape(masked.shape[:-1])
+        return kl, kl.new_empty(0) if gradient is None else gradient
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        masked, clean = ctx.saved_tensors
-        gradient = torch.empty_like(masked, memory_format=torch.contiguous_format)
-        per_row = grads[0].reshape(-1, 1)
-        start = 0
-        for q, p, out in zip(_row_chunks(masked), _row_chunks(clean), _row_chunks(gradient), strict=True):
-            stop = start + len(q)
-            difference = _at_least_float32(q).softmax(-1).sub_(_at_least_float32(p).softmax(-1))
-            out.copy_(difference.mul_(per_row[start:stop]))
-            start = stop
-        return gradient, None
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
+        (gradient,), above = ctx.saved_tensors, grads[0]
+        return gradient * above.to(gradient.dtype).unsqueeze(-1), None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        masked, log_p = (
+            t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
+            for t, dim in zip(args[:2], in_dims, strict=False)
+        )
+        kl, gradient = _KLFromFrozen.apply(masked, log_p, args[2])  # pyright: ignore[reportGeneralTypeIssues]
+        return (kl, gradient), (0, 0 if args[2] else None)
 
 
-def _row_chunks(x: Float[Tensor, "*batch d_out"]) -> tuple[Tensor, ...]:
-    """Views of some rows each: about 4 MB on a CPU, far more elsewhere, where launches cost more than traffic."""
+def _row_blocks(x: Float[Tensor, "*batch d_out"]) -> tuple[Tensor, ...]:
     flat = x.reshape(-1, x.shape[-1])
-    entries = 2**20 if x.device.type == "cpu" else 2**28
-    return flat.split(max(1, entries // flat.shape[1]))
+    return flat.split(max(1, block_entries(x.device) // (8 * flat.shape[1])))
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
@@ -219,6 +247,7 @@ def reconstruction_loss(
     delta: bool = True,
     draws: int = 1,
     position_mask: Bool[Tensor, "*output_batch"] | None = None,
+    clean_is_log_probs: bool = False,
     generator: torch.Generator,
     routing_generator: torch.Generator | None = None,
 ) -> Float[Tensor, ""]:
@@ -252,7 +281,15 @@ def reconstruction_loss(
                 else masks_from_sources(chosen, masks, delta=delta)
             )
             output = forward(route(drawn, routed))
-            losses.append(divergence(clean_output, output, kind=kind, position_mask=position_mask))
+            losses.append(
+                divergence(
+                    clean_output,
+                    output,
+                    kind=kind,
+                    position_mask=position_mask,
+                    clean_is_log_probs=clean_is_log_probs,
+                )
+            )
     return torch.stack(losses).mean()
 
 

@@ -9,7 +9,7 @@ generator's device and moved.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -33,7 +33,31 @@ def mask_from_source(
     >>> mask_from_source(torch.tensor([1.0, 0.0, 0.5]), torch.tensor([0.2, 0.2, 0.2])).tolist()
     [1.0, 0.20000000298023224, 0.6000000238418579]
     """
-    return importance + (1 - importance) * source
+    return _Mask.apply(importance, source)  # pyright: ignore[reportReturnType]
+
+
+class _Mask(torch.autograd.Function):
+    """K1, keeping nothing for the backward pass but its two arguments, which are alive anyway."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(importance: Tensor, source: Tensor) -> Tensor:
+        return importance + (1 - importance) * source
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        importance, source = ctx.saved_tensors
+        (grad,) = grads
+        by_importance, by_source = ctx.needs_input_grad
+        return (
+            grad * (1 - source) if by_importance else None,
+            (grad * (1 - importance)).sum_to_size(source.shape) if by_source else None,
+        )
 
 
 def _uniform(like: Tensor, shape: torch.Size, generator: torch.Generator) -> Tensor:
@@ -151,15 +175,9 @@ def _uniform_k_subset(
 
 
 def route(masks: Mapping[str, SiteMask], routed: Mapping[str, Bool[Tensor, "*batch"] | None]) -> dict[str, SiteMask]:
-    """The masks of the sites named in `routed`, with their routing attached; the other sites are left out."""
-    return {
-        name: masks[name]
-        if where is None
-        else SiteMask(masks[name].mask, masks[name].delta, _to_mask_device(where, masks[name]))
-        for name, where in routed.items()
-    }
+    """The masks of the sites named in `routed`, with their routing attached; the other sites are left out.
 
-
-def _to_mask_device(where: Tensor, site_mask: SiteMask) -> Tensor:
-    reference = site_mask.mask if site_mask.mask is not None else site_mask.delta
-    return where if reference is None else where.to(reference.device, non_blocking=True)
+    Routing stays on the device where it was drawn: drawn on the CPU, the number of routed rows is known without
+    waiting, and the unrouted ones are never computed.
+    """
+    return {name: SiteMask(masks[name].mask, masks[name].delta, where) for name, where in routed.items()}

@@ -22,6 +22,7 @@ from spd_lens.losses import (
     faithfulness_loss,
     frequency_loss,
     hidden_reconstruction_loss,
+    log_probs,
     minimality_loss,
     reconstruction_loss,
 )
@@ -83,8 +84,10 @@ def training_losses(learner: Learner, batch: Batch, step: int) -> tuple[dict[str
         losses["frequency"] = frequency_loss(
             upper, p=exponent, position_mask=batch.position_mask, sum_over_processes=learner.sum_over_processes
         )
+    # Shared by all terms.
+    clean_output = log_probs(clean.output) if config.divergence == "kl" else clean.output
     for term in config.reconstructions:
-        losses[term.name] = _reconstruction(learner, term, batch, clean.output, lower)
+        losses[term.name] = _reconstruction(learner, term, batch, clean_output, lower)
     if config.hidden > 0:
         masks = sample_masks(lower, delta=config.delta, generator=learner.generators["masks"])
         with learner.autocast():
@@ -114,6 +117,7 @@ def _reconstruction(
             delta=config.delta,
             draws=draws,
             position_mask=batch.position_mask,
+            clean_is_log_probs=config.divergence == "kl",
             generator=generators["masks"],
             routing_generator=generators["routing"],
         )

@@ -83,7 +83,8 @@ class SiteMask:
 
     - `mask` `[... C]` and `delta` `[...]` are multiplied in as in M1; None stands for ones.
     - `routed` `[...]`: where False, the site stays with the target whatever the masks say (K5); None: everywhere
-      routed.
+      routed. On the CPU, whatever the device of the rest, it tells without waiting how many rows are routed, and
+      only these are computed; elsewhere, and at sites with a head axis, the others are computed and selected away.
     """
 
     mask: Float[Tensor, "*batch C"] | None = None
@@ -231,13 +232,32 @@ class DecomposedWeight(ReadPoint):
 
     def masked_output(self, y0: Tensor, x: Tensor, given: SiteMask) -> Tensor:
         """M2 with masks handed over directly instead of by hooks; the result is the same."""
+        n_leading = x.ndim - (0 if self.site.is_lookup else 1)
+        routed = given.routed
+        if routed is not None and routed.device.type == "cpu" and routed.ndim == n_leading <= 2:
+            return self._routed_output(y0, x, given, routed)
         a = self.activations(x)
         mask = _over_heads(given.mask, a, n_trailing=1)
-        delta, routed = (_over_heads(value, a, n_trailing=0) for value in (given.delta, given.routed))
+        delta, routed = (_over_heads(value, a, n_trailing=0) for value in (given.delta, routed))
         if routed is not None:
+            routed = routed.to(a.device)
             mask = None if mask is None else torch.where(routed.unsqueeze(-1), mask, 1.0)
             delta = None if delta is None else torch.where(routed, delta, 1.0)
         return self._combine(y0, x, a, a, mask, delta)
+
+    def _routed_output(self, y0: Tensor, x: Tensor, given: SiteMask, routed: Bool[Tensor, "*batch"]) -> Tensor:
+        """M2 at the routed rows alone; the others keep `y0`."""
+        rows = routed.flatten().nonzero().squeeze(1).to(x.device, non_blocking=True)
+
+        def at_rows(value: Tensor) -> Tensor:
+            lead = value.shape[routed.ndim :]
+            return value.expand(*routed.shape, *lead).reshape(-1, *lead).index_select(0, rows)
+
+        x_rows, y_rows = at_rows(x), at_rows(y0)
+        mask, delta = (None if value is None else at_rows(value) for value in (given.mask, given.delta))
+        a = self.activations(x_rows)
+        change = self._change(y_rows, x_rows, a, a, mask, delta).to(y0.dtype)
+        return y0.flatten(0, routed.ndim - 1).index_add(0, rows, change).reshape(y0.shape)
 
     def _hooked_output(self, y0: Tensor, x: Tensor) -> Tensor:
         acts_point, importance_point, mask_point, delta_point = (self.points[s] for s in POINT_SUFFIXES)
@@ -298,15 +318,25 @@ class DecomposedWeight(ReadPoint):
     def _combine(
         self, y0: Tensor, x: Tensor, a: Tensor, patched: Tensor, mask: Tensor | None, delta: Tensor | None
     ) -> Tensor:
-        scaled = patched if mask is None else mask * patched
-        explained = a if delta is None else delta.unsqueeze(-1) * a
-        y = y0 + self._through_U(scaled - explained, y0)
+        return (y0 + self._change(y0, x, a, patched, mask, delta)).to(y0.dtype)
+
+    def _change(
+        self, y0: Tensor, x: Tensor, a: Tensor, patched: Tensor, mask: Tensor | None, delta: Tensor | None
+    ) -> Tensor:
+        """`y - y0`: `(m * a' - d * a) @ U - (1 - d) * (y0 - b)`."""
+        kept = None if delta is None else delta.unsqueeze(-1)
+        if patched is a:
+            one = torch.ones((), dtype=a.dtype, device=a.device)
+            coefficients = ((one if mask is None else mask) - (one if kept is None else kept)) * a
+        else:
+            coefficients = (patched if mask is None else mask * patched) - (a if kept is None else kept * a)
+        change = self._through_U(coefficients, y0)
         if delta is not None:
             dense = self._dense_part(y0, x)
             weight = (1 - delta).expand(a.shape[:-1])
             weight = weight.reshape(*weight.shape, *([1] * (dense.ndim - weight.ndim)))
-            y = y - weight * dense
-        return y.to(y0.dtype)
+            change = change - weight * dense
+        return change
 
     def _through_U(self, coefficients: Float[Tensor, "*batch C"], y0: Tensor) -> Tensor:
         """`coefficients @ U` in the shape of `y0`, which may have a head axis and repeat grouped heads."""

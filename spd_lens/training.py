@@ -200,7 +200,7 @@ def _make_learner(decomposition: Decomposition, config: TrainConfig, accelerator
         # On the CPU, so that which rows are routed is known without waiting for the device.
         "routing": torch.Generator().manual_seed(seed + 3),
     }
-    learner = Learner(decomposition, config, torch.optim.Adam(groups, lr=config.lr), generators)
+    learner = Learner(decomposition, config, torch.optim.Adam(groups, lr=config.lr, fused=True), generators)
     learner.autocast = accelerator.autocast if config.precision == "bf16" else nullcontext
     learner.targets = {name: w.target_weight.detach() for name, w in decomposition.items()}
     if accelerator.num_processes > 1:

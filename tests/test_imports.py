@@ -22,7 +22,8 @@ LAYERS = [
     {"decompose", "data", "run_files"},
     {"step", "evaluate", "harvest", "plots"},
     {"training"},
-    {"pretrained", "toys.tiny_lm"},
+    {"pretrained", "toys.tiny_lm", "toys.tms", "toys.resid_mlp", "toys.features"},
+    {"toys.train_target", "known_solution"},
     {"toys"},
     {""},
 ]
@@ -56,7 +57,7 @@ def test_imports_point_down_only() -> None:
 
 def test_only_hosts_and_their_hook_points_know_transformer_lens() -> None:
     allowed_anywhere = {"HookPoint", "FactoredMatrix"}
-    loaders = {"pretrained", "toys.tiny_lm"}
+    loaders = {"pretrained", "toys.tiny_lm", "toys.tms", "toys.resid_mlp"}
     for path in PACKAGE.rglob("*.py"):
         module = _module_name(path)
         if module.startswith("hosts") or module in loaders:

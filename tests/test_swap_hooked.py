@@ -260,7 +260,7 @@ def test_masks_of_all_sites_that_differ_by_position_give_the_hand_hooked_model(c
 
 @every_case
 def test_masks_handed_over_without_hooks_give_the_same_output(case: Case) -> None:
-    target, decomposition = prepared(case.name)
+    target, decomposition = prepared(case.name, torch.float64)
     tokens = oracle.tokens_for(target, batch=2, pos=4)
     masks = random_masks(decomposition, decomposition, like=(2, 4))
     expected = run(decomposition.model, tokens, mask_hooks(decomposition, masks))
@@ -276,7 +276,8 @@ def test_masks_handed_over_without_hooks_give_the_same_output(case: Case) -> Non
         s: Masks(m.V, m.U, torch.where(routed[..., None], m.mask, 1.0), torch.where(routed, m.delta, 1.0))
         for s, m in masks.items()
     }
-    assert torch.equal(got, run(decomposition.model, tokens, mask_hooks(decomposition, kept)))
+    # Only the routed rows are computed, and a matmul of fewer rows may round differently.
+    assert_close(got, run(decomposition.model, tokens, mask_hooks(decomposition, kept)), F64)
 
 
 @pytest.mark.parametrize("batch", [1, 3, 4])
