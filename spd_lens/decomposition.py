@@ -33,12 +33,16 @@ ALIVE_ABOVE = 0.01
 
 @dataclass(frozen=True)
 class CleanPass:
-    """A forward pass of the target: its output, the input `x` that every decomposed site read in it, and the
-    activations of the hook points that were asked for."""
+    """A forward pass of the target.
+
+    - `output`; `inputs`: the `x` that every decomposed site read; `hidden`: the hook points that were asked for.
+    - `residuals`: what entered the blocks that masked passes may start at.
+    """
 
     output: Tensor
     inputs: dict[str, Tensor]
     hidden: dict[str, Tensor]
+    residuals: dict[int, Tensor]
 
 
 class Decomposition(Mapping[str, DecomposedWeight]):
@@ -114,15 +118,43 @@ class Decomposition(Mapping[str, DecomposedWeight]):
         With `start_at=L`, `batch` is the residual stream that enters block L and only blocks from L on are run.
         """
         self._check_present()
-        with torch.no_grad(), record_inputs(self._weights) as inputs, self._capture(hidden_points) as hidden:
+        starts = {self._first_block([name]) for name in self} if self.host.can_start_at_blocks() else set()
+        layers = [layer for layer in starts if layer is not None and layer > (start_at or 0)]
+        with (
+            torch.no_grad(),
+            record_inputs(self._weights) as inputs,
+            self._capture(hidden_points) as hidden,
+            self.host.record_residuals(layers) as residuals,
+        ):
             output = self._run(batch, start_at)
-        return CleanPass(output, inputs, hidden)
+        return CleanPass(output, inputs, hidden, residuals)
 
-    def masked_forward(self, batch: Tensor, masks: Mapping[str, SiteMask], *, start_at: int | None = None) -> Tensor:
-        """The model's output with the given masks at the named sites and the target everywhere else."""
+    def masked_forward(
+        self,
+        batch: Tensor,
+        masks: Mapping[str, SiteMask],
+        *,
+        start_at: int | None = None,
+        residuals: Mapping[int, Tensor] | None = None,
+    ) -> Tensor:
+        """The model's output with the given masks at the named sites and the target everywhere else.
+
+        With the `residuals` of a clean pass over the same batch, blocks before the first masked site are not run
+        again; the output is the same, bit for bit.
+        """
         self._check_present()
+        first = self._first_block(masks)
+        if residuals and first in residuals:
+            batch, start_at = residuals[first], first
         with given_masks(self._weights, masks):
             return self._run(batch, start_at)
+
+    def _first_block(self, names: Iterable[str]) -> int | None:
+        """The first block that masks on these sites can reach; None if that is before the blocks, or there are none."""
+        sites, count = [self[name].site for name in names], self.host.n_layers()
+        if count == 0 or any(site.layer is None and site.is_lookup for site in sites):
+            return None
+        return min((count - 1 if site.layer is None else site.layer for site in sites), default=None)
 
     def masked_hidden(
         self, batch: Tensor, masks: Mapping[str, SiteMask], points: Sequence[str], *, start_at: int | None = None

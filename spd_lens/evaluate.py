@@ -21,10 +21,11 @@ from tqdm.auto import tqdm
 
 from spd_lens.adversary import PGD, ascend, random_sources
 from spd_lens.data import Batch, as_batch
-from spd_lens.decomposition import Decomposition, smallest_relative_error
+from spd_lens.decomposition import CleanPass, Decomposition, smallest_relative_error
 from spd_lens.gates import importance_of
-from spd_lens.losses import Divergence, divergence, reconstruction_loss, relative_faithfulness
+from spd_lens.losses import Divergence, divergence, log_probs, reconstruction_loss, relative_faithfulness
 from spd_lens.masks import MaskKind, sample_masks
+from spd_lens.subcomponents import SiteMask
 from spd_lens.tables import format_table
 
 # E5, in the order of the table: name, kind of `sample_masks`, whether the delta takes part at random.
@@ -140,13 +141,15 @@ def evaluate(
         sums.add("ce", "target", _cross_entropy(clean.output, batch), count)
         for regime, mask_kind in REGIMES.items():
             masks = sample_masks(g, kind=mask_kind, generator=generator)
-            output = decomposition.masked_forward(batch.inputs, masks, start_at=batch.start_at)
+            output = decomposition.masked_forward(
+                batch.inputs, masks, start_at=batch.start_at, residuals=clean.residuals
+            )
             value = divergence(clean.output, output, kind=kind, position_mask=batch.position_mask)
             sums.add("divergence", regime, value, count)
             sums.add("ce", regime, _cross_entropy(output, batch), count)
         for steps in adversary_steps:
             pgd = PGD(steps, adversary_step_size, "batch")
-            value = worst_case(decomposition, batch, clean.output, g, pgd, kind=kind, generator=generator)
+            value = worst_case(decomposition, batch, clean, g, pgd, kind=kind, generator=generator)
             sums.add("adversarial", steps, value, count)
     return sums.report(decomposition, kind)
 
@@ -154,7 +157,7 @@ def evaluate(
 def worst_case(
     decomposition: Decomposition,
     batch: Batch,
-    clean_output: Tensor,
+    clean: CleanPass,
     importances: Mapping[str, Float[Tensor, "*batch _"]],
     pgd: PGD,
     *,
@@ -163,14 +166,22 @@ def worst_case(
 ) -> Float[Tensor, ""]:
     """Divergence under masks that a fresh PGD adversary chose within the importances (K3, E1)."""
 
+    clean_output = log_probs(clean.output) if kind == "kl" else clean.output
+
+    def forward(masks: Mapping[str, SiteMask]) -> Tensor:
+        return decomposition.masked_forward(
+            batch.inputs, masks, start_at=batch.start_at, residuals=clean.residuals
+        )
+
     def loss(sources: Mapping[str, Tensor]) -> Tensor:
         return reconstruction_loss(
-            lambda masks: decomposition.masked_forward(batch.inputs, masks, start_at=batch.start_at),
+            forward,
             clean_output,
             importances,
             masks=sources,
             kind=kind,
             position_mask=batch.position_mask,
+            clean_is_log_probs=kind == "kl",
             generator=generator,
         )
 

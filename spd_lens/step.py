@@ -87,7 +87,7 @@ def training_losses(learner: Learner, batch: Batch, step: int) -> tuple[dict[str
     # Shared by all terms.
     clean_output = log_probs(clean.output) if config.divergence == "kl" else clean.output
     for term in config.reconstructions:
-        losses[term.name] = _reconstruction(learner, term, batch, clean_output, lower)
+        losses[term.name] = _reconstruction(learner, term, batch, clean_output, clean.residuals, lower)
     if config.hidden > 0:
         masks = sample_masks(lower, delta=config.delta, generator=learner.generators["masks"])
         with learner.autocast():
@@ -97,14 +97,21 @@ def training_losses(learner: Learner, batch: Batch, step: int) -> tuple[dict[str
 
 
 def _reconstruction(
-    learner: Learner, term: Reconstruction, batch: Batch, clean_output: Tensor, lower: Mapping[str, Tensor]
+    learner: Learner,
+    term: Reconstruction,
+    batch: Batch,
+    clean_output: Tensor,
+    residuals: Mapping[int, Tensor],
+    lower: Mapping[str, Tensor],
 ) -> Tensor:
     """One reconstruction term; adversaries climb the very passes that the loss then uses."""
     config, generators = learner.config, learner.generators
 
     def forward(masks: Mapping[str, Any]) -> Tensor:
         with learner.autocast():
-            return learner.decomposition.masked_forward(batch.inputs, masks, start_at=batch.start_at)
+            return learner.decomposition.masked_forward(
+                batch.inputs, masks, start_at=batch.start_at, residuals=residuals
+            )
 
     def loss(g: Mapping[str, Tensor], masks: Any, routing: Any, draws: int = 1) -> Tensor:
         return reconstruction_loss(

@@ -339,6 +339,9 @@ class BridgeHost(Host):
         with self._entering(layer, residual):
             return self.model(unread)
 
+    def can_start_at_blocks(self) -> bool:
+        return True
+
     @contextmanager
     def _entering(self, layer: int, residual: Tensor) -> Iterator[None]:
         """While open, a pass leaves out the blocks before `layer`, and `residual` enters that one."""

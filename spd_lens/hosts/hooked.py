@@ -190,6 +190,12 @@ class HookedHost(Host):
     def forward_from(self, layer: int, residual: Float[Tensor, "batch pos d_model"]) -> Tensor:
         return self.model(residual, start_at_layer=layer)
 
+    def can_start_at_blocks(self) -> bool:
+        # Both carry something besides the residual stream: position embeddings, and the mask of padded positions.
+        tokenizer = self.model.tokenizer
+        pads_left = tokenizer is not None and tokenizer.padding_side == "left"
+        return self.model.cfg.positional_embedding_type != "shortformer" and not pads_left
+
     def cached_positions(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
         entry = kwargs.get("past_kv_cache_entry")
         return 0 if entry is None else int(entry.past_keys.size(1))

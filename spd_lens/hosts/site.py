@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import einops
@@ -208,9 +210,34 @@ class Host(ABC):
         """The model's output with `residual` entering block `layer`; no block before it is run."""
         raise ValueError(f"a {type(self.model).__name__} has no residual stream to start from")
 
+    def can_start_at_blocks(self) -> bool:
+        """Whether `forward_from` gives, bit for bit, what the whole pass gives that the residual stream is from."""
+        return False
+
+    @contextmanager
+    def record_residuals(self, layers: Iterable[int]) -> Iterator[dict[int, Tensor]]:
+        """While open, a pass stores the residual stream that enters each of these blocks in the dict."""
+        found: dict[int, Tensor] = {}
+        handles = []
+        try:
+            for layer in layers:
+                block, note = self.block(layer), partial(_note_residual, found=found, layer=layer)
+                assert block is not None
+                handles.append(block.register_forward_pre_hook(note, with_kwargs=True, prepend=True))
+            yield found
+        finally:
+            for handle in handles:
+                handle.remove()
+
     def cached_positions(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
         """How many earlier positions a block's call finds in its key-value cache."""
         return 0
+
+
+def _note_residual(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, found: dict[int, Tensor], layer: int
+) -> None:
+    found[layer] = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
 
 
 def near_names(given: str, known: Iterable[str]) -> str:
