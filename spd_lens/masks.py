@@ -8,7 +8,7 @@ generator's device and moved.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -19,6 +19,7 @@ from spd_lens.subcomponents import SiteMask
 
 MaskKind = Literal["stochastic", "bernoulli", "importance", "rounded", "random", "none", "off"]
 Routing = Literal["all", "layerwise", "subset"] | float
+Generators = torch.Generator | Sequence[torch.Generator]
 Importances = Mapping[str, Float[Tensor, "*batch C"]]
 
 # Importance at and above which a rounded mask keeps a subcomponent.
@@ -60,14 +61,19 @@ class _Mask(torch.autograd.Function):
         )
 
 
-def _uniform(like: Tensor, shape: torch.Size, generator: torch.Generator) -> Tensor:
+def _uniform(like: Tensor, shape: torch.Size, generator: Generators) -> Tensor:
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    if not isinstance(generator, torch.Generator):
+        members = torch.empty(shape, dtype=dtype, device=generator[0].device)
+        for own, room in zip(generator, members, strict=True):
+            torch.rand(shape[1:], generator=own, device=own.device, dtype=dtype, out=room)
+        return members.to(like.device)
     drawn = torch.rand(shape, generator=generator, device=generator.device, dtype=dtype)
     return drawn.to(like.device)
 
 
 def _sources(
-    kind: MaskKind, importance: Tensor, delta: bool, generator: torch.Generator
+    kind: MaskKind, importance: Tensor, delta: bool, generator: Generators
 ) -> tuple[Tensor | None, Tensor | None]:
     """Source of the mask and the delta mask, `([... C], [...])`; a None delta leaves the delta as it is."""
     positions = importance.shape[:-1]
@@ -84,7 +90,7 @@ def sample_masks(
     *,
     kind: MaskKind = "stochastic",
     delta: bool = True,
-    generator: torch.Generator,
+    generator: Generators,
 ) -> dict[str, SiteMask]:
     """One draw of masks for every site, from importances `g [... C]`.
 
@@ -96,7 +102,8 @@ def sample_masks(
 
     Draws are fresh and independent for every site and position. With `delta=False` the random kinds use a delta
     mask of 0: what the subcomponents do not explain is then missing from the pass, as in the paper.
-    Gradients flow through `g` (reparametrised).
+    Gradients flow through `g` (reparametrised). With a list of generators, the leading axis of the importances is
+    that of independent members, each of which draws from its own.
     """
     masks = {}
     for name, g in importances.items():

@@ -78,7 +78,7 @@ def train(
     accelerator = _make_accelerator(decomposition, config)
     is_main, n_processes, rank = accelerator.is_main_process, accelerator.num_processes, accelerator.process_index
 
-    with _only_subcomponents_trainable(decomposition), _stop_on_ctrl_c() as stop:
+    with _only_subcomponents_trainable(decomposition), stop_on_ctrl_c() as stop:
         learner = _make_learner(decomposition, config, accelerator)
         if resume_from is None and is_main:
             files.begin(config)
@@ -92,14 +92,14 @@ def train(
         good: Checkpoint | None = checkpoint
         bad_step = torch.full((), -1, device=decomposition.device)
         started, first_step, interrupted = time.perf_counter(), step, False
-        stream = _batch_stream(batches, start=step * n_processes + rank, stride=n_processes)
+        stream = batch_stream(batches, start=step * n_processes + rank, stride=n_processes)
         bar = tqdm(total=config.steps, initial=step, desc="SPD", unit="step", disable=not is_main)
 
         while step < config.steps:
             batch = _checked(next(stream), decomposition).to(decomposition.device)
             _set_learning_rates(learner, step)
             losses, importances = training_losses(learner, batch, step)
-            total = torch.stack([_coefficient(config, name) * loss for name, loss in losses.items()]).sum()
+            total = torch.stack([coefficient(config, name) * loss for name, loss in losses.items()]).sum()
             total.backward()
             _average_gradients(learner, accelerator)
             norms = _clip_gradients(learner)
@@ -228,7 +228,7 @@ def _only_subcomponents_trainable(decomposition: Decomposition) -> Iterator[None
 
 
 @contextmanager
-def _stop_on_ctrl_c() -> Iterator[threading.Event]:
+def stop_on_ctrl_c() -> Iterator[threading.Event]:
     """An event that the first Ctrl-C sets instead of breaking into a half-done step; the second one interrupts."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -250,7 +250,7 @@ def _stop_on_ctrl_c() -> Iterator[threading.Event]:
 # -- batches -----------------------------------------------------------------------------------------------------------
 
 
-def _batch_stream(batches: Iterable[Any], *, start: int, stride: int) -> Iterator[Batch]:
+def batch_stream(batches: Iterable[Any], *, start: int, stride: int) -> Iterator[Batch]:
     """Batches number `start`, `start + stride`, ...; the iterable is begun again when it ends."""
     if hasattr(batches, "batches_from"):
         source: Iterator[Any] = batches.batches_from(start)  # pyright: ignore[reportAttributeAccessIssue]
@@ -290,7 +290,7 @@ def _checked(batch: Batch, decomposition: Decomposition) -> Batch:
 # -- parts of a step ------------------------------------------------------------------------------------------------
 
 
-def _coefficient(config: TrainConfig, name: str) -> float:
+def coefficient(config: TrainConfig, name: str) -> float:
     for term in config.reconstructions:
         if term.name == name:
             return term.coefficient

@@ -11,9 +11,10 @@ PACKAGE = Path(__file__).parent.parent / "spd_lens"
 
 # Every module may import the ones before its own line, and none after it.
 LAYERS = [
-    {"hosts.site", "files", "tables"},
+    {"hosts.site", "files", "tables", "blocks", "member_adam"},
     {"hosts.hooked", "hosts.bridge", "hosts.root"},
     {"hosts"},
+    {"pointwise_mlp"},
     {"gates"},
     {"subcomponents"},
     {"swap", "masks", "interventions", "checkpoint"},
@@ -22,6 +23,7 @@ LAYERS = [
     {"decompose", "data", "run_files"},
     {"step", "evaluate", "harvest", "plots"},
     {"training"},
+    {"many"},
     {"pretrained", "toys.tiny_lm", "toys.tms", "toys.resid_mlp", "toys.features"},
     {"toys.train_target", "known_solution"},
     {"toys"},
