@@ -23,7 +23,7 @@ from spd_lens import Decomposition, TrainConfig, decompose
 from spd_lens.adversary import PGD
 from spd_lens.config import Reconstruction
 from spd_lens.data import Batch, TokenBatches, cache_residuals
-from spd_lens.step import training_losses
+from spd_lens.step import accumulate_gradients
 from spd_lens.training import _make_accelerator, _make_learner
 
 
@@ -87,8 +87,8 @@ class ProductStep:
         self.learner = _make_learner(decomposition, config, _make_accelerator(decomposition, config))
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """All terms of the loss, unweighted."""
-        return training_losses(self.learner, batch, 0)[0]
+        """All terms of the loss, unweighted; their gradients are then in the parameters."""
+        return accumulate_gradients(self.learner, batch, 0)[0]
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
         """The weighted sum."""
@@ -97,9 +97,8 @@ class ProductStep:
     def step(self, batch: Batch) -> Tensor:
         """One training step; returns the total loss."""
         total = self.total(self.losses(batch))
-        total.backward()
         self.update()
-        return total.detach()
+        return total
 
     def update(self) -> None:
         """What follows the backward pass."""

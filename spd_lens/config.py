@@ -105,6 +105,9 @@ class TrainConfig:
                 raise ValueError(f"{name}={getattr(self, name)}; expected zero or more")
         if self.schedule not in ("constant", "cosine", "linear"):
             raise ValueError(f"schedule={self.schedule!r}; expected 'constant', 'cosine' or 'linear'")
+        names = [term.name for term in self.reconstructions]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two reconstructions are the same term ({', '.join(names)}); give one of them more draws")
         if self.hidden > 0 and not self.hidden_points:
             raise ValueError("hidden > 0 needs hidden_points: names of hook points to reconstruct")
 

@@ -7,7 +7,7 @@ section 3.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -261,12 +261,47 @@ def reconstruction_loss(
 
     Fresh masks are drawn for every pass. Cost: `draws` times the number of passes, each a forward of the model.
     """
+    passes = reconstruction_passes(
+        forward,
+        clean_output,
+        importances,
+        masks=masks,
+        routing=routing,
+        kind=kind,
+        delta=delta,
+        draws=draws,
+        position_mask=position_mask,
+        clean_is_log_probs=clean_is_log_probs,
+        generator=generator,
+        routing_generator=routing_generator,
+    )
+    return torch.stack(list(passes)).sum()
+
+
+def reconstruction_passes(
+    forward: MaskedForward,
+    clean_output: Float[Tensor, "*output_batch d_out"],
+    importances: Importances,
+    *,
+    masks: MaskKind | Mapping[str, Tensor],
+    routing: Routing | list[dict[str, Tensor | None]],
+    kind: Divergence,
+    delta: bool,
+    draws: int,
+    position_mask: Bool[Tensor, "*output_batch"] | None,
+    clean_is_log_probs: bool,
+    generator: torch.Generator,
+    routing_generator: torch.Generator | None,
+) -> Iterator[Float[Tensor, ""]]:
+    """The summands of `reconstruction_loss`, one for every pass, each computed when it is asked for.
+
+    Differentiating each before asking for the next keeps one graph alive instead of all.
+    """
     if draws < 1:
         raise ValueError(f"draws={draws}; expected at least 1")
     if not importances:
         raise ValueError("reconstruction_loss was given no site")
     shapes = {name: g.shape[:-1] for name, g in importances.items()}
-    losses = []
     for _ in range(draws):
         passes = (
             routing
@@ -280,17 +315,14 @@ def reconstruction_loss(
                 if isinstance(masks, str)
                 else masks_from_sources(chosen, masks, delta=delta)
             )
-            output = forward(route(drawn, routed))
-            losses.append(
-                divergence(
-                    clean_output,
-                    output,
-                    kind=kind,
-                    position_mask=position_mask,
-                    clean_is_log_probs=clean_is_log_probs,
-                )
+            distance = divergence(
+                clean_output,
+                forward(route(drawn, routed)),
+                kind=kind,
+                position_mask=position_mask,
+                clean_is_log_probs=clean_is_log_probs,
             )
-    return torch.stack(losses).mean()
+            yield distance / (draws * len(passes))
 
 
 def hidden_reconstruction_loss(

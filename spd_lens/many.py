@@ -30,8 +30,9 @@ from spd_lens.losses import divergence, faithfulness_loss, frequency_loss, minim
 from spd_lens.masks import route, sample_masks, sample_routing
 from spd_lens.member_adam import MemberAdam
 from spd_lens.run_files import RunFiles
+from spd_lens.step import coefficient
 from spd_lens.subcomponents import SiteMask
-from spd_lens.training import batch_stream, coefficient, stop_on_ctrl_c
+from spd_lens.training import batch_stream, stop_on_ctrl_c
 
 # What members may differ in; everything else decides which operations a step consists of.
 MAY_DIFFER = ("seed", "lr", "gate_lr", "faithfulness_warmup_lr", "faithfulness", "minimality", "frequency")

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spd_lens.blocks import block_entries
+from spd_lens.blocks import block_entries, workspace
 
 
 def pointwise_mlp(
@@ -136,7 +136,7 @@ def _blocks(columns: Float[Tensor, "C n"], w_in: Float[Tensor, "C h"]) -> Iterat
     entries = block_entries(columns.device)
     rows = max(1, min(n_rows, entries // width))
     width_of_block = max(1, min(n_columns, entries // (width * rows)))
-    room = [columns.new_empty(width_of_block * width * rows) for _ in range(3)]
+    room = workspace(3, width_of_block * width * rows, columns)
     with torch.autocast(columns.device.type, enabled=False):
         for c in range(0, n_columns, width_of_block):
             for n in range(0, n_rows, rows):

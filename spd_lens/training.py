@@ -29,7 +29,7 @@ from spd_lens.data import Batch, as_batch
 from spd_lens.decomposition import ALIVE_ABOVE, Decomposition
 from spd_lens.hosts import token_arguments_error
 from spd_lens.run_files import Checkpoint, Logger, RunFiles, open_run, read_checkpoint
-from spd_lens.step import Learner, faithfulness, training_losses
+from spd_lens.step import Learner, accumulate_gradients, coefficient, faithfulness
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,8 @@ def train(
         while step < config.steps:
             batch = _checked(next(stream), decomposition).to(decomposition.device)
             _set_learning_rates(learner, step)
-            losses, importances = training_losses(learner, batch, step)
+            losses, importances = accumulate_gradients(learner, batch, step)
             total = torch.stack([coefficient(config, name) * loss for name, loss in losses.items()]).sum()
-            total.backward()
             _average_gradients(learner, accelerator)
             norms = _clip_gradients(learner)
             learner.optimizer.step()
@@ -288,13 +287,6 @@ def _checked(batch: Batch, decomposition: Decomposition) -> Batch:
 
 
 # -- parts of a step ------------------------------------------------------------------------------------------------
-
-
-def coefficient(config: TrainConfig, name: str) -> float:
-    for term in config.reconstructions:
-        if term.name == name:
-            return term.coefficient
-    return getattr(config, name)
 
 
 def _set_learning_rates(learner: Learner, step: int) -> None:

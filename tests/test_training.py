@@ -345,7 +345,7 @@ def test_training_waits_for_the_device_only_where_it_logs(tmp_path: Path, monkey
 
     decomposition = _fresh()
     forbidden = ("item", "tolist", "numpy", "__float__", "__int__", "__bool__", "cpu")
-    real = training.training_losses
+    real = training.accumulate_gradients
 
     def guarded(*args: Any) -> Any:
         with monkeypatch.context() as patch:
@@ -357,7 +357,7 @@ def test_training_waits_for_the_device_only_where_it_logs(tmp_path: Path, monkey
                 patch.setattr(Tensor, name, refuse)
             return real(*args)
 
-    monkeypatch.setattr(training, "training_losses", guarded)
+    monkeypatch.setattr(training, "accumulate_gradients", guarded)
     config = EVERYTHING.changed(reconstructions=(Reconstruction(), Reconstruction(0.5, "pgd", "layerwise")))
     train(decomposition, TokenBatches(tokens(8), 4), config, out_dir=tmp_path / "run")
 
