@@ -169,9 +169,7 @@ def worst_case(
     clean_output = log_probs(clean.output) if kind == "kl" else clean.output
 
     def forward(masks: Mapping[str, SiteMask]) -> Tensor:
-        return decomposition.masked_forward(
-            batch.inputs, masks, start_at=batch.start_at, residuals=clean.residuals
-        )
+        return decomposition.masked_forward(batch.inputs, masks, start_at=batch.start_at, residuals=clean.residuals)
 
     def loss(sources: Mapping[str, Tensor]) -> Tensor:
         return reconstruction_loss(

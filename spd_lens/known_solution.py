@@ -63,7 +63,7 @@ def mmcs(
 ) -> float:
     """`mean_j max_c cos(V[j, c] U[c, :], W[j, :])`, over the subcomponents in `among`; 0 if there are none.
 
-    Lengths do not enter, so over all c a dead subcomponent that happens to point the right way is enough.
+    Lengths do not enter: over all c, a dead subcomponent that happens to point the right way is enough.
     """
     if among is not None and not bool(among.any()):
         return 0.0
@@ -330,10 +330,8 @@ class ResidMLPReport:
     def __str__(self) -> str:
         rows = []
         for i, layer in enumerate(self.layers):
-            rows += [
-                _feature_row(f"blocks.{i}.mlp.W_in", layer.W_in, layer.recovery),
-                _dense_row(f"blocks.{i}.mlp.W_out", layer.W_out),
-            ]
+            rows.append(_feature_row(f"blocks.{i}.mlp.W_in", layer.W_in, layer.recovery))
+            rows.append(_dense_row(f"blocks.{i}.mlp.W_out", layer.W_out))
         errors = ", ".join(f"{layer.contribution_error:.1%}" for layer in self.layers)
         return _table(rows, self.problems) + f"\nneuron contributions off by {errors}"
 
@@ -356,10 +354,9 @@ def tms_report(decomposition: Decomposition, *, value: float = 0.75) -> TMSRepor
 @torch.no_grad()
 def resid_mlp_report(decomposition: Decomposition, *, value: float = 0.75) -> ResidMLPReport:
     """Compare a decomposed `ResidMLP` with its features; importance is read on one-hot inputs of `value`."""
-    model = decomposition.model
-    n_layers = decomposition.host.n_layers()
+    n_layers, W_E = decomposition.host.n_layers(), decomposition.model.W_E
     _require(decomposition, *(f"blocks.{i}.mlp.{name}" for i in range(n_layers) for name in ("W_in", "W_out")))
-    G = decomposition.importance(one_hot_inputs(len(model.W_E), value).to(model.W_E))
+    G = decomposition.importance(one_hot_inputs(len(W_E), value).to(W_E))
     return ResidMLPReport(tuple(_layer_report(decomposition, i, G) for i in range(n_layers)))
 
 

@@ -44,7 +44,7 @@ class _Mask(torch.autograd.Function):
 
     @staticmethod
     def forward(importance: Tensor, source: Tensor) -> Tensor:
-        return importance + (1 - importance) * source
+        return torch.addcmul(importance, 1 - importance, source)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -56,7 +56,7 @@ class _Mask(torch.autograd.Function):
         (grad,) = grads
         by_importance, by_source = ctx.needs_input_grad
         return (
-            grad * (1 - source) if by_importance else None,
+            torch.addcmul(grad, grad, source, value=-1) if by_importance else None,
             (grad * (1 - importance)).sum_to_size(source.shape) if by_source else None,
         )
 

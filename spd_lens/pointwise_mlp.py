@@ -140,9 +140,7 @@ def _blocks(columns: Float[Tensor, "C n"], w_in: Float[Tensor, "C h"]) -> Iterat
     with torch.autocast(columns.device.type, enabled=False):
         for c in range(0, n_columns, width_of_block):
             for n in range(0, n_rows, rows):
-                yield _Block(
-                    slice(c, min(c + width_of_block, n_columns)), slice(n, min(n + rows, n_rows)), room, width
-                )
+                yield _Block(slice(c, min(c + width_of_block, n_columns)), slice(n, min(n + rows, n_rows)), room, width)
 
 
 def _fold_members(info: Any, in_dims: tuple[int | None, ...], args: tuple[Tensor, ...]) -> list[Tensor]:

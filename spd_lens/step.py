@@ -105,9 +105,7 @@ def coefficient(config: TrainConfig, name: str) -> float:
     return getattr(config, name)
 
 
-def _clean_importances(
-    learner: Learner, batch: Batch
-) -> tuple[CleanPass, dict[str, Tensor], dict[str, Tensor]]:
+def _clean_importances(learner: Learner, batch: Batch) -> tuple[CleanPass, dict[str, Tensor], dict[str, Tensor]]:
     """The clean pass, and the importances on it under both squashings."""
     decomposition, config = learner.decomposition, learner.config
     with learner.autocast():

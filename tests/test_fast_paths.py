@@ -53,9 +53,7 @@ def test_pointwise_mlps_in_blocks_equal_the_formula(
     weights = randn(*lead, 5, seed=9).double().to(device)
     got, expected = pointwise_mlp.pointwise_mlp(*arguments), by_the_formula(*arguments)
     assert_close(got, expected)
-    for ours, plain in zip(
-        gradients(got, arguments, weights), gradients(expected, arguments, weights), strict=True
-    ):
+    for ours, plain in zip(gradients(got, arguments, weights), gradients(expected, arguments, weights), strict=True):
         assert_close(ours, plain)
 
 
@@ -106,9 +104,7 @@ def both_ways(decomposition: Any, batch: Tensor, masks: dict[str, SiteMask], rou
     leaves += decomposition.subcomponent_parameters()
     narrow = {name: SiteMask(m.mask, m.delta, routed[name]) for name, m in masks.items()}
     full = {
-        name: SiteMask(
-            torch.where(routed[name].unsqueeze(-1), m.mask, 1.0), torch.where(routed[name], m.delta, 1.0)
-        )
+        name: SiteMask(torch.where(routed[name].unsqueeze(-1), m.mask, 1.0), torch.where(routed[name], m.delta, 1.0))
         for name, m in masks.items()
     }
     got, expected = decomposition.masked_forward(batch, narrow), decomposition.masked_forward(batch, full)
