@@ -1,0 +1,94 @@
+"""Sparse features: what the toy models are trained on, and the one-hot inputs on which importance is read.
+
+Every feature is active independently of the others with a fixed probability, with a value from a uniform
+distribution; otherwise it is 0. Batch number i depends on the seed and on i alone, so that a resumed run finds its
+place at no cost. Only active entries are drawn: 0.15 ms for 4096 x 40 at probability 0.05.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+# How many standard deviations more gaps than expected are drawn at first.
+SPARE_DEVIATIONS = 6.0
+
+
+class SparseFeatures:
+    """Endless batches `x [batch features]` on the CPU, the same for the same arguments.
+
+    `x[k, f] ~ U[low, high]` with probability `probability`, else 0, independently for all k and f.
+    """
+
+    def __init__(
+        self,
+        n_features: int,
+        batch_size: int,
+        *,
+        probability: float,
+        low: float = 0.0,
+        high: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        if n_features < 1 or batch_size < 1:
+            raise ValueError(f"n_features={n_features}, batch_size={batch_size}; expected at least 1 of each")
+        if not 0 < probability <= 1:
+            raise ValueError(f"probability={probability}; expected more than 0 and at most 1")
+        if not low < high:
+            raise ValueError(f"values between low={low} and high={high}; expected low < high")
+        if seed < 0:
+            raise ValueError(f"seed={seed}; expected zero or more")
+        self.n_features, self.batch_size, self.seed = n_features, batch_size, seed
+        self.probability, self.low, self.high = probability, low, high
+
+    def __iter__(self) -> Iterator[Float[Tensor, "batch features"]]:
+        return self.batches_from(0)
+
+    def batches_from(self, start: int) -> Iterator[Float[Tensor, "batch features"]]:
+        """The batches from number `start` on, without end."""
+        index = start
+        while True:
+            yield self.batch(index)
+            index += 1
+
+    def batch(self, index: int) -> Float[Tensor, "batch features"]:
+        """Batch number `index`."""
+        x = np.zeros((self.batch_size, self.n_features), dtype=np.float32)
+        self.write_batch(index, x.reshape(-1))
+        return torch.from_numpy(x)
+
+    def write_batch(self, index: int, x: np.ndarray) -> None:
+        """Write the active entries of batch number `index` into `x [(batch features)]`, which holds zeros."""
+        # A counter-based generator: the pair (seed, index) is its key, so batches are independent streams.
+        generator = np.random.Generator(np.random.Philox(key=np.array([self.seed, index], dtype=np.uint64)))
+        where = self._active(len(x), generator)
+        values = generator.random(len(where), dtype=np.float32)
+        x[where] = self.low + (self.high - self.low) * values
+
+    def _active(self, n: int, generator: np.random.Generator) -> np.ndarray:
+        """Which of n entries are active: the gaps between successes of a Bernoulli process are geometric."""
+        expected = n * self.probability
+        count = max(0, int(expected + SPARE_DEVIATIONS * expected**0.5)) + 8
+        where = generator.geometric(self.probability, count).cumsum() - 1
+        while where[-1] < n:  # one time in a billion
+            where = np.concatenate([where, where[-1] + generator.geometric(self.probability, count).cumsum()])
+        return where[: np.searchsorted(where, n)]
+
+
+def tms_features(n_features: int, batch_size: int, *, seed: int = 0) -> SparseFeatures:
+    """The data of TMS: active with probability 0.05, `U[0, 1]`."""
+    return SparseFeatures(n_features, batch_size, probability=0.05, seed=seed)
+
+
+def resid_mlp_features(n_features: int, batch_size: int, *, seed: int = 0) -> SparseFeatures:
+    """The data of the residual MLPs: active with probability 0.01, `U[-1, 1]`."""
+    return SparseFeatures(n_features, batch_size, probability=0.01, low=-1.0, high=1.0, seed=seed)
+
+
+def one_hot_inputs(n_features: int, value: float = 0.75) -> Float[Tensor, "input features"]:
+    """Row i has feature i at `value` and nothing else; 0.75 is the paper's."""
+    return value * torch.eye(n_features)
