@@ -144,7 +144,7 @@ class Decomposition(Mapping[str, DecomposedWeight]):
         """
         self._check_present()
         first = self._first_block(masks)
-        if residuals and first in residuals:
+        if residuals and first is not None and first in residuals:
             batch, start_at = residuals[first], first
         with given_masks(self._weights, masks):
             return self._run(batch, start_at)

@@ -158,8 +158,8 @@ def divergence(
         case "kl":
             clean = clean.detach()
             log_p = clean if clean_is_log_probs else log_probs(clean)
-            wants_gradient = masked.requires_grad and torch.is_grad_enabled()
-            per_position, _ = _KLFromFrozen.apply(masked, log_p, wants_gradient)  # pyright: ignore[reportGeneralTypeIssues]
+            # Not `masked.requires_grad`, which is hidden inside `vmap`.
+            per_position, _ = _KLFromFrozen.apply(masked, log_p, torch.is_grad_enabled())  # pyright: ignore[reportGeneralTypeIssues]
         case "mse":
             per_position = (_at_least_float32(clean) - _at_least_float32(masked)).square().mean(-1)
         case _:

@@ -207,15 +207,15 @@ class _Run:
         device = stack.device
         gate_lrs = [m.lr if m.gate_lr is None else m.gate_lr for m in members]
         self.optimizers = {
-            "subcomponents": MemberAdam(stack.trained["subcomponents"], torch.tensor([m.lr for m in members])),
-            "gates": MemberAdam(stack.trained["gates"], torch.tensor(gate_lrs)),
+            "subcomponents": MemberAdam(stack.trained["subcomponents"], _float64([m.lr for m in members])),
+            "gates": MemberAdam(stack.trained["gates"], _float64(gate_lrs)),
         }
         # Seeded as `train` does.
         self.generators = [torch.Generator(device).manual_seed(m.seed * 1_000_003 + 1) for m in members]
 
     def warm_up_faithfulness(self) -> None:
         """L8, with an optimiser that is thrown away."""
-        rates = torch.tensor([m.faithfulness_warmup_lr for m in self.members])
+        rates = _float64([m.faithfulness_warmup_lr for m in self.members])
         adam = MemberAdam(self.stack.trained["subcomponents"], rates)
         for _ in range(self.config.faithfulness_warmup):
             self.stack.faithfulness().sum().backward()
@@ -281,6 +281,10 @@ class _Run:
 
 # Routing of all sites and of one site at a time draws nothing.
 _NO_DRAWS = torch.Generator()
+
+
+def _float64(values: Sequence[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

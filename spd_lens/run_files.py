@@ -74,7 +74,7 @@ class RunFiles:
         content = read_json(self.directory / "config.json", format_name=FORMAT, newest_version=FORMAT_VERSION)
         return TrainConfig.from_json(content["config"])
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Append one line."""
         line = json.dumps({"step": step, **values})
         with self.log_path.open("a", encoding="utf-8") as file:
