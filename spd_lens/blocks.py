@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ def workspace(count: int, entries: int, like: Tensor) -> list[Tensor]:
     """
     if like.device.type != "cpu":
         return [like.new_empty(entries) for _ in range(count)]
-    rooms: dict[torch.dtype, list[Tensor]] = _kept.__dict__
+    rooms: dict[Any, list[Tensor]] = _kept.__dict__
     own = rooms.setdefault(like.dtype, [])
     if len(own) < count or len(own[0]) < entries:
         rooms[like.dtype] = own = [like.new_empty(max(entries, block_entries(like.device))) for _ in range(count)]

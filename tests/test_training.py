@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -397,3 +398,34 @@ def test_training_and_evaluation_run_where_the_model_is(tmp_path: Path, device: 
     assert {t.device.type for t in decomposition.tensors().values()} == {device}
     report = evaluate(decomposition, TokenBatches(tokens(8), 4), adversary_steps=(2,))
     assert report.positions == 8 * 12
+
+
+def test_a_step_asks_the_device_for_no_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the `meta` device there are shapes but no values, so whatever needs one (also a count of rows) raises."""
+    from spd_lens.step import Learner, accumulate_gradients
+
+    # There is no autocast for this device.
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())
+    decomposition = _fresh()
+    decomposition.to("meta")
+    for p in decomposition.model.parameters():
+        p.requires_grad_(False)
+    trained = decomposition.subcomponent_parameters() + decomposition.gate_parameters()
+    for p in trained:
+        p.requires_grad_(True)
+    every_routing = (
+        Reconstruction(routing="subset"),
+        Reconstruction(routing=0.5),
+        Reconstruction(masks="bernoulli", routing="layerwise"),
+        Reconstruction(masks="pgd", routing="subset"),
+        Reconstruction(masks="persistent", routing="subset"),
+    )
+    config = EVERYTHING.changed(reconstructions=every_routing)
+    generators = {name: torch.Generator() for name in ("masks", "adversary", "routing")}
+    learner = Learner(decomposition, config, torch.optim.Adam(trained), generators)
+    learner.targets = {name: w.target_weight.detach() for name, w in decomposition.items()}
+    losses, _ = accumulate_gradients(learner, Batch(tokens(4).to("meta")), 0)
+    assert all(loss.device.type == "meta" for loss in losses.values())
+    assert all(p.grad is not None for p in trained)
+    with pytest.raises(RuntimeError, match="meta"):
+        losses["minimality"].item()
