@@ -6,7 +6,7 @@ order of a single run, so it ends where `train` would have brought it, up to the
 
 Cost: the arithmetic of the members' steps; what is saved is a Python call per operation and member, which is most
 of a toy model's step. Left out on purpose: adversaries and subset routing (which rows are computed would differ by
-member), the global gate, and mixed precision.
+member), the global gate, mixed precision, and TransformerBridges.
 """
 
 from __future__ import annotations
@@ -330,6 +330,11 @@ def _checked_configs(
         )
     if len({id(d.model) for d in decompositions}) < len(decompositions):
         raise ValueError("two members share one model; give every member a copy of its own (copy.deepcopy)")
+    if decompositions[0].host.provenance().host == "TransformerBridge":
+        raise ValueError(
+            "train_many cannot run a TransformerBridge: Hugging Face's code writes in place, which torch.vmap does not "
+            "support; use train"
+        )
     first = members[0]
     for i, member in enumerate(members):
         same = {name: getattr(first, name) for name in MAY_DIFFER}

@@ -17,6 +17,8 @@ from spd_lens.many import train_many
 from spd_lens.member_adam import MemberAdam
 from spd_lens.toys.features import tms_features
 from spd_lens.toys.tms import TMS
+from tests.bridge_models import boot, random_tokens
+from tests.conftest import needs_hooked
 from tests.models import TiedAutoencoder, tiny_transformer, tokens
 
 BOTH = (Reconstruction(), Reconstruction(0.5, "bernoulli", "layerwise", draws=2))
@@ -70,6 +72,7 @@ def test_each_member_ends_as_a_run_of_its_own(identity: bool, gate: str, tmp_pat
     assert result.failed == [None] * 3
 
 
+@needs_hooked
 def test_members_of_a_language_model(tmp_path: Path) -> None:
     def of(seed: int) -> Decomposition:
         model = tiny_transformer(seed, n_layers=1).double()
@@ -154,6 +157,12 @@ def test_what_does_not_fit_together_is_refused(without_type_checks: None) -> Non
     masked = [Batch(x, position_mask=torch.ones(16, dtype=torch.bool)) for x in data(0)]
     with pytest.raises(ValueError, match="without position masks"):
         train_many(copy.deepcopy(ok[:1]), [masked], CONFIG)
+
+
+def test_a_bridge_is_refused() -> None:
+    decomposition = decompose(boot("gpt2"), {"blocks.0.mlp.W_in": 4})
+    with pytest.raises(ValueError, match="train_many cannot run a TransformerBridge"):
+        train_many([decomposition], [[random_tokens()]], TrainConfig(steps=1))
 
 
 def test_member_adam_is_adam_for_each_member() -> None:
