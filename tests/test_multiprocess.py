@@ -36,6 +36,9 @@ train(d, list(tokens(32).split(4)), CONFIG, out_dir={run!r})
 rank = torch.distributed.get_rank()
 assert torch.distributed.get_world_size() == 2
 save_file({{k: v.detach().contiguous() for k, v in d.tensors().items()}}, f"{{sys.argv[1]}}-{{rank}}.safetensors")
+# Without this a process can abort on its way out, in gloo's threads.
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
 """
 
 
