@@ -20,13 +20,16 @@ LAYERS = [
     {"swap", "masks", "interventions", "checkpoint"},
     {"losses", "adversary"},
     {"config", "decomposition"},
-    {"decompose", "data", "run_files"},
-    {"step", "evaluate", "harvest", "plots"},
-    {"training"},
-    {"many"},
-    {"pretrained", "toys.tiny_lm", "toys.tms", "toys.resid_mlp", "toys.features"},
-    {"toys.train_target", "known_solution"},
-    {"toys"},
+    {"decompose", "data", "run_files", "effects", "task_words", "prompt_pairs"},
+    {"step", "evaluate", "harvest", "plots", "replacement", "tasks"},
+    {"training", "ablation", "patching"},
+    {"many", "path_patching"},
+    {"pretrained", "toys.tiny_lm", "toys.tms", "toys.resid_mlp", "toys.features", "toys.saved_transformer"},
+    {"toys.train_target", "known_solution", "baselines.apd_targets", "baselines.fixed"}
+    | {"toys.induction", "toys.modular_addition"},
+    {"baselines.apd"},
+    {"baselines.apd_report"},
+    {"toys", "baselines"},
     {""},
 ]
 
@@ -58,8 +61,9 @@ def test_imports_point_down_only() -> None:
 
 
 def test_only_hosts_and_their_hook_points_know_transformer_lens() -> None:
-    allowed_anywhere = {"HookPoint", "FactoredMatrix"}
+    allowed_anywhere = {"HookPoint", "FactoredMatrix", "PatchingResult"}
     loaders = {"pretrained", "toys.tiny_lm", "toys.tms", "toys.resid_mlp"}
+    loaders |= {"toys.saved_transformer", "toys.induction", "toys.modular_addition"}
     for path in PACKAGE.rglob("*.py"):
         module = _module_name(path)
         if module.startswith("hosts") or module in loaders:
