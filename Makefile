@@ -1,6 +1,7 @@
 # Two commands do everything on a fresh machine with Python 3.10+ and make:
 #   make demo    decompose one block of SmolLM2-135M and look at it (about ten minutes on two cores)
 #   make test    the test suite
+# and `make reproduce-quick` shows one of the paper's experiments in minutes (all: docs/reproduction.md).
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
@@ -8,7 +9,7 @@ TL4 ?= 4.3.0
 # One thread per worker: two workers fill two cores without fighting over them.
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest
 
-.PHONY: demo test test-slow test-tl4 check lint format types examples tutorials lock clean
+.PHONY: demo test test-slow test-tl4 check lint format types examples tutorials reproduce-quick lock clean
 
 demo: $(VENV)/.ready
 	$(PY) tutorials/demo.py
@@ -42,6 +43,10 @@ examples: $(VENV)/.ready
 
 tutorials: $(VENV)/.ready
 	$(PYTEST) -m tutorial
+
+# Eight runs of TMS 5-2; results in runs/quick/tms_5-2, pictures too.
+reproduce-quick: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(PY) benchmarks/reproduce.py tms_5-2 --seeds 8 --results runs/quick --work runs/quick/work
 
 $(VENV)/.ready: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
