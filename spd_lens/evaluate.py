@@ -188,8 +188,10 @@ def worst_case(
 
 
 def _cross_entropy(output: Tensor, batch: Batch) -> Tensor | None:
-    """Mean next-token cross-entropy over positions that count; None for models without tokens."""
+    """Mean next-token cross-entropy over positions that count; None for models that do not predict tokens."""
     if batch.tokens is None or output.ndim != 3 or batch.tokens.shape[1] < 2:
+        return None
+    if int(batch.tokens.max()) >= output.shape[-1]:  # outputs are not over the input's vocabulary
         return None
     losses = F.cross_entropy(output[:, :-1].flatten(0, 1).float(), batch.tokens[:, 1:].flatten(), reduction="none")
     if batch.position_mask is None:

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 from spd_lens import Decomposition, EvaluationReport, TokenBatches, decompose, evaluate
 from spd_lens.evaluate import SiteReport, failure_modes
+from spd_lens.toys.modular_addition import all_sums, load_modular_addition
+from tests.conftest import needs_hooked
 from tests.models import TiedAutoencoder, tiny_transformer, tokens
 
 SITES: dict[str, int | None] = {"blocks.1.mlp.W_*": 20, "blocks.1.attn.W_V": 20}
@@ -156,3 +158,11 @@ def test_the_report_is_plain_data() -> None:
     report = evaluate(_decomposition(), [tokens(3)], adversary_steps=())
     assert isinstance(report, EvaluationReport)
     assert report.to_json()["sites"]["blocks.1.mlp.W_in"]["n_subcomponents"] == 20
+
+
+@needs_hooked
+def test_a_model_whose_answers_are_not_tokens_of_its_input_has_no_cross_entropy() -> None:
+    decomposition = decompose(load_modular_addition(), {"blocks.0.mlp.W_in": 4})
+    report = evaluate(decomposition, [all_sums()[:8]], adversary_steps=())
+    assert report.cross_entropy == {}
+    assert report.divergence["all off"] > 0

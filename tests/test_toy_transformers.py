@@ -1,0 +1,328 @@
+"""The two transformers with known mechanisms: what they can do, how they do it, and the data they were trained on."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from spd_lens import decompose
+from spd_lens.data import as_batch
+from spd_lens.toys import induction, modular_addition
+from spd_lens.toys.induction import (
+    RepeatedSequences,
+    earlier_copies,
+    head_roles,
+    induction_accuracy,
+    induction_loss,
+    load_induction,
+    predictable,
+)
+from spd_lens.toys.modular_addition import (
+    ModularSums,
+    all_sums,
+    fourier_reading,
+    frequency_shares,
+    grid_frequency_shares,
+    load_modular_addition,
+    only_the_answer,
+    sum_accuracy,
+    sum_labels,
+)
+from spd_lens.toys.saved_transformer import load_recipe
+from tests.conftest import TL_MAJOR, needs_hooked
+from tests.models import generator
+
+LOADERS = [load_induction, load_modular_addition]
+DIRECTORIES = [induction.DATA_DIR, modular_addition.DATA_DIR]
+
+
+# -- induction: data -------------------------------------------------------------------------------------------------
+
+
+def test_sequences_are_distinct_tokens_and_then_repetitions_of_the_last_ones() -> None:
+    tokens = RepeatedSequences(200, seed=3).batch(0)
+    assert tokens.shape == (200, induction.N_CTX)
+    periods, starts = set(), set()
+    for bos, *body in tokens.tolist():
+        assert bos == induction.BOS
+        assert induction.BOS not in body
+        n_distinct = len(set(body))
+        assert len(set(body[:n_distinct])) == n_distinct
+        period = n_distinct - body.index(body[n_distinct])
+        assert all(body[i] == body[i - period] for i in range(n_distinct, len(body)))
+        assert len(body) - n_distinct >= period
+        periods.add(period)
+        starts.add(n_distinct - period)
+    assert periods == set(range(induction.MIN_PERIOD, induction.MAX_PERIOD + 1))
+    assert min(starts) == 0
+    assert max(starts) > 15
+
+
+def test_predictable_positions_are_those_whose_token_was_there_before() -> None:
+    tokens = torch.tensor([[0, 5, 3, 7, 3, 7, 3], [0, 1, 2, 3, 4, 5, 6]])
+    assert predictable(tokens).tolist() == [[False, False, False, False, True, True, False], [False] * 7]
+    assert earlier_copies(tokens)[0].nonzero().tolist() == [[4, 2], [5, 3], [6, 2], [6, 4]]
+
+
+def test_accuracy_and_loss_count_what_they_say() -> None:
+    tokens = torch.tensor([[0, 5, 3, 7, 3, 7, 3]])
+    logits = torch.zeros(1, 7, 8)
+    logits[0, 4, 7] = 100.0  # right
+    logits[0, 5, 1] = 100.0  # wrong
+    assert induction_accuracy(logits, tokens) == 0.5
+    # Four positions must say nothing, one is right, one is wrong by 100 nats.
+    assert float(induction_loss(logits, tokens)) == pytest.approx((4 * math.log(8) + 0 + 100) / 6, rel=1e-6)
+
+
+@pytest.mark.parametrize("source", [RepeatedSequences(4, seed=5), ModularSums(4, seed=5)])
+def test_batch_i_is_the_same_wherever_one_starts(source: RepeatedSequences | ModularSums) -> None:
+    batches = list(islice(source, 5))
+    assert torch.equal(next(source.batches_from(4)), batches[4])
+    assert not torch.equal(batches[3], batches[4])
+    assert as_batch(batches[0]).tokens is not None
+    assert not torch.equal(type(source)(4, seed=6).batch(0), batches[0])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: RepeatedSequences(0), "batch_size=0; expected at least 1"),
+        (lambda: RepeatedSequences(1, seed=-1), "seed=-1; expected zero or more"),
+        (lambda: RepeatedSequences(1, min_period=5, max_period=4), "expected 1 <= min_period <= max_period"),
+        (lambda: RepeatedSequences(1, max_period=16), "expected room for a BOS and two periods"),
+        (lambda: RepeatedSequences(1, d_vocab=20), "distinct ones beside the BOS"),
+        (lambda: ModularSums(53 * 53 + 1), "expected between 1 and p\\^2"),
+        (lambda: ModularSums(1, seed=-1), "seed=-1; expected zero or more"),
+        (lambda: frequency_shares(torch.ones(4)), "p = 4 numbers; expected an odd number"),
+        (lambda: grid_frequency_shares(torch.ones(4, 4, 1)), "expected \\[p, p, ...\\] with an odd p"),
+    ],
+)
+def test_what_cannot_be_is_refused(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+# -- induction: mechanism --------------------------------------------------------------------------------------------
+
+
+@needs_hooked
+def test_induction_model_is_right_on_the_predictable_part_and_undecided_elsewhere() -> None:
+    model, tokens = load_induction(), RepeatedSequences(256, seed=99).batch(0)
+    with torch.no_grad():
+        logits = model(tokens)
+    assert induction_accuracy(logits, tokens) > 0.99
+    unknown = ~predictable(tokens)
+    unknown[:, -1] = False
+    entropy = -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)[unknown].mean()
+    assert float(entropy) > 0.95 * math.log(induction.D_VOCAB)
+
+
+@needs_hooked
+def test_one_head_looks_back_by_one_and_one_after_the_earlier_copy() -> None:
+    model, tokens = load_induction(), RepeatedSequences(256, seed=99).batch(0)
+    roles, recipe = head_roles(model, tokens), load_recipe(induction.DATA_DIR)["test"]
+    assert list(roles.previous_token_head) == recipe["previous_token_head"]
+    assert list(roles.induction_head) == recipe["induction_head"]
+    assert roles.previous_token_head[0] == 0
+    assert roles.induction_head[0] == 1
+    assert roles.clear() == {"previous": [roles.previous_token_head], "induction": [roles.induction_head]}
+
+
+@needs_hooked
+def test_head_scores_equal_sums_over_patterns_entry_by_entry() -> None:
+    model, tokens = load_induction(), RepeatedSequences(3, seed=2).batch(0)
+    _, cache = model.run_with_cache(tokens)
+    rows, n = tokens.tolist(), tokens.shape[1]
+    roles = head_roles(model, tokens)
+    for layer, head in ((0, 0), (0, 3), (1, 2)):
+        pattern = cache[f"blocks.{layer}.attn.hook_pattern"][:, head].tolist()
+        after, looked_at = [], set()
+        for i, row in enumerate(rows):
+            for q in range(n - 1):
+                copies = [k for k in range(q) if row[k] == row[q]]
+                if copies:
+                    after.append(sum(pattern[i][q][k + 1] for k in copies))
+                    looked_at |= {(i, k + 1) for k in copies}
+        back = [pattern[i][k][k - 1] for i, k in looked_at]
+        assert roles.induction[layer][head] == pytest.approx(sum(after) / len(after), abs=1e-5)
+        assert roles.previous[layer][head] == pytest.approx(sum(back) / len(back), abs=1e-5)
+
+
+@needs_hooked
+def test_a_head_that_writes_nothing_has_no_role() -> None:
+    model, tokens = load_induction(), RepeatedSequences(3, seed=2).batch(0)
+    layer, head = head_roles(model, tokens).induction_head
+    with torch.no_grad():
+        model.blocks[layer].attn.W_O[head] = 0
+    assert head_roles(model, tokens).induction[layer][head] == 0
+
+
+@needs_hooked
+def test_without_either_head_the_skill_is_gone() -> None:
+    model, tokens = load_induction(), RepeatedSequences(256, seed=99).batch(0)
+    roles = head_roles(model, tokens)
+    for layer in range(2):
+        for head in range(model.cfg.n_heads):
+
+            def to_mean(z: torch.Tensor, hook: Any, head: int = head) -> torch.Tensor:
+                z[:, :, head] = z[:, :, head].mean((0, 1))
+                return z
+
+            logits = model.run_with_hooks(tokens, fwd_hooks=[(f"blocks.{layer}.attn.hook_z", to_mean)])
+            accuracy = induction_accuracy(logits, tokens)
+            if (layer, head) in (roles.previous_token_head, roles.induction_head):
+                assert accuracy < 0.3
+            else:
+                assert accuracy > 0.9
+
+
+# -- modular addition ------------------------------------------------------------------------------------------------
+
+
+def test_all_sums_are_all_pairs_and_a_full_batch_is_a_permutation_of_them() -> None:
+    sums = all_sums(5)
+    assert sums.tolist() == [[a, b, 5] for a in range(5) for b in range(5)]
+    batch = ModularSums(25, p=5, seed=1).batch(0)
+    assert sorted(batch.tolist()) == sums.tolist()
+    assert sum_labels(torch.tensor([[3, 4, 5], [1, 2, 5]]), 5).tolist() == [2, 3]
+
+
+def test_frequency_shares_of_waves() -> None:
+    n = torch.arange(11)
+    wave = 3 + 2 * torch.cos(2 * torch.pi * 4 * n / 11 + 0.7) + torch.sin(2 * torch.pi * 2 * n / 11)
+    expected = torch.tensor([0, 0.2, 0, 0.8, 0])
+    torch.testing.assert_close(frequency_shares(wave), expected, atol=1e-6, rtol=0)
+    assert frequency_shares(torch.ones(2, 11)).tolist() == [[0.0] * 5] * 2
+    torch.testing.assert_close(frequency_shares(torch.randn(3, 11)).sum(-1), torch.ones(3))
+
+
+def test_grid_frequency_shares_equal_a_projection_on_the_products() -> None:
+    p = 7
+    values = torch.randn(p, p, 2, dtype=torch.float64, generator=generator())
+    n = torch.arange(p, dtype=torch.float64)
+    centred = values - values.mean((0, 1))
+    for k in range(1, 4):
+        one = [torch.ones(p).double(), torch.cos(2 * torch.pi * k * n / p), torch.sin(2 * torch.pi * k * n / p)]
+        products = torch.stack([torch.outer(f, g).flatten() for f in one for g in one][1:])
+        basis = torch.linalg.qr(products.T).Q
+        expected = (basis.T @ centred.flatten(0, 1)).square().sum(0) / centred.square().sum((0, 1))
+        torch.testing.assert_close(grid_frequency_shares(values)[:, k - 1], expected, atol=1e-10, rtol=0)
+
+
+@needs_hooked
+def test_modular_addition_is_right_on_every_sum() -> None:
+    model, sums = load_modular_addition(), all_sums()
+    with torch.no_grad():
+        logits = model(sums)
+    assert sum_accuracy(logits, sums) == 1
+    recipe = load_recipe(modular_addition.DATA_DIR)
+    assert recipe["test"]["accuracy_test"] == 1
+    assert recipe["train_share"] <= 0.5
+
+
+@needs_hooked
+def test_modular_addition_uses_few_frequencies_throughout() -> None:
+    reading, recipe = fourier_reading(load_modular_addition()), load_recipe(modular_addition.DATA_DIR)["test"]
+    assert list(reading.key_frequencies) == recipe["key_frequencies"]
+    assert 2 <= len(reading.key_frequencies) <= 6
+    assert reading.embedding_explained > 0.9
+    assert reading.unembedding_explained > 0.9
+    assert reading.neurons_explained > 0.8
+    assert reading.neurons_explained == pytest.approx(recipe["neurons_explained"], abs=1e-3)
+    on = reading.neuron_frequency > 0
+    assert set(reading.neuron_frequency[on].tolist()) <= set(reading.key_frequencies)
+
+
+@needs_hooked
+def test_an_untrained_model_has_no_key_frequencies() -> None:
+    model, source = load_modular_addition(), generator()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=source) / p.shape[-1] ** 0.5)
+    reading = fourier_reading(model)
+    assert reading.embedding_explained < 0.3
+    assert reading.neurons_explained < 0.5
+
+
+@needs_hooked
+def test_only_the_answer_silences_the_other_positions() -> None:
+    model, sums = load_modular_addition(), all_sums()[:7]
+    with torch.no_grad():
+        before = model(sums)
+        model.add_perma_hook("unembed.hook_out", only_the_answer)
+        after = model(sums)
+    assert torch.equal(after[:, -1], before[:, -1])
+    assert not after[:, :-1].any()
+
+
+# -- files and loading -----------------------------------------------------------------------------------------------
+
+
+@needs_hooked
+@pytest.mark.parametrize("load", LOADERS)
+def test_loading_is_quick_silent_and_leaves_the_seed_alone(load: Callable[[], Any]) -> None:
+    load()
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    started = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = load()
+    assert time.perf_counter() - started < 5
+    assert not model.training
+    assert torch.equal(torch.rand(3), expected)
+
+
+@needs_hooked
+@pytest.mark.parametrize("load", LOADERS)
+def test_dtype_is_chosen_or_refused(load: Callable[..., Any], without_type_checks: None) -> None:
+    assert next(load(dtype=torch.float64).parameters()).dtype == torch.float64
+    with pytest.raises(TypeError, match="dtype is 'float32'; expected a torch dtype"):
+        load(dtype="float32")
+    with pytest.raises(ValueError, match=r"dtype is torch\.int64; expected a floating point type"):
+        load(dtype=torch.int64)
+
+
+@pytest.mark.skipif(TL_MAJOR < 4, reason="TransformerLens 3 has HookedTransformer")
+@pytest.mark.parametrize("load", LOADERS)
+def test_loading_says_what_is_missing_on_transformer_lens_4(load: Callable[[], Any]) -> None:
+    with pytest.raises(ValueError, match=r"exists as a HookedTransformer only.*install transformer_lens<4"):
+        load()
+
+
+@pytest.mark.parametrize("directory", DIRECTORIES)
+def test_files_are_small_and_never_pickled(directory: Path) -> None:
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} == {".safetensors", ".json"}
+    assert sum(path.stat().st_size for path in files) < 500_000
+    with safe_open(directory / "model.safetensors", framework="pt") as stored:
+        shapes = [stored.get_slice(name).get_shape() for name in stored.keys()]  # noqa: SIM118
+    assert sum(torch.Size(shape).numel() for shape in shapes) == load_recipe(directory)["n_params"]
+
+
+@pytest.mark.parametrize("directory", DIRECTORIES)
+def test_recipe_says_how(directory: Path) -> None:
+    assert {"command", "seed", "versions", "steps", "optimizer", "cpu_seconds", "test"} <= load_recipe(directory).keys()
+
+
+@needs_hooked
+def test_both_can_be_decomposed_and_stay_themselves() -> None:
+    for model, tokens, pattern in (
+        (load_induction(), RepeatedSequences(2).batch(0), "blocks.*.attn.W_[QKVO]"),
+        (load_modular_addition(), ModularSums(5).batch(0), "blocks.0.mlp.W_*"),
+    ):
+        with torch.no_grad():
+            before = model(tokens)
+            decomposition = decompose(model, {pattern: 4}, gate="attention", gate_width=4)
+            assert torch.equal(model(tokens), before)
+        assert all(g.shape[:2] == tokens.shape for g in decomposition.importance(tokens).values())
