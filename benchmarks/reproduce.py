@@ -13,6 +13,7 @@ weights, U and V, the gates, and the importances on one-hot inputs.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import sys
 import threading
@@ -81,7 +82,7 @@ def reproduce(experiment: Experiment, runs: int, *, results: Path, work: Path) -
         group = range(first, min(first + experiment.group, runs))
         if all((results / f"{run_name(i)}.json").is_file() for i in group):
             continue
-        out_dir = work / experiment.name / f"steps-{experiment.config.steps}" / f"{group[0]:03d}-{group[-1]:03d}"
+        out_dir = work / experiment.name / settings_hash(experiment) / f"{group[0]:03d}-{group[-1]:03d}"
         with measured_cpu(out_dir / "cpu"):
             decompositions = train_group(experiment, [targets.models[i] for i in group], group, out_dir)
         hours = cpu_hours(out_dir / "cpu") / len(group)
@@ -153,6 +154,11 @@ def _trained_targets(experiment: Experiment, first: int, cache: Path) -> list[nn
         )
         half_written.replace(path)
     return [load_target(experiment, _below(read_tensors(path), f"{seed}|")) for seed in seeds]
+
+
+def settings_hash(experiment: Experiment) -> str:
+    """Checkpoints of other settings are left where they are, and not continued."""
+    return hashlib.sha256(json.dumps(experiment.settings(), sort_keys=True).encode()).hexdigest()[:8]
 
 
 def check_settings(experiment: Experiment, results: Path) -> None:
