@@ -12,6 +12,7 @@ member), the global gate, mixed precision, and TransformerBridges.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,6 @@ def train_many(
         run.warm_up_faithfulness()
     step = 0 if checkpoint is None else checkpoint.step
     streams = [batch_stream(source, start=step, stride=1) for source in batches]
-    failed: list[int | None] = [None] * n_members
     interrupted = False
     bar = tqdm(total=config.steps, initial=step, desc=f"SPD x {n_members}", unit="step")
     with stop_on_ctrl_c() as stop:
@@ -99,9 +99,6 @@ def train_many(
             if saves or (step - 1) % config.log_every == 0:
                 values = _log_values(losses, importances)
                 log.append({"step": step - 1, **values})
-                for i, loss in enumerate(values["loss"]):
-                    if failed[i] is None and not abs(loss) < float("inf"):
-                        failed[i] = step - 1
                 if files is not None:
                     files.log(step - 1, values)
             if saves and files is not None:
@@ -110,7 +107,12 @@ def train_many(
     stack.write_back()
     for decomposition, member in zip(decompositions, members, strict=True):
         decomposition.training_record = {"config": member.to_json(), "steps": step}
+    failed = [_first_failure(log, i) for i in range(n_members)]
     return ManyResult(step, members, log, failed, interrupted)
+
+
+def _first_failure(log: Sequence[Mapping[str, Any]], member: int) -> int | None:
+    return next((line["step"] for line in log if not math.isfinite(line["loss"][member])), None)
 
 
 class _Stack:

@@ -112,6 +112,14 @@ def test_a_run_that_was_stopped_continues_to_the_same_end(tmp_path: Path) -> Non
         train_many(parts, [data(0), data(1)], configs[0], out_dir=tmp_path / "parts")
 
 
+def test_a_failure_before_an_interruption_is_still_named_after_it(tmp_path: Path) -> None:
+    poisoned = [x * float("nan") if i == 1 else x for i, x in enumerate(data(0))]
+    config = CONFIG.changed(log_every=1)
+    with pytest.raises(ValueError, match="the data ended after 4 batches"):
+        train_many([member(0)], [iter(poisoned[:4])], config, out_dir=tmp_path)
+    assert train_many([member(0)], [poisoned], config, out_dir=tmp_path).failed == [1]
+
+
 def test_a_member_that_fails_is_named_and_leaves_the_others_alone() -> None:
     good, bad, alone = member(0), member(1), member(0)
     poisoned = [x * float("nan") if i == 3 else x for i, x in enumerate(data(1))]
