@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from spd_lens import Decomposition, TrainConfig, decompose
 from spd_lens.config import Reconstruction
+from spd_lens.factors import InitKind
 from spd_lens.known_solution import ResidMLPReport, TMSReport, tms_report
-from spd_lens.subcomponents import InitKind
 from spd_lens.toys.features import SparseFeatures
 from spd_lens.toys.tms import TMS
 from spd_lens.toys.train_target import tms_target_report, train_many_tms

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from spd_lens.decomposition import Decomposition
+from spd_lens.factors import InitKind
 from spd_lens.gates import DEFAULT_WIDTH, GateKind
 from spd_lens.hosts import Host, Site, near_names, open_host
-from spd_lens.subcomponents import InitKind
 from spd_lens.swap import check_sites, swap_sites
 
 

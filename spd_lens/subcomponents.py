@@ -1,6 +1,6 @@
-"""Subcomponents: the rank-one pieces `V[:, c] U[c, :]` of one weight matrix, and the HookPoint that applies them.
+"""`DecomposedWeight`: the HookPoint that applies the subcomponents of one weight matrix, masked, in its place.
 
-`DecomposedWeight` is a HookPoint. It stands where the target's HookPoint stood, receives the clean output
+It is a HookPoint. It stands where the target's HookPoint stood, receives the clean output
 `y0 = x @ W + b` that the model has computed anyway, and returns (method M2)
 
     y = y0 - (1 - d) * (y0 - b) + (m * a' - d * a) @ U,     a = x @ V,
@@ -13,68 +13,23 @@ Cost when watched: `2 C (d_in + d_out)` multiply-adds per position, against `d_i
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
+from spd_lens.factors import Subcomponents
 from spd_lens.gates import Gate, importance_of, matmul_or_lookup
 from spd_lens.hosts.site import POINT_SUFFIXES, Site
 
 if TYPE_CHECKING:
     from transformer_lens import FactoredMatrix
-
-InitKind = Literal["normal", "paper", "exact"]
-
-
-class Subcomponents(nn.Module):
-    """The factors `V [d_in, C]` and `U [C, d_out]` of one matrix; their product is what they explain of it."""
-
-    def __init__(self, V: Float[Tensor, "d_in C"], U: Float[Tensor, "C d_out"]) -> None:
-        super().__init__()
-        self.V = nn.Parameter(V)
-        self.U = nn.Parameter(U)
-
-
-def initial_factors(
-    target: Float[Tensor, "d_in d_out"], n_subcomponents: int, kind: InitKind, generator: torch.Generator
-) -> tuple[Float[Tensor, "d_in C"], Float[Tensor, "C d_out"]]:
-    """Random `V [d_in, C]`, `U [C, d_out]`.
-
-    - `normal`: `V ~ N(0, 1/d_in)`, `U ~ N(0, 1/C)` (variances).
-    - `paper`: `V_c` and `U_c` random of unit norm, then `U_c` scaled by the inner product `<V_c U_c, W>`, so that
-      each piece starts as W's projection on it.
-    - `exact`: the factor on the smaller side is random, the other solves `V U = W` by least squares with the
-      smallest norm, so with `C >= min(d_in, d_out)` the sum is W from the start; below that it is the best for the
-      random factor. Costs one pseudo-inverse of a matrix of `C x min(d_in, d_out)`.
-    """
-    d_in, d_out = target.shape
-    V = torch.randn(d_in, n_subcomponents, generator=generator)
-    U = torch.randn(n_subcomponents, d_out, generator=generator)
-    match kind:
-        case "normal":
-            return V / math.sqrt(d_in), U / math.sqrt(n_subcomponents)
-        case "paper":
-            V, U = V / V.norm(dim=0), U / U.norm(dim=1, keepdim=True)
-            W = target.detach().to(V)
-            return V, U * (V * (W @ U.T)).sum(0).unsqueeze(1)
-        case "exact":
-            W = target.detach().to(device="cpu", dtype=torch.float64)
-            if d_in <= d_out:
-                V = V / V.norm(dim=0)
-                U = (torch.linalg.pinv(V.double()) @ W).float()
-            else:
-                U = U / U.norm(dim=1, keepdim=True)
-                V = (W @ torch.linalg.pinv(U.double())).float()
-            return V, U
-    raise ValueError(f"init={kind!r}; expected 'normal', 'paper' or 'exact'")
 
 
 @dataclass(frozen=True)

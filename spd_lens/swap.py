@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
+from spd_lens.factors import Subcomponents, initial_factors
 from spd_lens.gates import Gate, GlobalGate, make_gate
 from spd_lens.hosts import POINT_SUFFIXES, Host, ModuleInput, Site, near_names
-from spd_lens.subcomponents import DecomposedWeight, ReadPoint, Subcomponents, initial_factors
+from spd_lens.subcomponents import DecomposedWeight, ReadPoint
 
 
 def check_sites(host: Host, counts: Mapping[str, int | None]) -> list[Site]:

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "spd_lens"
 
 # Every module may import the ones before its own line, and none after it.
 LAYERS = [
-    {"hosts.site", "files", "tables", "blocks", "member_adam"},
+    {"hosts.site", "files", "tables", "blocks", "factors", "member_adam"},
     {"hosts.hooked", "hosts.bridge", "hosts.root"},
     {"hosts"},
     {"pointwise_mlp"},
