@@ -7,7 +7,7 @@ target, its four functions.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -32,18 +32,24 @@ class Stage:
     """A part of training, on the sites whose names end with `sites` ("": all of them).
 
     It has `share` of the experiment's steps, a coefficient of minimality of its own, and a whole schedule of the
-    learning rates. What the stages before it learned is where it starts.
+    learning rates. What the stages before it learned is where it starts. `factors` are `minimality_factors`.
     """
 
     sites: str
     share: float
     minimality: float
+    factors: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def config(self, whole: TrainConfig, n_sites: int) -> TrainConfig:
         """The settings of this stage; with one site, one site at a time is the same as all."""
         terms = whole.reconstructions if n_sites > 1 else whole.reconstructions[:1]
         steps = max(1, round(self.share * whole.steps))
-        return whole.changed(steps=steps, minimality=self.minimality, reconstructions=terms)
+        own = {"minimality": self.minimality, "minimality_factors": self.factors}
+        return whole.changed(steps=steps, reconstructions=terms, **own)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; no factors are left out, as in the files of runs from before there were any."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "factors" or value}
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,7 @@ class Experiment:
         """Everything that a result depends on besides the seeds, as plain values."""
         data = self.features(0)
         config = {k: v for k, v in self.config.to_json().items() if k not in _BOOKKEEPING}
-        staged = {"stages": [dataclasses.asdict(stage) for stage in self.stages]} if self.stages else {}
+        staged = {"stages": [stage.to_json() for stage in self.stages]} if self.stages else {}
         return {
             "n_subcomponents": dict(self.n_subcomponents),
             "gate": {"kind": "scalar", "width": self.gate_width},
@@ -109,7 +115,8 @@ class Experiment:
 
 
 # Fields of the configuration that do not change what is computed, or that differ from run to run.
-_BOOKKEEPING = ("seed", "log_every", "checkpoint_every", "keep_checkpoints")
+# Factors on minimality belong to stages.
+_BOOKKEEPING = ("seed", "log_every", "checkpoint_every", "keep_checkpoints", "minimality_factors")
 
 # Found on 5-2: with lr = gate_lr = 1e-3 decoders' gates stay blunt (they fire on a neighbouring feature), with gate_lr
 # alone at 1e-2 they decide before V and U have sorted themselves into features; both raised, neither happens. From a

@@ -17,7 +17,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from spd_lens import Decomposition
-from spd_lens.known_solution import alive, identity_match, resid_mlp_contributions
+from spd_lens.known_solution import resid_mlp_contributions
+from spd_lens.recovery import alive, identity_match
 from spd_lens.toys.features import one_hot_inputs
 
 if TYPE_CHECKING:

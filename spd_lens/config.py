@@ -52,8 +52,9 @@ class TrainConfig:
 
     Losses
     - `faithfulness` (L1); `minimality` (L2) with exponent `p_start`, annealed linearly to `p_end` (None: constant)
-      over the run; `frequency` (L3); `reconstructions` (L4 to L6);
-      `hidden` (L7) on `hidden_points`, computed with the first reconstruction's masks.
+      over the run; `minimality_factors`: `{pattern: factor}` on the parts of L2 of the sites that match (others: 1),
+      for matrices that no single coefficient suits; `frequency` (L3); `reconstructions` (L4 to L6); `hidden` (L7)
+      on `hidden_points`, computed with the first reconstruction's masks.
     - `delta`: the unexplained part has a random mask too (K2); without it it is left out of masked passes.
     - `squash`: variant of S1; `divergence`: KL on logits or MSE.
 
@@ -78,6 +79,7 @@ class TrainConfig:
 
     faithfulness: float = 1.0
     minimality: float = 1e-3
+    minimality_factors: Mapping[str, float] = field(default_factory=dict)
     p_start: float = 1.0
     p_end: float | None = None
     frequency: float = 0.0
@@ -103,6 +105,9 @@ class TrainConfig:
         for name in ("faithfulness", "minimality", "frequency", "hidden", "lr_warmup", "faithfulness_warmup"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}; expected zero or more")
+        for pattern, factor in self.minimality_factors.items():
+            if not factor >= 0:
+                raise ValueError(f"minimality_factors[{pattern!r}]={factor}; expected zero or more")
         if self.schedule not in ("constant", "cosine", "linear"):
             raise ValueError(f"schedule={self.schedule!r}; expected 'constant', 'cosine' or 'linear'")
         names = [term.name for term in self.reconstructions]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -11,7 +10,7 @@ from torch import nn
 from spd_lens.decomposition import Decomposition
 from spd_lens.factors import InitKind
 from spd_lens.gates import DEFAULT_WIDTH, GateKind
-from spd_lens.hosts import Host, Site, near_names, open_host
+from spd_lens.hosts import Host, Site, match_sites, near_names, open_host
 from spd_lens.swap import check_sites, swap_sites
 
 
@@ -82,15 +81,7 @@ def _matched_counts(host: Host, patterns: Mapping[str, int | None]) -> dict[str,
     names = host.site_names()
     if not patterns:
         raise ValueError(f"no pattern given; sites of this model: {near_names('', names)}")
-    counts: dict[str, int | None] = {}
-    for pattern, count in patterns.items():
-        matched = [n for n in names if fnmatch.fnmatchcase(n, pattern)] or [
-            n for n in names if n.rsplit(".", 1)[-1] == pattern and "blocks" not in n
-        ]
-        if not matched:
-            raise ValueError(f"no site matches {pattern!r}; near names: {near_names(pattern, names)}")
-        counts.update(dict.fromkeys(matched, count))
-    return {name: counts[name] for name in names if name in counts}
+    return match_sites(patterns, names)
 
 
 def _count(site: Site, count: int | None) -> int:

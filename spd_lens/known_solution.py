@@ -2,11 +2,10 @@
 
 In TMS and in a residual MLP's `W_in` every feature has a direction of its own, so a right decomposition has exactly
 one subcomponent per feature, with that direction and length. The +ID matrix and a residual MLP's `W_out` are one
-mechanism of full rank: as many subcomponents as the rank, with no basis of their own. Importance is read on one-hot
-inputs (0.75, the paper's), `G [features C]`: row i is the importance of every subcomponent when only feature i is on.
+mechanism of full rank: as many subcomponents as the rank, with no basis of their own.
 
-The first half are functions of plain tensors, the second half reads them off a `Decomposition`. What counts as
-success is stated at `TMSReport` and `ResidMLPReport`; each report names its reasons where it does not succeed.
+What counts as success is stated at `TMSReport` and `ResidMLPReport`; each report names its reasons where it does not
+succeed. The measures themselves are in `spd_lens/recovery.py`.
 
 Left out on purpose: the target itself. Whether a TMS learned its features is `tms_target_report`'s to say.
 """
@@ -17,156 +16,27 @@ from collections.abc import Mapping
 from dataclasses import astuple, dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
-from scipy.optimize import linear_sum_assignment
+from jaxtyping import Float
 from torch import Tensor
 
 from spd_lens.decomposition import Decomposition
+from spd_lens.recovery import (
+    alive,
+    always_on,
+    closest_subcomponents,
+    dense_error,
+    has_one_each,
+    identity_error,
+    ml2r,
+    mmcs,
+    target_contributions,
+)
 from spd_lens.tables import format_table
 from spd_lens.toys.features import one_hot_inputs
 
-# Importance on some one-hot input above which a subcomponent counts as alive; how far from 0 or 1 is still 0 or 1.
-ONE_HOT_ALIVE = 0.1
-TOLERANCE = 0.1
 # Success: mean cosine at least this, mean ratio of lengths within these.
 MIN_MMCS = 0.99
 ML2R_RANGE = (0.95, 1.05)
-
-
-# -- directions and lengths ------------------------------------------------------------------------------------------
-
-
-def cosines(
-    V: Float[Tensor, "features C"], U: Float[Tensor, "C d_out"], W: Float[Tensor, "features d_out"]
-) -> Float[Tensor, "features C"]:
-    """`cos(V[j, c] U[c, :], W[j, :])`: the sign of `V[j, c]` times the cosine of `U[c, :]`; 0 where either is zero."""
-    unit = torch.nn.functional.normalize
-    return V.sign() * (unit(W, dim=1) @ unit(U, dim=1).T)
-
-
-def closest_subcomponents(
-    V: Float[Tensor, "features C"],
-    U: Float[Tensor, "C d_out"],
-    W: Float[Tensor, "features d_out"],
-    among: Bool[Tensor, " C"] | None = None,
-) -> Int[Tensor, " features"]:
-    """`argmax_c cos(V[j, c] U[c, :], W[j, :])` for every feature j, over the subcomponents in `among` (None: all)."""
-    cos = cosines(V, U, W)
-    return (cos if among is None else cos.masked_fill(~among, -torch.inf)).argmax(dim=1)
-
-
-def mmcs(
-    V: Float[Tensor, "features C"],
-    U: Float[Tensor, "C d_out"],
-    W: Float[Tensor, "features d_out"],
-    among: Bool[Tensor, " C"] | None = None,
-) -> float:
-    """`mean_j max_c cos(V[j, c] U[c, :], W[j, :])`, over the subcomponents in `among`; 0 if there are none.
-
-    Lengths do not enter: over all c, a dead subcomponent that happens to point the right way is enough.
-    """
-    if among is not None and not bool(among.any()):
-        return 0.0
-    best = closest_subcomponents(V, U, W, among)
-    return float(cosines(V, U, W).gather(1, best[:, None]).mean().detach())
-
-
-def ml2r(
-    V: Float[Tensor, "features C"],
-    U: Float[Tensor, "C d_out"],
-    W: Float[Tensor, "features d_out"],
-    among: Bool[Tensor, " C"] | None = None,
-) -> float:
-    """`mean_j |V[j, c] U[c, :]| / |W[j, :]|` at the c of `mmcs`; 0 if `among` is empty. Below 1: shrunk."""
-    if among is not None and not bool(among.any()):
-        return 0.0
-    best = closest_subcomponents(V, U, W, among)
-    lengths = V.gather(1, best[:, None]).abs().squeeze(1) * U.norm(dim=1)[best]
-    return float((lengths / W.norm(dim=1)).mean().detach())
-
-
-# -- importance on one-hot inputs ------------------------------------------------------------------------------------
-
-
-def alive(importances: Float[Tensor, "features C"]) -> Bool[Tensor, " C"]:
-    """Subcomponents whose importance is above 0.1 on some one-hot input."""
-    return (importances > ONE_HOT_ALIVE).any(dim=0)
-
-
-def has_one_each(importances: Float[Tensor, "features C"]) -> bool:
-    """Whether every feature has exactly one subcomponent above 0.1, and no two features have the same one."""
-    on = importances > ONE_HOT_ALIVE
-    return bool((on.sum(dim=1) == 1).all()) and int(on.any(dim=0).sum()) == len(importances)
-
-
-def identity_match(importances: Float[Tensor, "features C"]) -> tuple[Int[Tensor, " features"], int]:
-    """The subcomponent of every feature, and the number of errors: entries off by more than 0.1 from a 0/1 matrix
-    that has one 1 per feature, in columns of their own.
-
-    Of all such matchings this is one with the fewest errors, found by the Hungarian method on
-    `cost[j, c] = [G[j, c] < 0.9] - [G[j, c] > 0.1]`, what matching j with c adds to the count. Where that count is 0
-    it is the matching with the largest sum. With `C < features` the missing columns count as columns of zeros, and
-    their features get numbers from C on.
-    """
-    G = importances.detach().cpu().double()
-    missing = max(0, G.shape[0] - G.shape[1])
-    G = torch.cat([G, G.new_zeros(len(G), missing)], dim=1)
-    off_if_zero, off_if_one = G > TOLERANCE, G < 1 - TOLERANCE
-    # Among equally many errors the larger sum decides, so that the matching is the one a reader would draw.
-    cost = (off_if_one.int() - off_if_zero.int()) - G / (2 * len(G) + 1)
-    rows, columns = linear_sum_assignment(cost.numpy())
-    matched = torch.as_tensor(columns)
-    extra = off_if_one[rows, matched].sum() - off_if_zero[rows, matched].sum()
-    return matched, int(off_if_zero.sum() + extra)
-
-
-def identity_error(importances: Float[Tensor, "features C"]) -> int:
-    """The smallest number of entries off by more than 0.1 from "one subcomponent per feature" (`identity_match`)."""
-    return identity_match(importances)[1]
-
-
-def dense_error(importances: Float[Tensor, "features C"], expected: int) -> int:
-    """How far `G` is from `expected` subcomponents that work together, with no basis of their own.
-
-    Of the `expected` columns with the largest sums, those without any entry of 0.9 or more, plus the entries above
-    0.1 in all other columns. A column need not be on everywhere: its direction may be orthogonal to some feature's.
-    """
-    order = importances.sum(dim=0).argsort(descending=True)
-    block, rest = importances[:, order[:expected]], importances[:, order[expected:]]
-    absent = expected - int((block >= 1 - TOLERANCE).any(dim=0).sum())
-    return absent + int((rest > TOLERANCE).sum())
-
-
-def always_on(importances: Float[Tensor, "features C"]) -> Bool[Tensor, " C"]:
-    """Subcomponents whose importance is above 0.1 on every one-hot input."""
-    return (importances > ONE_HOT_ALIVE).all(dim=0)
-
-
-# -- neuron contributions --------------------------------------------------------------------------------------------
-
-
-def target_contributions(
-    W_in: Float[Tensor, "features neurons"], W_out: Float[Tensor, "neurons features"]
-) -> Float[Tensor, "features neurons"]:
-    """`W_in[i, n] W_out[n, i]`: what neuron n passes from feature i back to feature i, before its non-linearity.
-
-    Both matrices are in feature space: `W_E @ W_in` and `W_out @ W_U` of a residual MLP.
-    """
-    return W_in * W_out.T
-
-
-def neuron_contributions(
-    V: Float[Tensor, "features C"], U: Float[Tensor, "C neurons"], W_out: Float[Tensor, "neurons features"]
-) -> Float[Tensor, "features C neurons"]:
-    """`V[i, c] U[c, n] W_out[n, i]`: the part of `target_contributions` that subcomponent c of W_in carries.
-
-    `V` is in feature space (`W_E @ V`), and so is `W_out` (`W_out @ W_U`, or its decomposed sum). Summed over c this
-    is the contribution of the whole `V @ U`.
-    """
-    return torch.einsum("ic,cn,ni->icn", V, U, W_out)
-
-
-# -- reports ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -310,9 +180,10 @@ class ResidMLPReport:
     """A decomposed residual MLP, per block. `success` asks, in every block, for
 
     - MMCS >= 0.99 and 0.95 <= ML2R <= 1.05 over the alive subcomponents of `W_in`: `A V` against `A W_in`, row i of
-      `A [features d_resid]` what feature i brings to the block, the residual stream on its one-hot input divided by
-      the input's value. In the first block that is `W_E`; later it also holds what the blocks before wrote, and a
-      subcomponent that alone is on for its feature has to carry all of it;
+      `A [features d_resid]` what feature i brings to the block: the slope of the residual stream in the feature's
+      value, `(r(x) - r(-x)) / 2x` on one-hot inputs. In the first block that is `W_E`. Later the stream also holds what
+      the blocks before wrote, which is not the same for x and -x: no rank-one piece can carry both, and `A` is the
+      least-squares fit to values symmetric about 0;
     - exactly one alive subcomponent of `W_in` per feature, with identity error 0;
     - as many alive ones of `W_out` as the block has neurons. How many are on for every feature (`n_always_on`) is
       reported, not required.
@@ -404,10 +275,12 @@ def resid_mlp_contributions(
 
 
 def _stream_per_feature(decomposition: Decomposition, layer: int, value: float) -> Float[Tensor, "features d_resid"]:
-    """The residual stream that enters a block on one-hot inputs, divided by their value: `W_E` in the first block."""
-    W_E = decomposition.model.W_E
-    inputs = decomposition.clean_pass(one_hot_inputs(len(W_E), value).to(W_E)).inputs
-    return inputs[f"blocks.{layer}.mlp.W_in"] / value
+    """The slope of the residual stream that enters a block in each feature's value, over one-hot inputs of `value` and
+    `-value`: `W_E` in the first block. Between 0 and either of them the stream is linear, there being no biases."""
+    W_E, name = decomposition.model.W_E, f"blocks.{layer}.mlp.W_in"
+    x = one_hot_inputs(len(W_E), value).to(W_E)
+    up, down = (decomposition.clean_pass(signed).inputs[name] for signed in (x, -x))
+    return (up - down) / (2 * value)
 
 
 def _require(decomposition: Decomposition, *names: str) -> None:

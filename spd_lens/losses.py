@@ -80,19 +80,25 @@ def _fit_position_mask(position_mask: Tensor | None, like: Tensor) -> Tensor | N
 
 
 def minimality_loss(
-    upper: Importances, *, p: float, position_mask: Bool[Tensor, ...] | None = None
+    upper: Importances,
+    *,
+    p: float,
+    position_mask: Bool[Tensor, ...] | None = None,
+    factors: Mapping[str, float] | None = None,
 ) -> Float[Tensor, ""]:
     """L2: mean over batch and positions of `sum over sites and c of (g_upper + 1e-12)^p`.
 
-    Never divided by the number of sites or subcomponents.
+    Never divided by the number of sites or subcomponents. `factors` multiply the parts of single sites (others: 1).
 
     >>> float(minimality_loss({"site": torch.tensor([[0.5, 0.5]])}, p=2.0))
     0.5
     """
     total: Tensor | None = None
-    for g in upper.values():
+    for name, g in upper.items():
         per_position = _powered(g, p).sum(-1)
         mean = _mean_over_positions(per_position, _fit_position_mask(position_mask, per_position))
+        if factors is not None and name in factors:
+            mean = factors[name] * mean
         total = mean if total is None else total + mean
     if total is None:
         raise ValueError("minimality_loss was given no site")

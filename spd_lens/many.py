@@ -27,6 +27,7 @@ from spd_lens.data import Batch
 from spd_lens.decomposition import ALIVE_ABOVE, Decomposition
 from spd_lens.files import read_json, write_json
 from spd_lens.gates import lower_squash, upper_squash
+from spd_lens.hosts import match_sites
 from spd_lens.losses import divergence, faithfulness_loss, frequency_loss, minimality_loss
 from spd_lens.masks import route, sample_masks, sample_routing
 from spd_lens.member_adam import MemberAdam
@@ -213,6 +214,7 @@ class _Run:
             "gates": MemberAdam(stack.trained["gates"], _float64(gate_lrs)),
         }
         # Seeded as `train` does.
+        self.minimality_factors = match_sites(self.config.minimality_factors, stack.template)
         self.generators = [torch.Generator(device).manual_seed(m.seed * 1_000_003 + 1) for m in members]
 
     def warm_up_faithfulness(self) -> None:
@@ -247,7 +249,9 @@ class _Run:
         if any(m.faithfulness > 0 for m in self.members):
             losses["faithfulness"] = stack.faithfulness()
         if any(m.minimality > 0 for m in self.members):
-            losses["minimality"] = torch.vmap(lambda g: minimality_loss(g, p=exponent))(upper)
+            losses["minimality"] = torch.vmap(
+                lambda g: minimality_loss(g, p=exponent, factors=self.minimality_factors)
+            )(upper)
         if any(m.frequency > 0 for m in self.members):
             losses["frequency"] = torch.vmap(lambda g: frequency_loss(g, p=exponent))(upper)
         distance = torch.vmap(lambda clean, masked: divergence(clean, masked, kind=config.divergence))

@@ -42,6 +42,7 @@ class Learner:
     sum_over_processes: Callable[[Tensor], Tensor] | None = None
     adversaries: dict[str, PersistentSources] = field(default_factory=dict)
     targets: dict[str, Tensor] = field(default_factory=dict)
+    minimality_factors: dict[str, float] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, Tensor]:
         tensors = {f"decomposition.{name}": t for name, t in self.decomposition.tensors().items()}
@@ -122,7 +123,10 @@ def _losses_of_importances(
 ) -> Iterator[tuple[str, Tensor]]:
     config, exponent = learner.config, learner.config.p_at(step)
     if config.minimality > 0:
-        yield "minimality", minimality_loss(upper, p=exponent, position_mask=batch.position_mask)
+        yield (
+            "minimality",
+            minimality_loss(upper, p=exponent, position_mask=batch.position_mask, factors=learner.minimality_factors),
+        )
     if config.frequency > 0:
         yield (
             "frequency",

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from spd_lens.config import TrainConfig
 from spd_lens.data import Batch, as_batch
 from spd_lens.decomposition import ALIVE_ABOVE, Decomposition
-from spd_lens.hosts import token_arguments_error
+from spd_lens.hosts import match_sites, token_arguments_error
 from spd_lens.run_files import Checkpoint, Logger, RunFiles, open_run, read_checkpoint
 from spd_lens.step import Learner, accumulate_gradients, coefficient, faithfulness
 
@@ -201,6 +201,7 @@ def _make_learner(decomposition: Decomposition, config: TrainConfig, accelerator
     }
     learner = Learner(decomposition, config, torch.optim.Adam(groups, lr=config.lr, fused=True), generators)
     learner.autocast = accelerator.autocast if config.precision == "bf16" else nullcontext
+    learner.minimality_factors = match_sites(config.minimality_factors, decomposition)
     learner.targets = {name: w.target_weight.detach() for name, w in decomposition.items()}
     if accelerator.num_processes > 1:
         from torch.distributed.nn.functional import all_reduce

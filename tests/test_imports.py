@@ -32,7 +32,7 @@ LAYERS = [
     {"attribution_graph"},
     {"dataset_graph"},
     {"circuits", "circuit_curves"},
-    {"pretrained", "toys.tiny_lm", "toys.tms", "toys.resid_mlp", "toys.features", "toys.saved_transformer"},
+    {"pretrained", "toys.tiny_lm", "toys.tms", "toys.resid_mlp", "toys.features", "toys.saved_transformer", "recovery"},
     {"toys.train_target", "known_solution", "baselines.apd_targets", "baselines.fixed"}
     | {"toys.induction", "toys.modular_addition"},
     {"baselines.apd"},

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spd_lens import decompose
-from spd_lens import known_solution as known
+from spd_lens import decompose, known_solution, recovery
 from spd_lens.decomposition import Decomposition
 from spd_lens.known_solution import resid_mlp_report, tms_report
 from spd_lens.subcomponents import DecomposedWeight
@@ -82,7 +81,7 @@ def test_one_subcomponent_per_feature_is_a_success() -> None:
     report = tms_report(decomposed_tms(torch.eye(5), pentagon()))
     assert report.problems == ()
     assert report.success
-    assert report.encoder == report.decoder == known.FeatureSite(5, n_alive=5, one_each=True, identity_error=0)
+    assert report.encoder == report.decoder == known_solution.FeatureSite(5, n_alive=5, one_each=True, identity_error=0)
     assert report.recovery.mmcs == pytest.approx(1)
     assert report.recovery.ml2r == pytest.approx(1)
     assert str(report).endswith("\nthe known solution")
@@ -165,13 +164,13 @@ def test_nothing_alive_is_no_success_and_no_error() -> None:
     report = tms_report(decomposition)
     assert (report.recovery.mmcs, report.recovery.ml2r) == (0, 0)
     assert report.recovery.mmcs_all == pytest.approx(1)
-    assert report.encoder == known.FeatureSite(5, n_alive=0, one_each=False, identity_error=5)
+    assert report.encoder == known_solution.FeatureSite(5, n_alive=0, one_each=False, identity_error=5)
     assert not report.success
 
 
 def test_importance_below_one_on_what_is_needed_fails() -> None:
-    assert known.FeatureSite.of(0.95 * torch.eye(5)).problems("W") == []
-    assert known.FeatureSite.of(0.7 * torch.eye(5)).problems("W") == [
+    assert known_solution.FeatureSite.of(0.95 * torch.eye(5)).problems("W") == []
+    assert known_solution.FeatureSite.of(0.7 * torch.eye(5)).problems("W") == [
         "W: 5 importances differ from one subcomponent per feature"
     ]
 
@@ -183,7 +182,7 @@ def test_identity_as_two_pieces_is_right_in_any_basis() -> None:
         set_factors(decomposition["W_id"], rotation(degrees), rotation(degrees).T)
         report = tms_report(decomposition)
         assert report.success
-        assert report.identity == known.DenseSite(2, n_alive=2, n_always_on=always_on, error=0)
+        assert report.identity == known_solution.DenseSite(2, n_alive=2, n_always_on=always_on, error=0)
 
 
 def test_identity_as_three_pieces_is_wrong() -> None:
@@ -215,12 +214,15 @@ def decomposed_resid_mlp(scale: float = 1.0) -> Decomposition:
 
 
 def streams_by_hand(model: ResidMLP) -> list[Tensor]:
-    """What every feature brings to every block on its one-hot input of 0.75, by float64 arithmetic on the weights."""
-    stream = 0.75 * model.W_E.double()
+    """What every feature brings to every block: half the difference of the streams on one-hot inputs of 0.75 and of
+    -0.75, divided by 0.75, by float64 arithmetic on the weights."""
+    up, down = 0.75 * model.W_E.double(), -0.75 * model.W_E.double()
     found = []
     for mlp in model.mlps():
-        found.append((stream / 0.75).float())
-        stream = stream + (stream @ mlp.W_in.detach().double()).relu() @ mlp.W_out.detach().double()
+        found.append(((up - down) / 1.5).float())
+        up, down = (
+            stream + (stream @ mlp.W_in.detach().double()).relu() @ mlp.W_out.detach().double() for stream in (up, down)
+        )
     return found
 
 
@@ -238,8 +240,8 @@ def test_directions_of_a_later_block_hold_what_the_blocks_before_wrote() -> None
     wanted = streams_by_hand(model)[1] @ inner.target_weight
     pieces = torch.linalg.pinv(model.W_E), model.W_E @ inner.target_weight
     V = streams_by_hand(model)[1] @ pieces[0]
-    on = known.alive(decomposition.importance(one_hot_inputs(10))["blocks.1.mlp.W_in"])[:10]
-    assert second.mmcs == pytest.approx(known.mmcs(V, pieces[1], wanted, on), abs=1e-4)
+    on = recovery.alive(decomposition.importance(one_hot_inputs(10))["blocks.1.mlp.W_in"])[:10]
+    assert second.mmcs == pytest.approx(recovery.mmcs(V, pieces[1], wanted, on), abs=1e-4)
     assert second.mmcs < 0.99
 
 
@@ -284,8 +286,8 @@ def test_mmcs_and_ml2r_equal_loops_over_whole_pieces() -> None:
             cosines.append(cos[best])
             ratios.append(float(pieces[best].norm() / W[j].norm()))
         limits = None if len(chosen) == 9 else among
-        assert known.mmcs(V, U, W, limits) == pytest.approx(sum(cosines) / 6)
-        assert known.ml2r(V, U, W, limits) == pytest.approx(sum(ratios) / 6)
+        assert recovery.mmcs(V, U, W, limits) == pytest.approx(sum(cosines) / 6)
+        assert recovery.ml2r(V, U, W, limits) == pytest.approx(sum(ratios) / 6)
 
 
 def fewest_errors(G: Tensor) -> int:
@@ -306,52 +308,52 @@ def test_hungarian_matching_equals_the_best_of_all_permutations() -> None:
     for seed in range(150):
         shape = [(3, 3), (3, 5), (4, 4), (4, 3), (5, 2)][seed % 5]
         G = values[torch.randint(0, 6, shape, generator=generator(seed))]
-        assert known.identity_error(G) == fewest_errors(G)
-        errors.add(known.identity_error(G))
+        assert recovery.identity_error(G) == fewest_errors(G)
+        errors.add(recovery.identity_error(G))
     assert len(errors) > 5
 
 
 def test_identity_error_is_zero_exactly_for_permuted_identities() -> None:
     G = 0.95 * torch.eye(4)[:, torch.randperm(4, generator=generator())] + 0.04
     G = torch.cat([G, torch.zeros(4, 3)], dim=1)
-    matched, error = known.identity_match(G)
+    matched, error = recovery.identity_match(G)
     assert error == 0
     assert torch.equal(matched, G.argmax(dim=1))
     G[2, 6] = 0.11
-    assert known.identity_error(G) == 1
+    assert recovery.identity_error(G) == 1
 
 
 def test_a_matching_of_equally_many_errors_takes_the_larger_importance() -> None:
-    matched, error = known.identity_match(torch.tensor([[0.3, 0.6], [0.7, 0.3]]))
+    matched, error = recovery.identity_match(torch.tensor([[0.3, 0.6], [0.7, 0.3]]))
     assert matched.tolist() == [1, 0]
     assert error == 4
 
 
 def test_alive_and_one_each_at_the_threshold() -> None:
     G = torch.tensor([[0.1, 0.11, 0.0], [1.0, 0.0, 0.05]])
-    assert known.alive(G).tolist() == [True, True, False]
-    assert known.has_one_each(G)
-    assert not known.has_one_each(torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
-    assert not known.has_one_each(torch.tensor([[1.0, 0.5], [0.0, 1.0]]))
+    assert recovery.alive(G).tolist() == [True, True, False]
+    assert recovery.has_one_each(G)
+    assert not recovery.has_one_each(torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
+    assert not recovery.has_one_each(torch.tensor([[1.0, 0.5], [0.0, 1.0]]))
 
 
 def test_dense_error_counts_absent_pieces_and_strays() -> None:
     block = torch.cat([torch.ones(4, 2), torch.zeros(4, 3)], dim=1)
-    assert known.dense_error(block[:, torch.tensor([2, 0, 3, 1, 4])], 2) == 0
-    assert known.dense_error(block, 3) == 1
-    assert known.dense_error(block, 1) == 4
+    assert recovery.dense_error(block[:, torch.tensor([2, 0, 3, 1, 4])], 2) == 0
+    assert recovery.dense_error(block, 3) == 1
+    assert recovery.dense_error(block, 1) == 4
     weak = block.clone()
     weak[:, 1] = 0.8
-    assert known.dense_error(weak, 2) == 1
+    assert recovery.dense_error(weak, 2) == 1
     partly = block.clone()
     partly[0, 0] = 0
-    assert known.dense_error(partly, 2) == 0
-    assert known.always_on(partly).tolist() == [False, True, False, False, False]
+    assert recovery.dense_error(partly, 2) == 0
+    assert recovery.always_on(partly).tolist() == [False, True, False, False, False]
 
 
 def test_neuron_contributions_equal_loops_and_sum_to_the_target() -> None:
     V, U, W_out = randn(3, 5, seed=1), randn(5, 4, seed=2), randn(4, 3, seed=3)
-    found = known.neuron_contributions(V, U, W_out)
+    found = recovery.neuron_contributions(V, U, W_out)
     for i, c, n in itertools.product(range(3), range(5), range(4)):
         assert float(found[i, c, n]) == pytest.approx(float(V[i, c] * U[c, n] * W_out[n, i]))
-    torch.testing.assert_close(found.sum(1), known.target_contributions(V @ U, W_out))
+    torch.testing.assert_close(found.sum(1), recovery.target_contributions(V @ U, W_out))

@@ -158,6 +158,13 @@ def test_l2_is_the_mean_over_positions_of_the_sum_over_sites_and_subcomponents(p
     assert value(minimality_loss(upper, p=p)) == close(minimality_by_hand(upper, p))
 
 
+def test_factors_multiply_the_parts_of_single_sites() -> None:
+    upper = upper_importances(5)
+    first, second = (minimality_by_hand({name: g}, 0.5) for name, g in upper.items())
+    assert value(minimality_loss(upper, p=0.5, factors={"second": 40.0})) == close(first + 40 * second)
+    assert value(minimality_loss(upper, p=0.5, factors={"first": 0.0})) == close(second)
+
+
 def test_l2_is_never_divided_by_the_number_of_sites() -> None:
     g = rand(2, 3, 4)
     once = value(minimality_loss({"a": g}, p=1.0))

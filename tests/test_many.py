@@ -25,6 +25,7 @@ BOTH = (Reconstruction(), Reconstruction(0.5, "bernoulli", "layerwise", draws=2)
 CONFIG = TrainConfig(
     steps=6, log_every=2, checkpoint_every=3, divergence="mse", reconstructions=BOTH, faithfulness_warmup=3,
     minimality=1e-2, frequency=1e-3, p_start=1.5, p_end=0.7, clip_subcomponents=0.05, clip_gates=0.05, squash="leaky",
+    minimality_factors={"W_dec": 4.0},
 )  # fmt: skip
 # What members may differ in.
 DIFFERENT = [

@@ -32,6 +32,7 @@ EVERYTHING = TrainConfig(
     checkpoint_every=4,
     faithfulness_warmup=5,
     minimality=1e-3,
+    minimality_factors={"*.W_V": 3.0},
     p_start=2.0,
     p_end=0.5,
     frequency=1e-3,
@@ -74,6 +75,36 @@ def test_the_same_seed_trains_the_same_and_another_seed_does_not(tmp_path: Path)
         found.append(_tensors(decomposition))
     assert _same(found[0], found[1])
     assert not _same(found[0], found[2])
+
+
+def test_minimality_factors_reach_the_sites_that_match_and_no_other(tmp_path: Path) -> None:
+    decomposition = _fresh()
+    before = _tensors(decomposition)
+    # On minimality alone, a gate whose site has factor 0 has no gradient, and Adam leaves it where it is.
+    config = TrainConfig(steps=1, faithfulness=0.0, reconstructions=(), minimality_factors={"*": 0.0, "*.W_V": 1.0})
+    train(decomposition, [tokens(4)], config, out_dir=tmp_path)
+    after = _tensors(decomposition)
+    moved = {name.split(".gate.")[0] for name in after if not torch.equal(after[name], before[name])}
+    assert moved == {"blocks.1.attn.W_V"}
+
+
+def test_minimality_factors_are_in_the_loss_that_is_logged(tmp_path: Path) -> None:
+    """All sites at factor 3 is three times the coefficient; the log has the unweighted loss times the factor."""
+    lines = []
+    for i, (minimality, factors) in enumerate([(3e-2, {}), (1e-2, {"*": 3.0})]):
+        config = TrainConfig(steps=3, log_every=1, minimality=minimality, minimality_factors=factors)
+        lines.append(train(_fresh(), [tokens(4)], config, out_dir=tmp_path / str(i)).log)
+    for plain, factored in zip(*lines, strict=True):
+        assert factored["loss"] == pytest.approx(plain["loss"], rel=1e-5)
+        assert factored["minimality"] == pytest.approx(3 * plain["minimality"], rel=1e-5)
+
+
+def test_a_factor_for_no_site_or_below_zero_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no site matches 'blocks.1.mlp.W_inn'; near names: 'blocks.1.mlp.W_in'"):
+        train(_fresh(), [tokens(4)], steps=1, minimality_factors={"blocks.1.mlp.W_inn": 2.0}, out_dir=tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    with pytest.raises(ValueError, match=r"minimality_factors\['x'\]=-1.0; expected zero or more"):
+        TrainConfig(minimality_factors={"x": -1.0})
 
 
 @pytest.mark.parametrize("step", [4, 8])

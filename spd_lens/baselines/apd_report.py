@@ -20,7 +20,8 @@ from torch.nn.functional import normalize
 
 from spd_lens.baselines.apd import APD, batch_top_k
 from spd_lens.baselines.apd_targets import between_features, components_between_features, target_of
-from spd_lens.known_solution import MIN_MMCS, FeatureSite, Recovery, alive, target_contributions
+from spd_lens.known_solution import MIN_MMCS, FeatureSite, Recovery
+from spd_lens.recovery import alive, target_contributions
 from spd_lens.tables import format_table
 from spd_lens.toys.features import one_hot_inputs
 

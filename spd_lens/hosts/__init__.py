@@ -19,6 +19,7 @@ from spd_lens.hosts.site import (
     Provenance,
     Site,
     StoredMatrix,
+    match_sites,
     near_names,
     token_arguments_error,
 )
@@ -60,6 +61,7 @@ __all__ = [
     "RootHost",
     "Site",
     "StoredMatrix",
+    "match_sites",
     "near_names",
     "open_host",
     "token_arguments_error",

@@ -10,18 +10,21 @@ model, never to closures over them.
 from __future__ import annotations
 
 import difflib
+import fnmatch
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import einops
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
+
+T = TypeVar("T")
 
 # The four HookPoints that every decomposed site adds, in the order in which they fire.
 POINT_SUFFIXES = ("acts", "importance", "mask", "delta_mask")
@@ -254,6 +257,24 @@ def _note_residual(
     module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, found: dict[int, Tensor], layer: int
 ) -> None:
     found[layer] = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+
+
+def match_sites(patterns: Mapping[str, T], names: Iterable[str]) -> dict[str, T]:
+    """`{site: value}` of `{pattern: value}`, in the order of `names`; where two patterns match, the later one counts.
+
+    Patterns are shell-style; a name outside any block is also found by its last part. Raises ValueError for a pattern
+    that matches nothing, with near names.
+    """
+    names = list(names)
+    found: dict[str, T] = {}
+    for pattern, value in patterns.items():
+        matched = [n for n in names if fnmatch.fnmatchcase(n, pattern)] or [
+            n for n in names if n.rsplit(".", 1)[-1] == pattern and "blocks" not in n
+        ]
+        if not matched:
+            raise ValueError(f"no site matches {pattern!r}; near names: {near_names(pattern, names)}")
+        found.update(dict.fromkeys(matched, value))
+    return {name: found[name] for name in names if name in found}
 
 
 def near_names(given: str, known: Iterable[str]) -> str:
