@@ -151,7 +151,8 @@ def _tms(n_features: int, n_hidden: int, *, identity: bool, target_batch: int, b
 
 # The first stages sort W_in at a low coefficient, which would leave several pieces for some features; a short one at a
 # higher coefficient removes them. Of two blocks the first, sorted at 4e-5 from the start, had features that share
-# pieces (86 alive for 100), and the second was sorted better together with the first than alone.
+# pieces (86 alive for 100), and the second was sorted better together with the first than alone. In the last stage
+# W_in keeps a coefficient of its own: at that of W_out, a subcomponent in block 1 that is on for every feature pays.
 RESID_MLP_CONFIG = TMS_CONFIG.changed(log_every=250, checkpoint_every=250)
 
 
@@ -213,10 +214,10 @@ _ALL = (
         stages=(Stage("W_in", 1 / 2, 4e-5), Stage("W_in", 1 / 6, 1e-4), Stage("", 1 / 3, 2e-6)),
     ),
     _resid_mlp(
-        100, 2, 25, target_steps=1_000, batch=384, C=(200, 100), runs=3,
-        config=RESID_MLP_CONFIG.changed(steps=7_000),
-        stages=(Stage("0.mlp.W_in", 0.2, 1e-5), Stage("0.mlp.W_in", 0.1, 3e-5), Stage("W_in", 0.35, 3e-5),
-                Stage("W_in", 0.1, 6e-5), Stage("", 0.25, 1e-6)),
+        100, 2, 25, target_steps=1_000, batch=384, C=(300, 100), runs=3,
+        config=RESID_MLP_CONFIG.changed(steps=10_000),
+        stages=(Stage("0.mlp.W_in", 0.14, 1e-5), Stage("0.mlp.W_in", 0.06, 3e-5), Stage("W_in", 0.4, 4e-5),
+                Stage("", 0.4, 1e-6, {"*.W_in": 40.0})),
     ),
     _resid_mlp(
         102, 3, 17, target_steps=1_000, batch=384, C=(200, 100), runs=1,
