@@ -42,7 +42,10 @@ def variants(name: str) -> dict[str, Experiment]:
 def _tms_5_2(recipe: Experiment) -> dict[str, Experiment]:
     normal = _random_start(recipe)
     return {
+        "gate_lr 3e-3, as lr": _config(recipe, gate_lr=None),
+        "lr and gate_lr 1e-3": _config(recipe, lr=1e-3, gate_lr=None),
         "init normal, 200 steps of faithfulness warm-up": normal,
+        "the same, lr and gate_lr 3e-3": _config(normal, gate_lr=None),
         "the same, lr and gate_lr 1e-3": _config(normal, lr=1e-3, gate_lr=1e-3),
         "the same, lr 1e-3 and gate_lr 5e-3": _config(normal, lr=1e-3, gate_lr=5e-3),
         "the same, lr 1e-3 and gate_lr 1e-2": _config(normal, lr=1e-3),

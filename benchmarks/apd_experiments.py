@@ -23,15 +23,18 @@ from benchmarks.experiments import EXPERIMENTS, Experiment, load_target, target_
 from benchmarks.runs import (
     DECOMPOSITION_SEED,
     PROVENANCE,
+    RECOVERY,
     accepted_targets,
     below,
     check_settings,
     cpu_hours,
+    finished_runs,
     measured_cpu,
     read_record,
     run_name,
     settings_hash,
     spread,
+    summary_of,
     write_at_once,
 )
 from spd_lens.baselines.apd import APD, APD_RESID_MLP_1, APD_TMS_5_2, APD_TMS_40_10, APDConfig, train_apd
@@ -183,39 +186,28 @@ def summarise_apd(experiment: APDExperiment, results: Path) -> dict[str, Any]:
     """
     check_settings(experiment.settings(), results)
     records = []
-    for path in sorted(results.glob("run-*.json")):
+    for path in finished_runs(results):
         record = read_record(path)
         report = apd_report(read_apd(experiment, results, record["run"]))
         write_run(results, record["run"], report, {key: record[key] for key in PROVENANCE})
         records.append(read_record(path))
-    if not records:
-        raise ValueError(f"{results} holds no finished run; run without --recompute first")
-
     found = [record for record in records if record["success_but_for_length"]]
 
-    def over_runs(name: str, among: Sequence[Mapping[str, Any]] = records) -> list[float]:
-        return [record["recovery"][name] for record in among]
+    def over(among: Sequence[Mapping[str, Any]], figure: str) -> list[float]:
+        return [record["recovery"][figure] for record in among]
 
-    summary = {
-        "name": experiment.name,
-        "runs": len(records),
-        "successes": sum(record["success"] for record in records),
-        "successes_but_for_length": sum(record["success_but_for_length"] for record in records),
-        "criterion": CRITERION,
-        **spread("mmcs", over_runs("mmcs")),
-        **spread("ml2r", over_runs("ml2r")),
-        **spread("mmcs_all_c", over_runs("mmcs_all")),
-        **spread("ml2r_all_c", over_runs("ml2r_all")),
-        **(spread("mmcs_of_found", over_runs("mmcs_all", found)) if found else {}),
-        **(spread("ml2r_of_found", over_runs("ml2r_all", found)) if found else {}),
-        "published": experiment.published,
-        "problems": {run_name(record["run"]): record["problems"] for record in records if not record["success"]},
-        "relative_error_of_the_sum": max(max(record["faithfulness"].values()) for record in records),
-        "cpu_hours": round(sum(record["cpu_hours"] for record in records), 3),
-        "settings": records[0]["settings"],
-        "versions": records[0]["versions"],
-        "command": records[0]["command"],
-    }
+    summary = summary_of(
+        experiment.name,
+        records,
+        {name: over(records, figure) for name, figure in RECOVERY.items()},
+        **(spread("mmcs_of_found", over(found, "mmcs_all")) if found else {}),
+        **(spread("ml2r_of_found", over(found, "ml2r_all")) if found else {}),
+        successes_but_for_length=len(found),
+        criterion=CRITERION,
+        published=experiment.published,
+        problems={run_name(record["run"]): record["problems"] for record in records if not record["success"]},
+        relative_error_of_the_sum=max(max(record["faithfulness"].values()) for record in records),
+    )
     if records[0]["contribution_error"] is not None:
         summary |= spread("contribution_error", [record["contribution_error"] for record in records])
     write_json(results / "summary.json", summary)

@@ -165,7 +165,7 @@ def _resid_mlp(
     used = n_used_directions(n_features, n_layers, d_mlp)
     return Experiment(
         name=name,
-        targets=name,
+        targets=f"{name}_{target_steps}",
         group=1,
         targets_per_file=1,
         train_targets=partial(train_resid_mlps, n_features, n_layers, d_mlp, steps=target_steps),

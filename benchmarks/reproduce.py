@@ -35,17 +35,20 @@ from benchmarks.figures import save_figures
 from benchmarks.runs import (
     DECOMPOSITION_SEED,
     PROVENANCE,
+    RECOVERY,
     RESULTS,
     WORK,
     accepted_targets,
     below,
     check_settings,
     cpu_hours,
+    finished_runs,
     measured_cpu,
     read_record,
     run_name,
     settings_hash,
     spread,
+    summary_of,
     write_at_once,
 )
 from spd_lens import Decomposition, train
@@ -218,31 +221,21 @@ def summarise(experiment: Experiment, results: Path) -> dict[str, Any]:
     Means and standard deviations (over runs, with n - 1) are over all runs, failed ones too.
     """
     records = []
-    for path in sorted(results.glob("run-*.json")):
+    for path in finished_runs(results):
         record = read_record(path)
         provenance = {key: record[key] for key in PROVENANCE}
         write_record(experiment, results, record["run"], read_run(experiment, results, record["run"]), provenance)
         records.append(read_record(path))
-    if not records:
-        raise ValueError(f"{results} holds no finished run; run without --recompute first")
     targets = json.loads((results / "targets.json").read_text(encoding="utf-8"))
-    summary = {
-        "name": experiment.name,
-        "runs": len(records),
-        "successes": sum(record["success"] for record in records),
-        **spread("mmcs", [recovered(record, "mmcs") for record in records]),
-        **spread("ml2r", [recovered(record, "ml2r") for record in records]),
-        **spread("mmcs_all_c", [recovered(record, "mmcs_all") for record in records]),
-        **spread("ml2r_all_c", [recovered(record, "ml2r_all") for record in records]),
+    summary = summary_of(
+        experiment.name,
+        records,
+        {name: [recovered(record, figure) for record in records] for name, figure in RECOVERY.items()},
         **_of_layers(records),
-        "published": experiment.published,
-        "failures": {run_name(record["run"]): record["problems"] for record in records if not record["success"]},
-        "targets_rejected": len(targets["rejected"]),
-        "cpu_hours": round(sum(record["cpu_hours"] for record in records), 3),
-        "settings": records[0]["settings"],
-        "versions": records[0]["versions"],
-        "command": records[0]["command"],
-    }
+        published=experiment.published,
+        failures={run_name(record["run"]): record["problems"] for record in records if not record["success"]},
+        targets_rejected=len(targets["rejected"]),
+    )
     write_json(results / "summary.json", summary)
     return summary
 

@@ -149,3 +149,37 @@ def spread(name: str, values: Sequence[float]) -> dict[str, float]:
     tensor = torch.tensor(values, dtype=torch.float64)
     deviation = float(tensor.std()) if len(values) > 1 else 0.0
     return {f"{name}_mean": round(float(tensor.mean()), 5), f"{name}_std": round(deviation, 5)}
+
+
+def summary_of(
+    name: str, records: Sequence[Mapping[str, Any]], figures: Mapping[str, Sequence[float]], **more: Any
+) -> dict[str, Any]:
+    """What every `summary.json` has: counts, mean and deviation of each of `figures` over all runs (failed ones too),
+    `more`, and where it comes from."""
+    first = records[0]
+    spreads: dict[str, float] = {}
+    for figure, values in figures.items():
+        spreads |= spread(figure, values)
+    return {
+        "name": name,
+        "runs": len(records),
+        "successes": sum(record["success"] for record in records),
+        **spreads,
+        **more,
+        "cpu_hours": round(sum(record["cpu_hours"] for record in records), 3),
+        "settings": first["settings"],
+        "versions": first["versions"],
+        "command": first["command"],
+    }
+
+
+def finished_runs(results: Path) -> list[Path]:
+    """The JSONs of the runs in `results`, in order. Raises ValueError if there is none."""
+    paths = sorted(results.glob("run-*.json"))
+    if not paths:
+        raise ValueError(f"{results} holds no finished run; run without --recompute first")
+    return paths
+
+
+# Figures of `Recovery` by the name that they have in a summary.
+RECOVERY = {"mmcs": "mmcs", "ml2r": "ml2r", "mmcs_all_c": "mmcs_all", "ml2r_all_c": "ml2r_all"}
