@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from benchmarks.resid_mlp import n_used_directions, resid_mlp_problems, start, train_resid_mlps
+from benchmarks.resid_mlp import n_used_directions, recruit, resid_mlp_problems, start, train_resid_mlps
 from spd_lens import Decomposition, TrainConfig, decompose
 from spd_lens.config import Reconstruction
 from spd_lens.factors import InitKind
@@ -32,13 +32,15 @@ class Stage:
     """A part of training, on the sites whose names end with `sites` ("": all of them).
 
     It has `share` of the experiment's steps, a coefficient of minimality of its own, and a whole schedule of the
-    learning rates. What the stages before it learned is where it starts. `factors` are `minimality_factors`.
+    learning rates. What the stages before it learned is where it starts. `factors` are `minimality_factors`;
+    `recruits`: before it, what nothing uses starts again (`Experiment.recruit`).
     """
 
     sites: str
     share: float
     minimality: float
     factors: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    recruits: bool = False
 
     def config(self, whole: TrainConfig, n_sites: int) -> TrainConfig:
         """The settings of this stage; with one site, one site at a time is the same as all."""
@@ -48,8 +50,9 @@ class Stage:
         return whole.changed(steps=steps, reconstructions=terms, **own)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; no factors are left out, as in the files of runs from before there were any."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name != "factors" or value}
+        """Plain values, without what a stage leaves out: runs from before there was a choice have it neither."""
+        optional = ("factors", "recruits")
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in optional or value}
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,8 @@ class Experiment:
     - `features(seed)`: the data of one decomposition; `report(decomposition)`: the metrics and the verdict.
     - `n_subcomponents`: C per site, with `gate_width` and `init` the arguments of `decompose`; `config`: all else.
     - `stages`: parts of training, one after the other; none: all sites from the first step to the last. `start(
-      decomposition, data, seed)` sets V and U before the first step; None: as `init` says. `remarks`: what else a
-      reader of the settings should know.
+      decomposition, data, seed)` sets V and U before the first step; None: as `init` says. `recruit`, with the same
+      arguments: see `Stage`. `remarks`: what else a reader of the settings should know.
     - `published`: mean MMCS and ML2R of the paper, where it gives them.
     """
 
@@ -86,6 +89,7 @@ class Experiment:
     published: dict[str, float] = dataclasses.field(default_factory=dict)
     stages: tuple[Stage, ...] = ()
     start: Callable[[Decomposition, Any, int], None] | None = None
+    recruit: Callable[[Decomposition, Any, int], None] | None = None
     remarks: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def decompose(self, target: nn.Module, seed: int, sites: str = "") -> Decomposition:
@@ -176,6 +180,7 @@ def _resid_mlp(
         n_subcomponents=sites,
         init="normal",
         start=start,
+        recruit=recruit,
         remarks={"feature_values": [-1, 1], "target_steps": target_steps, "residual_directions_used": used,
                  "start": "W_in from inputs, W_out from a basis"},
         **rest,
@@ -214,10 +219,10 @@ _ALL = (
         stages=(Stage("W_in", 1 / 2, 4e-5), Stage("W_in", 1 / 6, 1e-4), Stage("", 1 / 3, 2e-6)),
     ),
     _resid_mlp(
-        100, 2, 25, target_steps=1_000, batch=384, C=(300, 100), runs=3,
-        config=RESID_MLP_CONFIG.changed(steps=10_000),
-        stages=(Stage("0.mlp.W_in", 0.14, 1e-5), Stage("0.mlp.W_in", 0.06, 3e-5), Stage("W_in", 0.4, 4e-5),
-                Stage("", 0.4, 1e-6, {"*.W_in": 40.0})),
+        100, 2, 25, target_steps=1_000, batch=384, C=(200, 100), runs=3,
+        config=RESID_MLP_CONFIG.changed(steps=12_000),
+        stages=(Stage("0.mlp.W_in", 0.12, 1e-5), Stage("0.mlp.W_in", 0.05, 3e-5), Stage("W_in", 0.33, 4e-5),
+                Stage("W_in", 0.17, 4e-5, recruits=True), Stage("", 0.33, 1e-6, {"*.W_in": 40.0})),
     ),
     _resid_mlp(
         102, 3, 17, target_steps=1_000, batch=384, C=(200, 100), runs=1,

@@ -147,6 +147,9 @@ def train_in_stages(experiment: Experiment, target: nn.Module, seed: int, out_di
         config = stage.config(experiment.config, len(decomposition)).changed(seed=seed)
         place = out_dir / f"stage-{number}"
         started = (place / "config.json").is_file()
+        if stage.recruits and not started:
+            assert experiment.recruit is not None
+            experiment.recruit(decomposition, experiment.features(seed), seed)
         result = train(
             decomposition,
             experiment.features(seed + STAGE_SEED * number),

@@ -18,6 +18,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spd_lens import Decomposition
+from spd_lens.gates import ScalarGate
+from spd_lens.recovery import ONE_HOT_ALIVE
 from spd_lens.toys.features import SparseFeatures, one_hot_inputs
 from spd_lens.toys.resid_mlp import ResidMLP
 from spd_lens.toys.train_target import train_resid_mlp
@@ -27,6 +29,8 @@ D_RESID = 1000
 # largest; length of the spare pieces of `W_out` beside that of the others.
 CANDIDATES_PER_PIECE, RTOL, SPARE = 10, 0.05, 0.02
 FAR_AHEAD = 2**40
+# Recruiting: batches that are looked at, and the cosine of inputs above which they are alike.
+RECRUITING_BATCHES, ALIKE = 10, 0.5
 
 
 # -- targets ---------------------------------------------------------------------------------------------------------
@@ -125,6 +129,41 @@ def from_inputs(
     U = torch.linalg.pinv(V, rtol=RTOL) @ W.double()
     lengths = U.norm(dim=1).clamp_min(RTOL * U.norm(dim=1).max())
     return (V * lengths).to(W), (U / lengths[:, None]).to(W)
+
+
+@torch.no_grad()
+def recruit(decomposition: Decomposition, data: SparseFeatures, seed: int) -> None:
+    """Start the subcomponents of `W_in`s that nothing uses again, where inputs are served worst; between stages.
+
+    Two features that share a subcomponent are a local minimum: no other is on for them, so that none learns. With
+    importances as masks and without the delta the site's output has the error `e = x W - ((x V) * g) U`. Unused
+    subcomponents get `V = x / |x|` and `U = e / |x|` of the inputs with the longest errors, no two with `|cos|` over
+    `ALIKE`, and gates as before the first step. Those that are not needed (the feature may rightly be off there: the
+    ReLU hides it) go out again.
+    """
+    x = torch.cat([data.batch(2 * FAR_AHEAD + i) for i in range(RECRUITING_BATCHES)])
+    inputs, importances = decomposition.clean_pass(x).inputs, decomposition.importance(x)
+    for number, (name, weight) in enumerate(decomposition.items()):
+        if not name.endswith("W_in"):
+            continue
+        on = inputs[name].any(dim=1)
+        rows, g, gate = inputs[name][on], importances[name][on], weight.gate
+        assert isinstance(gate, ScalarGate)
+        error = rows @ weight.target_weight - ((rows @ weight.V) * g) @ weight.U
+        unused = (g <= ONE_HOT_ALIVE).all(dim=0).nonzero().flatten()
+        unit = torch.nn.functional.normalize(rows, dim=1)
+        taken: list[int] = []
+        for row in error.norm(dim=1).argsort(descending=True).tolist():
+            if len(taken) == len(unused):
+                break
+            if not taken or float((unit[taken] @ unit[row]).abs().max()) <= ALIKE:
+                taken.append(row)
+        chosen = unused[: len(taken)]
+        weight.V[:, chosen] = unit[taken].T
+        weight.U[chosen] = error[taken] / rows[taken].norm(dim=1, keepdim=True)
+        fresh = ScalarGate(*gate.w_in.shape, torch.Generator().manual_seed(seed + number))
+        for own, first in zip(gate.parameters(), fresh.parameters(), strict=True):
+            own[chosen] = first[chosen].to(own)
 
 
 def from_basis(

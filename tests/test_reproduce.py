@@ -15,11 +15,15 @@ from torch import Tensor, nn
 from benchmarks import reproduce
 from benchmarks.experiments import EXPERIMENTS, Experiment, Stage, load_target, target_tensors
 from benchmarks.resid_mlp import (
+    ALIKE,
+    FAR_AHEAD,
+    RECRUITING_BATCHES,
     SPARE,
     from_basis,
     from_inputs,
     in_used_directions,
     n_used_directions,
+    recruit,
     resid_mlp_problems,
 )
 from spd_lens import Decomposition, train
@@ -249,6 +253,65 @@ def test_pieces_along_a_basis_sum_to_the_matrix_and_the_others_are_short(d_in: i
     torch.testing.assert_close(lengths[3:], torch.full((7,), SPARE * float(W.norm()) / 3**0.5))
     with pytest.raises(ValueError, match="C=2; expected at least 3"):
         from_basis(W, 2, generator)
+
+
+def test_recruited_pieces_repair_the_inputs_that_are_served_worst_and_used_ones_stay() -> None:
+    experiment = small_resid_mlp()
+    decomposition = experiment.decompose(experiment.train_targets([0])[0], 3)
+    used = 3
+    with torch.no_grad():
+        for weight in decomposition.values():
+            assert weight.gate is not None
+            weight.gate.w_out.zero_()
+            weight.gate.b_out.fill_(-10.0)[:used] = 10.0
+    before = {name: tensor.detach().clone() for name, tensor in decomposition.tensors().items()}
+    data = experiment.features(3)
+    recruit(decomposition, data, 3)
+    after = {name: tensor.detach() for name, tensor in decomposition.tensors().items()}
+
+    x = torch.cat([data.batch(2 * FAR_AHEAD + i) for i in range(RECRUITING_BATCHES)])
+    inputs = decomposition.clean_pass(x).inputs
+    for name, weight in decomposition.items():
+        same = [torch.equal(before[f"{name}.V"][:, c], after[f"{name}.V"][:, c]) for c in range(weight.V.shape[1])]
+        if name.endswith("W_out"):
+            assert all(same)
+            continue
+        assert all(same[:used])
+        assert torch.equal(before[f"{name}.U"][:used], after[f"{name}.U"][:used])
+        assert torch.equal(before[f"{name}.gate.b_out"][:used], after[f"{name}.gate.b_out"][:used])
+        recruited = [c for c, kept in enumerate(same) if not kept]
+        assert recruited
+        assert recruited[0] == used
+        V, U, W = before[f"{name}.V"][:, :used], before[f"{name}.U"][:used], weight.target_weight
+        directions = torch.nn.functional.normalize(inputs[name], dim=1) @ after[f"{name}.V"][:, recruited]
+        for c, row in zip(recruited, directions.argmax(dim=0).tolist(), strict=True):
+            own = inputs[name][row]
+            # The used pieces and this one give the site's output on its input.
+            found = own @ V @ U + (own @ after[f"{name}.V"][:, c]) * after[f"{name}.U"][c]
+            torch.testing.assert_close(found, own @ W, atol=1e-5, rtol=1e-4)
+            assert float(after[f"{name}.gate.b_out"][c]) == 0.0
+        alike = (after[f"{name}.V"][:, recruited].T @ after[f"{name}.V"][:, recruited]).abs().fill_diagonal_(0)
+        assert float(alike.max()) <= ALIKE + 1e-6
+        error = (inputs[name] @ W - inputs[name] @ V @ U).norm(dim=1)
+        assert int(directions[:, 0].argmax()) == int(error.argmax())
+
+
+def test_a_stage_that_recruits_is_resumed_after_its_recruiting(tmp_path: Path) -> None:
+    def with_recruits(experiment: Experiment) -> Experiment:
+        return replace(experiment, stages=(experiment.stages[0], replace(experiment.stages[1], recruits=True)))
+
+    def trained(experiment: Experiment, directory: Path) -> dict[str, Tensor]:
+        target = experiment.train_targets([0])[0]
+        return reproduce.train_in_stages(with_recruits(experiment), target, 1000, directory).tensors()
+
+    whole = trained(small_resid_mlp(), tmp_path / "whole")
+    with pytest.raises(RuntimeError, match="killed"):
+        trained(small_resid_mlp(killed=(1, CHECKPOINT_EVERY + 1)), tmp_path / "parts")
+    resumed = trained(small_resid_mlp(), tmp_path / "parts")
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    target = small_resid_mlp().train_targets([0])[0]
+    plain = reproduce.train_in_stages(small_resid_mlp(), target, 1000, tmp_path / "plain").tensors()
+    assert not torch.equal(plain["blocks.0.mlp.W_in.V"], whole["blocks.0.mlp.W_in.V"])
 
 
 def test_a_stage_has_its_share_of_the_steps_and_a_coefficient_of_its_own() -> None:
