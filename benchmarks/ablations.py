@@ -23,8 +23,8 @@ if __package__ in (None, ""):  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from benchmarks.experiments import EXPERIMENTS, Experiment, Report, Stage
-from benchmarks.reproduce import train_group
-from benchmarks.runs import RESULTS, WORK, accepted_targets, cpu_hours, measured_cpu, settings_hash, write_at_once
+from benchmarks.reproduce import read_run, train_group
+from benchmarks.runs import RESULTS, WORK, accepted_targets, read_record, run_name, settings_hash, write_at_once
 from spd_lens.checkpoint import library_versions
 from spd_lens.known_solution import TMSReport
 from spd_lens.tables import format_table
@@ -85,7 +85,11 @@ def _resid_mlp_1(recipe: Experiment) -> dict[str, Experiment]:
 
 def _resid_mlp_2(recipe: Experiment) -> dict[str, Experiment]:
     without = tuple(replace(stage, factors={}) for stage in recipe.stages)
-    return {"no factor on W_in in the last stage": replace(recipe, stages=without)}
+    stays = tuple(replace(stage, recruits=False) for stage in recipe.stages)
+    return {
+        "no factor on W_in in the last stage": replace(recipe, stages=without),
+        "nothing starts again between stages": replace(recipe, stages=stays),
+    }
 
 
 _CHANGED = {
@@ -108,8 +112,9 @@ def _random_start(experiment: Experiment) -> Experiment:
 # -- running ---------------------------------------------------------------------------------------------------------
 
 
-def ablate(name: str, runs: int, *, results: Path, work: Path) -> dict[str, Any]:
-    """Train what is missing, and return and keep what `results/NAME.json` then holds.
+def ablate(name: str, runs: int, *, results: Path, work: Path, reproduced: Path = RESULTS) -> dict[str, Any]:
+    """Train what is missing, and return and keep what `results/NAME.json` then holds. Runs of the recipe itself are
+    read from `reproduced` where `reproduce.py` has left them.
 
     Raises ValueError if a variant there has other settings or another number of runs.
     """
@@ -124,11 +129,16 @@ def ablate(name: str, runs: int, *, results: Path, work: Path) -> dict[str, Any]
             if (found[label]["settings"], found[label]["runs"]) != (settings, runs):
                 raise ValueError(f"{path}: {label!r} was made with other settings; move it away, or give --results")
             continue
-        out_dir = work / "ablations" / f"{name}-{settings_hash(settings)}-{runs}"
-        with measured_cpu(out_dir / "cpu"):
-            trained = train_group(experiment, targets.models, range(runs), out_dir / "runs")
-        reports = [experiment.report(decomposition) for decomposition in trained]
-        found[label] = {**_counts(reports), "cpu_hours": round(cpu_hours(out_dir / "cpu"), 3), "settings": settings}
+        reports = _finished(experiment, settings, runs, reproduced / name) or [
+            experiment.report(decomposition)
+            for decomposition in train_group(
+                experiment,
+                targets.models,
+                range(runs),
+                work / "ablations" / f"{name}-{settings_hash(settings)}-{runs}",
+            )
+        ]
+        found[label] = {**_counts(reports), "settings": settings}
         content = {
             "name": name,
             "target_seeds": targets.seeds,
@@ -138,6 +148,14 @@ def ablate(name: str, runs: int, *, results: Path, work: Path) -> dict[str, Any]
         }
         write_at_once(path, content)
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _finished(experiment: Experiment, settings: Mapping[str, Any], runs: int, directory: Path) -> list[Report]:
+    """The reports on the first `runs` runs in `directory`, if all of them are there and have these settings."""
+    paths = [directory / f"{run_name(i)}.json" for i in range(runs)]
+    if not all(path.is_file() and read_record(path)["settings"] == settings for path in paths):
+        return []
+    return [experiment.report(read_run(experiment, directory, i)) for i in range(runs)]
 
 
 def _counts(reports: Sequence[Report]) -> dict[str, Any]:

@@ -225,10 +225,10 @@ _ALL = (
                 Stage("W_in", 0.17, 4e-5, recruits=True), Stage("", 0.33, 1e-6, {"*.W_in": 40.0})),
     ),
     _resid_mlp(
-        102, 3, 17, target_steps=1_000, batch=384, C=(200, 100), runs=1,
-        config=RESID_MLP_CONFIG.changed(steps=7_000),
-        stages=(Stage("0.mlp.W_in", 0.2, 1e-5), Stage("0.mlp.W_in", 0.1, 2e-5), Stage("W_in", 0.35, 2e-5),
-                Stage("W_in", 0.1, 4e-5), Stage("", 0.25, 5e-7)),
+        102, 3, 17, target_steps=10_000, batch=384, C=(200, 100), runs=1,
+        config=RESID_MLP_CONFIG.changed(steps=14_000),
+        stages=(Stage("0.mlp.W_in", 0.1, 6e-6), Stage("0.mlp.W_in", 0.05, 1.5e-5), Stage("W_in", 0.32, 2e-5),
+                Stage("W_in", 0.2, 2e-5, recruits=True), Stage("", 0.33, 5e-7, {"*.W_in": 40.0})),
     ),
 )  # fmt: skip
 EXPERIMENTS: dict[str, Experiment] = {experiment.name: experiment for experiment in _ALL}

@@ -6,13 +6,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import nn
 
 from benchmarks import ablations, reproduce
-from benchmarks.experiments import EXPERIMENTS
+from benchmarks.experiments import EXPERIMENTS, Experiment
 from benchmarks.runs import settings_hash
+from spd_lens import Decomposition
 from spd_lens.toys.tms import TMS
 
 
@@ -40,7 +42,9 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_counts_are_those_of_reproduce(tiny: None, tmp_path: Path) -> None:
-    found = ablations.ablate("tms_5-2", 2, results=tmp_path / "found", work=tmp_path / "work")
+    found = ablations.ablate(
+        "tms_5-2", 2, results=tmp_path / "found", work=tmp_path / "work", reproduced=tmp_path / "none"
+    )
     for label, experiment in ablations.variants("tms_5-2").items():
         results = tmp_path / label
         reproduce.reproduce(experiment, 2, results=results, work=tmp_path / "other")
@@ -52,6 +56,26 @@ def test_counts_are_those_of_reproduce(tiny: None, tmp_path: Path) -> None:
         assert variant["alive"]["W_dec"] == [record["decoder"]["n_alive"] for record in records]
         assert variant["errors"]["W_enc"] == [record["encoder"]["identity_error"] for record in records]
     assert "ten steps" in ablations.table(found)
+
+
+def test_runs_of_the_recipe_that_are_there_are_read_and_those_of_other_settings_are_not(
+    tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = EXPERIMENTS["tms_5-2"]
+    reproduce.reproduce(recipe, 1, results=tmp_path / "there" / "tms_5-2", work=tmp_path / "work")
+    trained: list[int] = []
+
+    def counted(experiment: Experiment, *arguments: Any) -> list[Decomposition]:
+        trained.append(experiment.config.steps)
+        return reproduce.train_group(experiment, *arguments)
+
+    monkeypatch.setattr(ablations, "train_group", counted)
+    places = {"work": tmp_path / "work", "reproduced": tmp_path / "there"}
+    read = ablations.ablate("tms_5-2", 1, results=tmp_path / "read", **places)
+    assert trained == [10]
+    again = ablations.ablate("tms_5-2", 1, results=tmp_path / "again", work=tmp_path / "w", reproduced=tmp_path / "no")
+    assert trained == [10, 2, 10]
+    assert read["variants"] == again["variants"]
 
 
 def test_what_is_there_is_not_trained_again_and_other_settings_are_refused(
