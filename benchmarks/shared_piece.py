@@ -51,7 +51,7 @@ def _stream(model: ResidMLP, x: Tensor) -> Tensor:
 
 def best_reconstruction(model: ResidMLP, n_always_on: int, *, steps: int, seed: int) -> dict[str, Any]:
     """Reconstruction loss that V and U reach with importances held, and MMCS and ML2R of the features' pieces against
-    the slopes of the streams (`ResidMLPReport`)."""
+    the slopes of the streams (`ResidMLPReport`) and against the streams of positive values."""
     generator = torch.Generator().manual_seed(seed)
     data, n_features = EXPERIMENTS["resid_mlp_2"].features(seed), model.cfg.n_features
     W = model.mlps()[1].W_in.detach()
@@ -79,12 +79,12 @@ def best_reconstruction(model: ResidMLP, n_always_on: int, *, steps: int, seed: 
         optimizer.step()
         schedule.step()
         losses.append(loss.detach())
-    pieces = slopes @ V.detach()[:, :n_features], U.detach()[:n_features], slopes @ W
+    V, U = V.detach()[:, :n_features], U.detach()[:n_features]
     return {
         "always_on": n_always_on,
         "reconstruction": float(torch.stack(losses[-LAST:]).mean()),
-        "mmcs": mmcs(*pieces),
-        "ml2r": ml2r(*pieces),
+        "against_slopes": {"mmcs": mmcs(slopes @ V, U, slopes @ W), "ml2r": ml2r(slopes @ V, U, slopes @ W)},
+        "against_positive_values": {"mmcs": mmcs(up @ V, U, up @ W), "ml2r": ml2r(up @ V, U, up @ W)},
     }
 
 

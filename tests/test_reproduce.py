@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import reproduce
+from benchmarks import reproduce, shared_piece
 from benchmarks.experiments import EXPERIMENTS, Experiment, Stage, load_target, target_tensors
 from benchmarks.resid_mlp import (
     ALIKE,
@@ -386,3 +386,24 @@ def test_a_saved_target_keeps_its_embedding() -> None:
     del tensors["W_E"]
     with pytest.raises(ValueError, match="has no \\['W_E'\\]"):
         load_target(experiment, tensors)
+
+
+def test_what_a_feature_brings_to_the_second_block_differs_by_sign() -> None:
+    model = wide()
+    W_E, first = model.W_E.double(), model.mlps()[0]
+    W_in, W_out = first.W_in.detach().double(), first.W_out.detach().double()
+    for sign, found in zip((1, -1), shared_piece.signed_streams(model), strict=True):
+        for i in range(FEATURES):
+            wrote = sum(max(0.0, float(sign * W_E[i] @ W_in[:, n])) * W_out[n] for n in range(NEURONS))
+            torch.testing.assert_close(found[i].double(), W_E[i] + sign * wrote, atol=1e-6, rtol=1e-5)
+
+
+def test_the_best_pieces_for_given_importances_are_trained() -> None:
+    """More steps reconstruct better; the first steps start from pieces that sum to what features bring."""
+    model = EXPERIMENTS["resid_mlp_2"].new_target()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        model.W_E.copy_(torch.nn.functional.normalize(torch.randn(model.W_E.shape, generator=generator), dim=1))
+    short, long = (shared_piece.best_reconstruction(model, 1, steps=steps, seed=0) for steps in (2, 60))
+    assert 0 < long["reconstruction"] < short["reconstruction"]
+    assert long["against_slopes"]["mmcs"] > 0.9
