@@ -228,8 +228,9 @@ _ALL = (
         102, 3, 17, target_steps=10_000, batch=384, C=(200, 100), runs=1,
         config=RESID_MLP_CONFIG.changed(steps=20_000),
         stages=(Stage("0.mlp.W_in", 0.07, 6e-6), Stage("0.mlp.W_in", 0.035, 1.5e-5), Stage("W_in", 0.224, 2e-5),
-                Stage("W_in", 0.14, 2e-5, recruits=True), *3 * (Stage("W_in", 0.1, 1.5e-5, recruits=True),),
-                Stage("", 0.231, 5e-7, {"*.W_in": 30.0})),
+                Stage("W_in", 0.14, 2e-5, recruits=True),
+                *3 * (Stage("W_in", 0.1, 2e-5, {"blocks.0.*": 0.7}, recruits=True),),
+                Stage("", 0.231, 7e-7, {"*.W_in": 32.0, "blocks.0.mlp.W_in": 20.0})),
     ),
 )  # fmt: skip
 EXPERIMENTS: dict[str, Experiment] = {experiment.name: experiment for experiment in _ALL}

@@ -43,16 +43,18 @@ def save_figures(directory: Path, decomposition: Decomposition) -> list[Path]:
 
 @torch.no_grad()
 def save_importances(path: Path, decomposition: Decomposition) -> Path:
-    """A heat map per site: features down, subcomponents across."""
+    """A heat map per site: features down, subcomponents across; of more than three sites two in a row, a block each."""
     import matplotlib.pyplot as plt
 
     n_features = _n_features(decomposition)
     importances = decomposition.importance(one_hot_inputs(n_features))
     small = n_features <= 10
-    size = (2.6 * len(importances) + 1.2, 2.2) if small else (4.6 * len(importances) + 1.2, 3.6)
-    figure, axes = plt.subplots(1, len(importances), figsize=size, squeeze=False, layout="constrained")
+    columns = len(importances) if len(importances) <= 3 else 2
+    rows = -(-len(importances) // columns)
+    size = (2.6 * columns + 1.2, 2.2 * rows) if small else (4.6 * columns + 1.2, 3.6 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     image = None
-    for axis, (name, G) in zip(axes[0], importances.items(), strict=True):
+    for axis, (name, G) in zip(axes.ravel(), importances.items(), strict=True):
         dense = name.endswith("W_out")
         order = (by_use(G) if dense else columns_in_order(G))[: SHOWN_WIDTH * n_features]
         image = axis.imshow(G[:, order].numpy(), cmap="magma_r", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
