@@ -219,7 +219,7 @@ _ALL = (
         stages=(Stage("W_in", 1 / 2, 4e-5), Stage("W_in", 1 / 6, 1e-4), Stage("", 1 / 3, 2e-6)),
     ),
     _resid_mlp(
-        100, 2, 25, target_steps=1_000, batch=384, C=(200, 100), runs=3,
+        100, 2, 25, target_steps=1_000, batch=384, C=(200, 100), runs=6,
         config=RESID_MLP_CONFIG.changed(steps=12_000),
         stages=(Stage("0.mlp.W_in", 0.12, 1e-5), Stage("0.mlp.W_in", 0.05, 3e-5), Stage("W_in", 0.33, 4e-5),
                 Stage("W_in", 0.17, 4e-5, recruits=True), Stage("", 0.33, 1e-6, {"*.W_in": 40.0})),
