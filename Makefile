@@ -46,7 +46,7 @@ tutorials: $(VENV)/.ready
 
 # Eight runs of TMS 5-2; results in runs/quick/tms_5-2, pictures too.
 reproduce-quick: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(PY) benchmarks/reproduce.py tms_5-2 --seeds 8 --results runs/quick --work runs/quick/work
+	OMP_NUM_THREADS=1 $(PY) experiments/reproduce.py tms_5-2 --seeds 8 --results runs/quick --work runs/quick/work
 
 $(VENV)/.ready: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -20,11 +20,9 @@ from torch import Tensor, nn
 from benchmarks.reference import ReferenceStep, replace_linears, weighted_sum
 from benchmarks.reference_models import HuggingFaceLogits, ReferenceTMS, ReferenceTransformer
 from spd_lens import Decomposition, TrainConfig, decompose
-from spd_lens.adversary import PGD
-from spd_lens.config import Reconstruction
 from spd_lens.data import Batch, TokenBatches, cache_residuals
-from spd_lens.step import accumulate_gradients
-from spd_lens.training import _make_accelerator, _make_learner
+from spd_lens.objective import PGD
+from spd_lens.training import Reconstruction, accumulate_gradients, make_accelerator, make_learner
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ class ProductStep:
             p.requires_grad_(False)
         for p in decomposition.subcomponent_parameters() + decomposition.gate_parameters():
             p.requires_grad_(True)
-        self.learner = _make_learner(decomposition, config, _make_accelerator(decomposition, config))
+        self.learner = make_learner(decomposition, config, make_accelerator(decomposition, config))
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """All terms of the loss, unweighted; their gradients are then in the parameters."""
@@ -132,7 +130,7 @@ TRANSFORMER_CONFIG = TrainConfig(
 
 def tms(name: str, sizes: TMSSizes, config: TrainConfig, dtype: torch.dtype) -> Configuration:
     """TMS with all its sites; features are active with probability 0.05, of value U(0, 1)."""
-    from spd_lens.toys.tms import TMS
+    from spd_lens.toys import TMS
 
     model = TMS(sizes.n_features, sizes.n_hidden, identity=sizes.identity, seed=0)
     generator = torch.Generator().manual_seed(1)

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.work import Matmul, Work
-from spd_lens.blocks import block_entries
-from spd_lens.checkpoint import library_versions
+from spd_lens.support import block_entries, library_versions
 
 # Seconds that one rate is measured for, the least number of repetitions, and how many numbers are copied.
 BUDGET, LEAST, COPIED = 0.02, 5, 2**24

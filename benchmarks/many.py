@@ -28,7 +28,7 @@ if __package__ in (None, ""):  # run as a script
 from benchmarks.configurations import Configuration, ProductStep, build
 from benchmarks.machine import provenance, rounded
 from spd_lens.data import Batch
-from spd_lens.many import train_many
+from spd_lens.training import train_many
 
 MODELS: dict[str, dict[str, Any]] = {"tms_5_2": {"n_subcomponents": 20}, "tms_40_10": {"n_subcomponents": 200}}
 MEMBERS = (1, 5, 25)

@@ -15,10 +15,11 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.configurations import ProductStep
 from benchmarks.machine import Clock
 from benchmarks.work import CLEAN, FAITHFULNESS, GATES, OPTIMIZER, ascents
-from spd_lens import blocks, step
-from spd_lens.adversary import PersistentSources
+from spd_lens.core import Decomposition
 from spd_lens.data import Batch
-from spd_lens.decomposition import Decomposition
+from spd_lens.objective import PersistentSources
+from spd_lens.support import workspace as blocks
+from spd_lens.training import step
 
 Step = Callable[[], object]
 

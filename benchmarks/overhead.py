@@ -18,7 +18,7 @@ import warnings
 import torch
 
 from spd_lens import decompose
-from spd_lens.checkpoint import library_versions
+from spd_lens.support import library_versions
 
 
 def paired_times(rounds: int, batch: int, pos: int, **sizes: int) -> tuple[list[float], list[float]]:

@@ -34,9 +34,9 @@ from benchmarks.machine import Clock, Rates, mean_rates, measure_rates, provenan
 from benchmarks.measure import alternate, drop_workspace, kept_workspace, paired_ratio, peak_memory, time_by_term
 from benchmarks.work import Work, count_work, positions
 from spd_lens import TrainConfig
-from spd_lens.adversary import PGD
-from spd_lens.config import Reconstruction
 from spd_lens.data import Batch
+from spd_lens.objective import PGD
+from spd_lens.training import Reconstruction
 
 LETTERS = dict(zip("abcdef", CONFIGURATIONS, strict=True))
 # Blocks before the decomposed one at which configuration f is measured besides its own.

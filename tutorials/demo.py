@@ -31,11 +31,10 @@ from spd_lens import (
     pack_tokens,
     train,
 )
-from spd_lens.checkpoint import library_versions
-from spd_lens.harvest import Example, SiteHarvest
-from spd_lens.plots import save_importance
-from spd_lens.pretrained import load_smollm2
-from spd_lens.toys import load_moby_dick
+from spd_lens.models import load_moby_dick, load_smollm2
+from spd_lens.pictures import save_importance
+from spd_lens.statistics import Example, SiteHarvest
+from spd_lens.support import library_versions
 
 CONTEXT = 128
 SENTENCE = (

@@ -45,16 +45,20 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from spd_lens.baselines.apd_targets import Matrices, Target, between_features, components_between_features, target_of
-from spd_lens.files import new_directory, read_json, read_tensors, write_json, write_tensors
-from spd_lens.run_files import load_optimizer_tensors, optimizer_tensors
+from spd_lens.support.files import new_directory, read_json, read_tensors, write_json, write_tensors
 from spd_lens.toys.resid_mlp import ResidMLP
 from spd_lens.toys.tms import TMS
+from spd_lens.training.checkpoint import load_optimizer_tensors, optimizer_tensors
 
 # Under the root of the simplicity loss, as in the authors' code: its gradient at 0 is infinite for p < 1.
 EPSILON = 1e-16
+
+
 # Attributions of as many components are taken together as keep the tensors in the processor's cache.
 ENTRIES_AT_ONCE = 250_000
 FORMAT = "spd_lens APD run"
+
+
 # What the members of one run may differ in; everything else decides the shapes and the operations of a step.
 COEFFICIENTS = ("faithfulness", "minimality", "simplicity", "hidden")
 MAY_DIFFER = ("seed", "k", *COEFFICIENTS)
@@ -126,9 +130,13 @@ APD_TMS_5_2 = APDConfig(
     n_components=5, k=0.211, lr=0.03, steps=20_000, minimality=1.0, simplicity=0.7, p=1.0,
     attributions_from="components",
 )  # fmt: skip
+
+
 APD_TMS_40_10 = APDConfig(
     n_components=50, k=1.0, lr=1e-3, steps=20_000, minimality=10.0, simplicity=20.0, p=0.9, schedule="cosine"
 )
+
+
 # Batch 256 is that of appendix C.2 and of the authors' code; appendix D says 2048.
 APD_RESID_MLP_1 = APDConfig(
     n_components=130, k=1.28, lr=1e-3, steps=40_000, batch_size=256, minimality=1.0, simplicity=10.0, p=0.9, hidden=1.0,

@@ -18,11 +18,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from spd_lens.config import TrainConfig
-from spd_lens.decompose import decompose
-from spd_lens.decomposition import Decomposition
-from spd_lens.gates import GateKind
-from spd_lens.many import ManyResult, train_many
+from spd_lens.core.decomposing import decompose
+from spd_lens.core.decomposition import Decomposition
+from spd_lens.core.gates import GateKind
+from spd_lens.training.config import TrainConfig
+from spd_lens.training.many import ManyResult, train_many
 
 Pieces = Literal["svd", "random", "rows"]
 

@@ -1,68 +1,28 @@
 """Hosts: the only part of spd_lens that knows how TransformerLens models are built.
 
 `open_host(model)` finds the right one by what the model offers, never by importing a class that one of the two
-supported TransformerLens majors does not have.
-"""
-
-from __future__ import annotations
-
-from torch import nn
+supported TransformerLens majors does not have."""
 
 from spd_lens.hosts.bridge import BridgeHost
+from spd_lens.hosts.declared import DeclaredHost, DeclaredSite
 from spd_lens.hosts.hooked import HookedHost
-from spd_lens.hosts.root import DeclaredSite, RootHost
-from spd_lens.hosts.site import (
-    POINT_SUFFIXES,
-    Host,
-    ModuleInput,
-    PointOutput,
-    Provenance,
-    Site,
-    StoredMatrix,
-    match_sites,
-    near_names,
-    token_arguments_error,
-)
-
-
-def open_host(model: nn.Module) -> Host:
-    """The `Host` of `model`.
-
-    Raises TypeError for anything that is not a TransformerLens model, or a `HookedRootModule` that does not
-    declare its sites.
-    """
-    if not (hasattr(model, "hook_dict") and hasattr(model, "run_with_cache")):
-        raise TypeError(
-            f"given a {type(model).__name__}; expected a TransformerLens model (HookedTransformer, "
-            "TransformerBridge, or a HookedRootModule with a method spd_sites()). For a Hugging Face model: "
-            "TransformerBridge.boot_transformers(name, hf_model=model)"
-        )
-    if hasattr(model, "spd_sites"):
-        return RootHost(model)
-    if hasattr(model, "original_model"):
-        return BridgeHost(model)
-    if hasattr(model, "blocks") and hasattr(model, "unembed") and hasattr(model, "cfg"):
-        return HookedHost(model)
-    raise TypeError(
-        f"given a {type(model).__name__}, a HookedRootModule that does not say which weights it has; add a method "
-        "spd_sites() -> list[spd_lens.DeclaredSite] to it"
-    )
-
+from spd_lens.hosts.host import Host, Provenance, token_arguments_error
+from spd_lens.hosts.opening import open_host
+from spd_lens.hosts.site import POINT_SUFFIXES, ModuleInput, PointOutput, Site, StoredMatrix, match_sites
 
 __all__ = [
     "POINT_SUFFIXES",
     "BridgeHost",
+    "DeclaredHost",
     "DeclaredSite",
     "HookedHost",
     "Host",
     "ModuleInput",
     "PointOutput",
     "Provenance",
-    "RootHost",
     "Site",
     "StoredMatrix",
     "match_sites",
-    "near_names",
     "open_host",
     "token_arguments_error",
 ]

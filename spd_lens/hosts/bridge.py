@@ -29,7 +29,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
-from spd_lens.hosts.site import Host, ModuleInput, PointOutput, Provenance, Site, StoredMatrix, argument
+from spd_lens.hosts.host import Host, Provenance
+from spd_lens.hosts.site import ModuleInput, PointOutput, Site, StoredMatrix, argument
 
 _OUT_IN = "d_out d_in -> d_in d_out"
 _IN_OUT = "d_in d_out -> d_in d_out"
@@ -46,6 +47,8 @@ _SCALED_EMBEDDINGS = (
 
 # Methods of the bridge that would break a decomposition: the sites that each would break (None: all), and why.
 _BY_HEAD = (("W_Q", "W_K", "W_V"), "no HookPoint sees the normalised input of a single head")
+
+
 _FORBIDDEN: Mapping[str, tuple[tuple[str, ...] | None, str]] = {
     "enable_compatibility_mode": (None, "it rewrites the weights and rebuilds the hook registry"),
     "process_weights": (None, "it rewrites the weights"),

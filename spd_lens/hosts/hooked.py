@@ -19,10 +19,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from spd_lens.hosts.site import Host, ModuleInput, PointOutput, Provenance, Site, StoredMatrix, argument
+from spd_lens.hosts.host import Host, Provenance
+from spd_lens.hosts.site import ModuleInput, PointOutput, Site, StoredMatrix, argument
 
 _IN_OUT = "d_in d_out -> d_in d_out"
 _HEADS_OUT = "head_index d_model d_head -> d_model (head_index d_head)"
+
+
 _HEADS_IN = "head_index d_head d_model -> (head_index d_head) d_model"
 
 

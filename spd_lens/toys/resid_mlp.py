@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
 
-from spd_lens.hosts import DeclaredSite
+from spd_lens.hosts.declared import DeclaredSite
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,21 @@ from spd_lens.toys.resid_mlp import ResidMLP
 from spd_lens.toys.tms import TMS
 
 WEIGHT_DECAY = 0.01
+
+
 # Members trained side by side: as many as keep a step's tensors in the processor's cache.
 ENTRIES_AT_ONCE = 120_000
+
+
 # Lowest loss of a trained target on the sample of `tms_target_report`, by (n_features, n_hidden), of 200 seeds of 5-2
 # and 6 of 40-10 (torch 2.13, the settings above). The +ID variants compute the same function.
 BEST_TMS_LOSS = {(5, 2): 1.787e-3, (40, 10): 3.968e-3}
 MAX_LOSS_RATIO = 1.05
+
+
 MIN_NORM_RATIO = 0.5
+
+
 # The sample that targets are judged on. It is large because its own noise must stay well under the 5 %: the same
 # five directions in another order of features differ by 7 % on a sample of 65,536.
 REPORT_SEED, REPORT_ENTRIES = 1_000_003, 5_242_880

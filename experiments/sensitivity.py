@@ -1,0 +1,317 @@
+"""How much the settings matter: the share of runs that succeed over coefficients, learning rates and C, on TMS 5-2.
+
+    python experiments/sensitivity.py                      both maps, then the picture; continues where it was stopped
+    python experiments/sensitivity.py --method apd --seeds 5
+    python experiments/sensitivity.py --plot               only the picture and summary.json, from the saved runs
+
+Each map is centred on the settings with which the method is run elsewhere (`EXPERIMENTS["tms_5-2"]`, `APD_TMS_5_2`):
+the coefficient of the loss that makes a decomposition sparse (SPD: minimality; APD: simplicity) over two decades, and a
+second setting over one decade. For SPD that is the learning rate, that of the gates scaled along, once for every C; for
+APD it is k, which SPD does not have. All else stays as it is. Run i of a cell has the target and the seed of run i of
+`reproduce.py`.
+
+Two verdicts are kept for every run: `success`, the criterion of `reproduce.py`, and `found`, the same without the
+bounds on ML2R. APD shortens what it finds, which alone can put the first out of its reach; the picture's colour is
+therefore the second, for both, and ML2R stands in the cells.
+
+    experiments/results/sensitivity/   spd.jsonl, apd.jsonl (a line per run), settings.json, summary.json, map.png
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import nn
+
+if __package__ in (None, ""):  # run as a script
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from experiments.apd_experiments import APD_EXPERIMENTS
+from experiments.paper import EXPERIMENTS
+from experiments.runs import (
+    DECOMPOSITION_SEED,
+    RESULTS,
+    WORK,
+    accepted_targets,
+    cpu_hours,
+    measured_cpu,
+    settings_hash,
+    write_at_once,
+)
+from experiments.sensitivity_figure import save_map
+from spd_lens.baselines import apd_report, train_apd
+from spd_lens.support import library_versions
+from spd_lens.toys import MIN_MMCS, Recovery, TMSReport, tms_report
+from spd_lens.training import train_many
+
+# Steps of half and a quarter of a decade, around the settings used elsewhere.
+COEFFICIENT_FACTORS = tuple(10 ** (n / 2) for n in (-2, -1, 0, 1, 2))
+SECOND_FACTORS = tuple(10 ** (n / 4) for n in (-2, -1, 0, 1, 2))
+C_PER_FEATURE = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
+class SPDGrid:
+    """Minimality x learning rate, one batched program for every C and seed."""
+
+    coefficients: tuple[float, ...]
+    lrs: tuple[float, ...]
+    counts: tuple[int, ...]
+    steps: int
+
+    method = "spd"
+
+    @staticmethod
+    def full() -> SPDGrid:
+        """The whole map."""
+        config = EXPERIMENTS["tms_5-2"].config
+        return SPDGrid(
+            tuple(config.minimality * f for f in COEFFICIENT_FACTORS),
+            tuple(config.lr * f for f in SECOND_FACTORS),
+            tuple(5 * n for n in C_PER_FEATURE),
+            config.steps,
+        )
+
+    @property
+    def programs(self) -> tuple[dict[str, Any], ...]:
+        """What is trained together, as the part of a record that its runs share."""
+        return tuple({"C": C} for C in self.counts)
+
+    @property
+    def cells(self) -> list[dict[str, float]]:
+        """The part of a record that tells the runs of a program apart."""
+        return [{"coefficient": c, "lr": lr} for c, lr in itertools.product(self.coefficients, self.lrs)]
+
+    def settings(self) -> dict[str, Any]:
+        """Everything besides the seeds."""
+        settings = EXPERIMENTS["tms_5-2"].settings()
+        config = {**settings["config"], "steps": self.steps}
+        return {**settings, "config": config, "n_subcomponents": list(self.counts), "cells": self.cells}
+
+    def train(self, target: nn.Module, seed: int, program: Mapping[str, Any], out_dir: Path) -> list[dict[str, Any]]:
+        """The verdicts on all cells."""
+        experiment = EXPERIMENTS["tms_5-2"]
+        base = experiment.config
+        assert base.gate_lr is not None
+        configs = [
+            base.changed(
+                steps=self.steps, seed=seed, minimality=cell["coefficient"], lr=cell["lr"],
+                gate_lr=base.gate_lr * cell["lr"] / base.lr,
+            )
+            for cell in self.cells
+        ]  # fmt: skip
+        counts = dict.fromkeys(experiment.n_subcomponents, program["C"])
+        with_counts = dataclasses.replace(experiment, n_subcomponents=counts)
+        members = [with_counts.decompose(copy.deepcopy(target), seed) for _ in configs]
+        result = train_many(members, [experiment.features(seed)] * len(members), configs, out_dir=out_dir)
+        if result.interrupted:
+            print(f"stopped after {result.steps} of {self.steps} steps; the same command continues")
+            raise typer.Exit(130)
+        return [_spd_verdict(tms_report(member)) for member in members]
+
+
+@dataclass(frozen=True)
+class APDGrid:
+    """Simplicity x k, one batched program for every seed."""
+
+    coefficients: tuple[float, ...]
+    ks: tuple[float, ...]
+    steps: int
+
+    method = "apd"
+
+    @staticmethod
+    def full() -> APDGrid:
+        """The whole map."""
+        config = APD_EXPERIMENTS["apd_tms_5-2"].config
+        return APDGrid(
+            tuple(config.simplicity * f for f in COEFFICIENT_FACTORS),
+            tuple(config.k * f for f in SECOND_FACTORS),
+            config.steps,
+        )
+
+    @property
+    def programs(self) -> tuple[dict[str, Any], ...]:
+        """As `SPDGrid.programs`."""
+        return ({"C": APD_EXPERIMENTS["apd_tms_5-2"].config.n_components},)
+
+    @property
+    def cells(self) -> list[dict[str, float]]:
+        """As `SPDGrid.cells`."""
+        return [{"coefficient": c, "k": k} for c, k in itertools.product(self.coefficients, self.ks)]
+
+    def settings(self) -> dict[str, Any]:
+        """Everything besides the seeds."""
+        settings = APD_EXPERIMENTS["apd_tms_5-2"].settings()
+        return {**settings, "config": {**settings["config"], "steps": self.steps}, "cells": self.cells}
+
+    def train(self, target: Any, seed: int, program: Mapping[str, Any], out_dir: Path) -> list[dict[str, Any]]:
+        """The verdicts on all cells."""
+        base = APD_EXPERIMENTS["apd_tms_5-2"].config.changed(steps=self.steps, seed=seed, n_components=program["C"])
+        configs = [base.changed(simplicity=cell["coefficient"], k=cell["k"]) for cell in self.cells]
+        found = train_apd([target] * len(configs), configs, out_dir=out_dir / "checkpoint", log_every=5_000)
+        verdicts = []
+        for apd in found:
+            report = apd_report(apd)
+            alive = report.components.n_alive
+            verdicts.append(
+                _verdict(report.success, report.success_but_for_length, report.recovery, alive, report.problems)
+            )
+        return verdicts
+
+
+Grid = SPDGrid | APDGrid
+
+
+def _spd_verdict(report: TMSReport) -> dict[str, Any]:
+    sites = report.encoder.problems("W_enc") + report.decoder.problems("W_dec")
+    found = report.recovery.mmcs >= MIN_MMCS and not sites
+    return _verdict(report.success, found, report.recovery, report.encoder.n_alive, report.problems)
+
+
+def _verdict(success: bool, found: bool, recovery: Recovery, n_alive: int, problems: Sequence[str]) -> dict[str, Any]:
+    lengths = {"mmcs": round(recovery.mmcs, 5), "ml2r": round(recovery.ml2r, 5)}
+    return {"success": success, "found": found, **lengths, "n_alive": n_alive, "problems": list(problems)}
+
+
+# -- running ---------------------------------------------------------------------------------------------------------
+
+
+def run_map(grid: Grid, seeds: int, *, results: Path, work: Path) -> None:
+    """Train what is missing, seed by seed, and add its lines to `results/METHOD.jsonl`.
+
+    Raises ValueError if there are runs with other settings.
+    """
+    results.mkdir(parents=True, exist_ok=True)
+    _check_settings(grid, results)
+    targets = accepted_targets(EXPERIMENTS["tms_5-2"], seeds, work / "targets")
+    tag = settings_hash(grid.settings())
+    for i, program in itertools.product(range(seeds), grid.programs):
+        records = read_lines(results / f"{grid.method}.jsonl")
+        if any(r["run"] == i and all(r[key] == value for key, value in program.items()) for r in records):
+            continue
+        name = "-".join(f"{key}{value}" for key, value in program.items())
+        out_dir = work / "sensitivity" / f"{grid.method}-{tag}" / f"{name}-run{i:03d}"
+        with measured_cpu(out_dir / "cpu"):
+            verdicts = grid.train(targets.models[i], DECOMPOSITION_SEED + i, program, out_dir)
+        seconds = round(3600 * cpu_hours(out_dir / "cpu") / len(verdicts), 2)
+        shared = {"run": i, "target_seed": targets.seeds[i], "seed": DECOMPOSITION_SEED + i, **program}
+        new = [
+            {**shared, **cell, **verdict, "cpu_seconds": seconds}
+            for cell, verdict in zip(grid.cells, verdicts, strict=True)
+        ]
+        _write_lines(results / f"{grid.method}.jsonl", [*records, *new])
+
+
+def _check_settings(grid: Grid, results: Path) -> None:
+    path = results / "settings.json"
+    saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    wanted = json.loads(json.dumps(grid.settings()))
+    if saved.get(grid.method, wanted) != wanted:
+        raise ValueError(f"{path}: the {grid.method} map there has other settings; give another --results")
+    write_at_once(path, {**saved, grid.method: wanted})
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """All records so far."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def _write_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    half_written = path.with_name(f".{path.name}")
+    half_written.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    half_written.replace(path)
+
+
+# -- summary ---------------------------------------------------------------------------------------------------------
+
+
+def summarise_map(results: Path, command: str) -> dict[str, Any]:
+    """Write and return `summary.json`: runs, successes, and for every cell how many of how many."""
+    settings = json.loads((results / "settings.json").read_text(encoding="utf-8"))
+    summary: dict[str, Any] = {}
+    for method, of_method in settings.items():
+        records = read_lines(results / f"{method}.jsonl")
+        if records:
+            summary[method] = {
+                **_counts(records),
+                "by_C": {C: _counts([r for r in records if r["C"] == C]) for C in sorted({r["C"] for r in records})},
+                "cpu_hours": round(sum(r["cpu_seconds"] for r in records) / 3600, 3),
+                "cells": cells_of(records),
+                "settings": of_method,
+            }
+    summary |= {"versions": library_versions(), "command": command}
+    write_at_once(results / "summary.json", summary)
+    return summary
+
+
+def _counts(records: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    return {
+        "runs": len(records),
+        "found": sum(r["found"] for r in records),
+        "successes": sum(r["success"] for r in records),
+    }
+
+
+def cells_of(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Counts of every cell, with the mean ML2R of its runs that found the features (None without any)."""
+    axes = [name for name in ("C", "coefficient", "lr", "k") if name in records[0]]
+    cells: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for record in records:
+        cells.setdefault(tuple(record[name] for name in axes), []).append(record)
+    found = []
+    for at, runs in sorted(cells.items()):
+        lengths = [r["ml2r"] for r in runs if r["found"]]
+        ml2r = round(sum(lengths) / len(lengths), 4) if lengths else None
+        found.append({**dict(zip(axes, at, strict=True)), **_counts(runs), "ml2r_of_found": ml2r})
+    return found
+
+
+def summary_lines(summary: Mapping[str, Any]) -> str:
+    """A line per method and C."""
+    lines = []
+    for method in ("spd", "apd"):
+        for C, counts in summary.get(method, {}).get("by_C", {}).items():
+            lines.append(
+                f"{method.upper()} C={C}: of {counts['runs']} runs {counts['found']} find one piece per feature, "
+                f"{counts['successes']} with the right length too"
+            )
+    return "\n".join(lines)
+
+
+def main(
+    method: Annotated[str, typer.Option(help="spd, apd or both")] = "both",
+    seeds: Annotated[int, typer.Option(help="Runs of every cell.")] = 3,
+    plot: Annotated[bool, typer.Option("--plot", help="Only the picture and the summary of what was run.")] = False,
+    results: Annotated[Path, typer.Option(help="Where results go.")] = RESULTS / "sensitivity",
+    work: Annotated[Path, typer.Option(help="Where checkpoints and targets are kept.")] = WORK,
+) -> None:
+    """Sensitivity maps of SPD and APD on TMS 5-2."""
+    torch.set_num_threads(1)
+    grids: dict[str, Grid] = {"spd": SPDGrid.full(), "apd": APDGrid.full()}
+    if method not in ("both", *grids):
+        raise typer.BadParameter(f"--method {method!r}; expected spd, apd or both")
+    for name, grid in grids.items():
+        if not plot and method in ("both", name):
+            run_map(grid, seeds, results=results, work=work)
+    summary = summarise_map(results, "python experiments/sensitivity.py" + (f" --seeds {seeds}" if seeds != 3 else ""))
+    print(summary_lines(summary))
+    used_C = {
+        "spd": EXPERIMENTS["tms_5-2"].n_subcomponents["W_enc"],
+        "apd": APD_EXPERIMENTS["apd_tms_5-2"].config.n_components,
+    }
+    print(save_map(results / "map.png", summary, used_C))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,116 @@
+"""`Circuit`: a set of subcomponents, over all positions or each at a position of its own.
+
+A node is a subcomponent `(site, id)`, or with positions `(site, id, position)`. A circuit says nothing about what
+stands outside of it; how it was shown to hold is in a `CircuitReport` (`spd_lens.circuit_checks`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from spd_lens.core.decomposition import Decomposition
+from spd_lens.core.interventions import HookList, checked_ids, delta_hooks, mask_hooks
+
+
+@dataclass(frozen=True, eq=False)
+class Circuit:
+    """Which subcomponents are in the circuit, for every decomposed site.
+
+    - `kept[site]` `[pos C]`: True for nodes. The position axis has length 1 where a node is a subcomponent at all
+      positions.
+    - `importances[site]` `[pos C]`: the importance that each node had when it was chosen (1 if given by hand).
+    """
+
+    kept: Mapping[str, Bool[Tensor, "_pos _C"]]
+    importances: Mapping[str, Float[Tensor, "_pos _C"]]
+
+    @property
+    def by_position(self) -> bool:
+        """Whether nodes are subcomponents at single positions."""
+        return any(kept.shape[0] > 1 for kept in self.kept.values())
+
+    @property
+    def nodes(self) -> list[tuple[str, int, int | None]]:
+        """`(site, id, position)` of every node; position None where it stands for all of them."""
+        found = []
+        for site, kept in self.kept.items():
+            for position, c in kept.nonzero().tolist():
+                found.append((site, c, position if self.by_position else None))
+        return found
+
+    @property
+    def ids(self) -> dict[str, list[int]]:
+        """`{site: ids}` of the subcomponents in the circuit, at whatever position; every decomposed site is a key."""
+        return {site: kept.any(0).nonzero().flatten().tolist() for site, kept in self.kept.items()}
+
+    @property
+    def n_nodes(self) -> int:
+        """Number of nodes."""
+        return sum(int(kept.sum()) for kept in self.kept.values())
+
+    @property
+    def n_subcomponents(self) -> int:
+        """Number of different subcomponents; equal to `n_nodes` unless nodes have positions."""
+        return sum(len(ids) for ids in self.ids.values())
+
+    def n_parameters(self, decomposition: Decomposition) -> int:
+        """`sum over subcomponents of (d_in + d_out)`: the numbers in their `V_c` and `U_c`. Tied ones count once."""
+        seen: dict[str, set[int]] = {}
+        for site, ids in self.ids.items():
+            owner = decomposition[site].tied_to
+            seen.setdefault(site if owner is None else owner.site.name, set()).update(ids)
+        return sum(len(ids) * (decomposition[s].V.shape[0] + decomposition[s].U.shape[1]) for s, ids in seen.items())
+
+    def only(self, decomposition: Decomposition) -> HookList:
+        """Hooks that leave nothing but the circuit at the decomposed sites: all other masks and the deltas are 0.
+
+        For a circuit without positions this is the model with `W' = sum over nodes of V_c U_c`.
+        """
+        return [hook for site, kept in self.kept.items() for hook in _hooks(decomposition, site, kept, delta=0.0)]
+
+    def without(self, decomposition: Decomposition) -> HookList:
+        """Hooks that knock the circuit out: its masks are 0, all else (also the delta) stays.
+
+        For a circuit without positions this is the model with `W' = W - sum over nodes of V_c U_c`.
+        """
+        return [hook for site, kept in self.kept.items() for hook in _hooks(decomposition, site, ~kept, delta=None)]
+
+    def __str__(self) -> str:
+        parts = [f"{site}[{', '.join(map(str, ids))}]" for site, ids in self.ids.items() if ids]
+        unit = "nodes (subcomponent, position)" if self.by_position else "subcomponents"
+        return f"{self.n_nodes} {unit}: " + (" + ".join(parts) or "none")
+
+
+def _hooks(decomposition: Decomposition, site: str, kept: Tensor, *, delta: float | None) -> HookList:
+    weight = decomposition[site]
+    factor = kept.to(device=weight.V.device, dtype=weight.V.dtype)
+    factor = factor[0] if len(factor) == 1 else factor.unsqueeze(0)
+    return mask_hooks(weight, factor) + ([] if delta is None else delta_hooks(weight, delta))
+
+
+def circuit_of(decomposition: Decomposition, ids: Mapping[str, Iterable[int]]) -> Circuit:
+    """The circuit of the named subcomponents `{site: ids}` at all positions; sites that are not named have none.
+
+    Raises ValueError for unknown sites and ids, TypeError for ids that are not integers.
+
+    >>> from spd_lens import decompose
+    >>> from spd_lens.toys import load_tiny_lm
+    >>> circuit = circuit_of(decompose(load_tiny_lm(), {"blocks.0.mlp.W_in": 8}), {"blocks.0.mlp.W_in": [3, 5]})
+    >>> print(circuit)
+    2 subcomponents: blocks.0.mlp.W_in[3, 5]
+    """
+    from spd_lens.support.names import near_names
+
+    for site in ids:
+        if site not in decomposition:
+            raise ValueError(f"no decomposed site {site!r}; near: {near_names(str(site), decomposition)}")
+    kept = {}
+    for site, weight in decomposition.items():
+        kept[site] = torch.zeros(1, weight.n_subcomponents, dtype=torch.bool, device=weight.V.device)
+        kept[site][0, checked_ids(weight, ids.get(site, ()))] = True
+    return Circuit(kept, {site: k.to(decomposition[site].V.dtype) for site, k in kept.items()})

@@ -1,0 +1,285 @@
+"""What circuits can be made of: subcomponents, or heads and MLPs, under the same ablation and with the same metric.
+
+A *unit* (node) can be kept, computed live from the clean prompt, or left out: then what it writes is that of the
+corrupted prompt at the same position (`outside="corrupted"`), or 0 (`outside="zero"`). Everything that is no unit
+(embeddings, matrices that are not decomposed, biases) always stays live, so compare units that cover the same
+matrices: `head_and_mlp_units` takes only heads and MLPs that have decomposed matrices.
+
+Scores are attribution patching on the clean run: `|mean over rows of sum over positions of dm/du * (u_out - u)|`, the
+first-order estimate of what leaving the unit out does to the metric m; `u` is the unit's activation. One backward
+pass for all units.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Literal, TypeAlias
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from spd_lens.core.decomposition import Decomposition
+from spd_lens.patching.runner import Runner
+from spd_lens.support.names import near_names
+from spd_lens.tasks.task import NormalizedMetric, Task
+
+Outside: TypeAlias = Literal["corrupted", "zero"]
+
+
+Hooks: TypeAlias = list[tuple[str, Any]]
+
+
+class Units(ABC):
+    """Nodes of one kind on one task. `labels` and `parameters` (numbers in their weight matrices) have one entry each.
+
+    `what` names the kind and what stands in for a unit that is left out.
+    """
+
+    what: str
+    labels: list[str]
+    parameters: list[int]
+
+    def __init__(self, decomposition: Decomposition, task: Task, outside: Outside) -> None:
+        if outside not in ("corrupted", "zero"):
+            raise ValueError(f"outside={outside!r}; expected 'corrupted' (the other prompt's values) or 'zero'")
+        if not isinstance(task, Task):
+            raise TypeError(f"task is a {type(task).__name__}; expected a Task with clean and corrupted prompts")
+        self.decomposition, self.outside = decomposition, outside
+        self.task = task.to(decomposition.device)
+        self.metric: NormalizedMetric = self.task.metric(decomposition)
+        sites = set(decomposition)
+        # What stands before the first decomposed block runs once.
+        self._clean = Runner(decomposition, self.task.clean, sites)
+        self._start = self._clean.first_block(list(sites))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @abstractmethod
+    def hooks(self, kept: Bool[Tensor, " unit"]) -> Hooks:
+        """Hooks for a pass over the clean prompts in which only the units in `kept` are live."""
+
+    @abstractmethod
+    def scores(self) -> Float[Tensor, " unit"]:
+        """Attribution of every unit (see the module); larger means that leaving it out should change more."""
+
+    def logits(self, kept: Bool[Tensor, " unit"]) -> Tensor:
+        """Logits `[row pos d_vocab]` on the clean prompts with only the units in `kept` live."""
+        if kept.dtype != torch.bool or kept.shape != (len(self),):
+            raise ValueError(f"kept is {kept.dtype} {tuple(kept.shape)}; expected bool ({len(self)},), one per unit")
+        return self._clean.run_hooked(1, self.hooks(kept), self._start)[0]
+
+    def faithfulness(self, kept: Bool[Tensor, " unit"]) -> float:
+        """`(m(circuit) - m(corrupted)) / (m(clean) - m(corrupted))` of the mean logit difference m.
+
+        `m(corrupted)` is the whole model's on the corrupted prompts, also where left-out units are 0.
+        """
+        return float(self.metric(self.logits(kept)))
+
+    def index(self, label: str) -> int:
+        """The number of a unit by its label. Raises ValueError, with near labels, for others."""
+        if label not in self.labels:
+            raise ValueError(f"no unit {label!r}; near: {near_names(label, self.labels)}")
+        return self.labels.index(label)
+
+    def _gradients(self, names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The value at each hook point on the clean prompts, and the gradient of the metric by it."""
+        values: dict[str, Tensor] = {}
+        probes: dict[str, Tensor] = {}
+        hooks = [(name, partial(_probe, name=name, values=values, probes=probes)) for name in names]
+        model, host = self.decomposition.model, self.decomposition.host
+        with torch.enable_grad(), model.hooks(fwd_hooks=hooks):
+            if self._start is None:
+                output = host.forward(self.task.clean)
+            else:
+                output = host.forward_from(self._start, self._clean.residuals[self._start])
+            found = torch.autograd.grad(self.metric(output), [probes[name] for name in names], allow_unused=True)
+        gradients = {
+            name: torch.zeros_like(values[name]) if grad is None else grad
+            for name, grad in zip(names, found, strict=True)
+        }
+        return values, gradients
+
+    def _recorded(self, names: Sequence[str], tokens: Tensor) -> dict[str, Tensor]:
+        values: dict[str, Tensor] = {}
+        hooks = [(name, partial(_keep, name=name, values=values)) for name in names]
+        with torch.no_grad(), self.decomposition.model.hooks(fwd_hooks=hooks):
+            self.decomposition.host.forward(tokens)
+        return values
+
+
+class SubcomponentUnits(Units):
+    """One unit for every subcomponent (`"site[3]"`), and one for every site's delta `W - V U` (`"site[delta]"`).
+
+    With the deltas, all units together are the target, whatever the decomposition leaves unexplained; a delta has
+    `d_in * d_out` parameters, a subcomponent `d_in + d_out`. With `deltas=False` deltas are no units and always left
+    out, as in `find_circuit`; then all units together are only as faithful as `V U` is.
+    """
+
+    def __init__(
+        self, decomposition: Decomposition, task: Task, *, outside: Outside = "corrupted", deltas: bool = True
+    ) -> None:
+        super().__init__(decomposition, task, outside)
+        self.what = f"{'subcomponents and deltas' if deltas else 'subcomponents'}, left out: {outside}"
+        self.labels, self.parameters, self._slices, self._with_deltas, first = [], [], {}, deltas, 0
+        for site, weight in decomposition.items():
+            d_in, d_out, count = weight.V.shape[0], weight.U.shape[1], weight.n_subcomponents
+            self.labels += [f"{site}[{c}]" for c in range(count)] + ([f"{site}[delta]"] if deltas else [])
+            self.parameters += [d_in + d_out] * count + ([d_in * d_out] if deltas else [])
+            self._slices[site], first = slice(first, len(self.labels)), len(self.labels)
+        by_identity = {id(point): name for name, point in decomposition.model.hook_dict.items()}
+        self._outputs = {site: by_identity[id(weight)] for site, weight in decomposition.items()}
+        self._acts, self._deltas = self._values(self.task.corrupted)
+
+    def _values(self, tokens: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """On a clean pass, every site's activations `a` and what its delta writes, `x @ (W - V U)`.
+
+        The delta's part is read at the hook point of the site's output, in whatever layout the host has there, as the
+        difference of two passes with all subcomponents off; what goes on from there is the clean output all the same.
+        """
+        acts_names = {site: weight.site.point_names()[0] for site, weight in self.decomposition.items()}
+        clean = self._recorded([*acts_names.values(), *self._outputs.values()], tokens)
+        parts: list[dict[str, Tensor]] = []
+        for delta_off in (False, True):
+            hooks: Hooks = []
+            parts.append({})
+            for site, weight in self.decomposition.items():
+                hooks.append((acts_names[site], _to_zero))
+                if delta_off:
+                    hooks.append((weight.site.point_names()[3], _to_zero))
+                output = self._outputs[site]
+                hooks.append((output, partial(_take, name=site, values=parts[-1], instead=clean[output])))
+            with torch.no_grad(), self.decomposition.model.hooks(fwd_hooks=hooks):
+                self.decomposition.host.forward(tokens)
+        deltas = {site: parts[0][site] - parts[1][site] for site in self.decomposition}
+        return {site: clean[name] for site, name in acts_names.items()}, deltas
+
+    def hooks(self, kept: Bool[Tensor, " unit"]) -> Hooks:
+        hooks: Hooks = []
+        for site, weight in self.decomposition.items():
+            acts_name, _, _, delta_name = weight.site.point_names()
+            own = kept[self._slices[site]].to(self.decomposition.device)
+            value = self._acts[site] if self.outside == "corrupted" else torch.zeros((), device=own.device)
+            count = weight.n_subcomponents
+            hooks.append((acts_name, partial(_replace_last, where=~own[:count], by=value)))
+            if not (self._with_deltas and bool(own[-1])):
+                hooks.append((delta_name, _to_zero))
+                if self.outside == "corrupted":
+                    hooks.append((self._outputs[site], partial(_add, value=self._deltas[site])))
+        return hooks
+
+    def scores(self) -> Float[Tensor, " unit"]:
+        points = {site: weight.site.point_names()[0] for site, weight in self.decomposition.items()}
+        values, gradients = self._gradients([*points.values(), *self._outputs.values()])
+        _, clean_deltas = self._values(self.task.clean)
+        found = []
+        for site, name in points.items():
+            out = self._acts[site] if self.outside == "corrupted" else 0.0
+            products = gradients[name] * (out - values[name])
+            found.append(products.flatten(0, -2).sum(0))
+            if self._with_deltas:
+                other = self._deltas[site] if self.outside == "corrupted" else 0.0
+                found.append((gradients[self._outputs[site]] * (other - clean_deltas[site])).sum().reshape(1))
+        # The metric is a mean over rows, so its gradient is divided by their number already.
+        return torch.cat(found).abs()
+
+
+class HeadAndMLPUnits(Units):
+    """One unit for every attention head (`"head 1.2"`, at `hook_z`) and MLP (`"mlp 1"`, at `hook_mlp_out`) that has a
+    decomposed matrix, computed and replaced as a whole.
+
+    Parameters are those of its weight matrices: `W_Q`, `W_K`, `W_V` and `W_O` of the head (keys and values that
+    several heads share count for each of them), or all of the MLP's. Raises ValueError for models without these hook
+    points, and if only embeddings are decomposed.
+    """
+
+    def __init__(self, decomposition: Decomposition, task: Task, *, outside: Outside = "corrupted") -> None:
+        super().__init__(decomposition, task, outside)
+        self.what = f"heads and MLPs, left out: {outside}"
+        self.labels, self.parameters, self._places = [], [], []
+        model, host = decomposition.model, decomposition.host
+        blocks = [(w.site.layer, site.split(".")[2]) for site, w in decomposition.items() if w.site.layer is not None]
+        for layer, kind in dict.fromkeys(blocks):
+            name = f"blocks.{layer}.attn.hook_z" if kind == "attn" else f"blocks.{layer}.hook_mlp_out"
+            if kind not in ("attn", "mlp") or name not in model.hook_dict:
+                raise ValueError(f"this model has no hook point {name!r}; near: {near_names(name, model.hook_dict)}")
+            if kind == "mlp":
+                matrices = [s for s in host.site_names() if s.startswith(f"blocks.{layer}.mlp.")]
+                self._place(f"mlp {layer}", name, None, sum(host.site(s).matrix.stored().numel() for s in matrices))
+            else:
+                for head in range(int(model.cfg.n_heads)):
+                    self._place(f"head {layer}.{head}", name, head, 4 * int(model.cfg.d_model) * int(model.cfg.d_head))
+        if not self.labels:
+            raise ValueError("no head and no MLP has a decomposed matrix; decompose some of blocks.*")
+        self._names = list(dict.fromkeys(name for name, _ in self._places))
+        self._corrupted = self._recorded(self._names, self.task.corrupted)
+
+    def _place(self, label: str, name: str, head: int | None, parameters: int) -> None:
+        self.labels.append(label)
+        self.parameters.append(parameters)
+        self._places.append((name, head))
+
+    def hooks(self, kept: Bool[Tensor, " unit"]) -> Hooks:
+        hooks: Hooks = []
+        for name in self._names:
+            replaced = [head for (n, head), k in zip(self._places, kept.tolist(), strict=True) if n == name and not k]
+            if replaced:
+                value = (
+                    self._corrupted[name] if self.outside == "corrupted" else torch.zeros_like(self._corrupted[name])
+                )
+                hooks.append((name, partial(_replace_heads, heads=replaced, by=value)))
+        return hooks
+
+    def scores(self) -> Float[Tensor, " unit"]:
+        values, gradients = self._gradients(self._names)
+        found = []
+        for name, head in self._places:
+            out = self._corrupted[name] if self.outside == "corrupted" else torch.zeros_like(values[name])
+            products = gradients[name] * (out - values[name])
+            found.append(products.sum() if head is None else products[..., head, :].sum())
+        return torch.stack(found).abs()
+
+
+# -- hooks -------------------------------------------------------------------------------------------------------------
+
+
+def _probe(value: Tensor, hook: Any, *, name: str, values: dict[str, Tensor], probes: dict[str, Tensor]) -> Tensor:
+    """Hook: the value plus 0, the 0 a leaf that collects the gradient."""
+    values[name] = value.detach()
+    probes[name] = torch.zeros_like(value, requires_grad=True)
+    return value + probes[name]
+
+
+def _keep(value: Tensor, hook: Any, *, name: str, values: dict[str, Tensor]) -> None:
+    values[name] = value.detach().clone()
+
+
+def _take(value: Tensor, hook: Any, *, name: str, values: dict[str, Tensor], instead: Tensor) -> Tensor:
+    """Hook: keep the value, and let another go on."""
+    values[name] = value.detach().clone()
+    return instead
+
+
+def _replace_last(value: Tensor, hook: Any, *, where: Tensor, by: Tensor) -> Tensor:
+    """Hook: `by` where the last axis is in `where [C]`."""
+    return torch.where(where, by.to(value), value)
+
+
+def _replace_heads(value: Tensor, hook: Any, *, heads: Sequence[int | None], by: Tensor) -> Tensor:
+    """Hook: `by` in place of some heads of `[row pos head d_head]`, or of everything (`[None]`)."""
+    if None in heads:
+        return by.to(value)
+    value = value.clone()
+    value[..., heads, :] = by[..., heads, :].to(value)
+    return value
+
+
+def _to_zero(value: Tensor, hook: Any) -> Tensor:
+    return torch.zeros_like(value)
+
+
+def _add(output: Tensor, hook: Any, *, value: Tensor) -> Tensor:
+    return output + value.to(output)

@@ -1,0 +1,326 @@
+"""`find_circuit`: the subcomponents that one behaviour needs, found against an adversary (C3, E1, E3).
+
+Every node (a subcomponent, or a subcomponent at one position) gets an importance of its own, free of the gates, and
+
+    loss = mean over mask sources of D(target, masked) / S  +  minimality * sum over nodes g_upper^p
+
+is minimised on fixed prompts, `S` being D with everything off. So `minimality` is the share of the behaviour that a
+node has to be worth. Nodes whose importance stays above 0 are then pruned: first all below the smallest number that
+still holds, by importance, then one chunk after another. What is left is a set: its nodes are on, entirely.
+
+The mask source decides what was found. With `"importance"` alone, everything outside is 0, and the set found may rely
+on that: such a set is reported as no circuit (E3). With `"pgd"` or `"persistent"`, the outside and the delta are
+chosen by an adversary all along.
+
+Cost: per step one forward and backward pass for every mask source, and as many more as the adversary climbs; pruning
+some 10 to 100 times an adversary's ascent. Edges: `attribution_graph(..., circuit=report.circuit)`. Left out:
+importances that follow the prompt (that is what gates are for).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from spd_lens.circuits.behaviour import Behaviour, Metrics, Objective
+from spd_lens.circuits.check import BUDGETS, HOLDS_ABOVE, CircuitReport, check_budgets, report_on
+from spd_lens.circuits.circuit import Circuit
+from spd_lens.core.decomposition import Decomposition
+from spd_lens.core.masks import sample_masks
+from spd_lens.core.squashings import importance_of, lower_squash, upper_squash
+from spd_lens.objective.adversary import PGD, PersistentSources, random_sources
+from spd_lens.objective.losses import minimality_loss
+from spd_lens.objective.mask_sources import masks_from_sources
+from spd_lens.tasks.task import Task
+
+CircuitMasks: TypeAlias = Literal["importance", "stochastic", "pgd", "persistent"]
+
+
+# Where nodes that the gates hold for unimportant start: gradients of the minimality loss end at 0.
+_BELOW = -0.01
+
+
+def find_circuit(
+    decomposition: Decomposition,
+    prompts: Task | Tensor,
+    *,
+    position_mask: Bool[Tensor, "row pos"] | None = None,
+    objective: Objective = "kl",
+    masks: CircuitMasks | Sequence[CircuitMasks] = ("stochastic", "pgd"),
+    by_position: bool = False,
+    start: Literal["gates", "all"] = "gates",
+    minimality: float = 2e-3,
+    p: float = 1.0,
+    steps: int = 200,
+    lr: float = 0.05,
+    pgd: PGD | None = None,
+    rows_per_step: int | None = None,
+    tolerance: float = 0.02,
+    prune_tries: int = 60,
+    metrics: Metrics | None = None,
+    budgets: Sequence[int] = BUDGETS,
+    restarts: int = 3,
+    holds_above: float = HOLDS_ABOVE,
+    seed: int = 0,
+) -> CircuitReport:
+    """The nodes that keep the target's behaviour on `prompts` (see the module), with the measured ways it holds.
+
+    What is kept
+    - `prompts`: a `Task` (its clean prompts, at the position of the answer) or tokens `[row pos]`, there the positions
+      of `position_mask` (None: all). One prompt: tokens `[1 pos]`.
+    - `objective`: `"kl"` to the target's whole distribution, or `"answer"`: `-log p(answers)` of a task.
+
+    How
+    - `masks`: one mask source or several: `"importance"` (outside and delta 0), `"stochastic"` (K1), `"pgd"` (a fresh
+      adversary in every step, budget `pgd`; default 8 steps of 0.2 with one source for all rows and positions),
+      `"persistent"` (K4, cheaper: its sources are kept, one ascent a step).
+    - `by_position`: a node is a subcomponent at one position; for prompts of one template.
+    - `start`: from the gates' largest importance on the prompts, or with all nodes on.
+    - `minimality`: what a node has to be worth, as a share of the behaviour; `p`: exponent of L2. `steps`, `lr` of
+      Adam, cosine to 0; `rows_per_step`: random rows in every step (None: all).
+    - `tolerance`: how far pruning may raise the distance under the same mask sources, as a share of the behaviour;
+      `prune_tries`: how many times the second round of pruning may measure.
+
+    The report is measured on the same prompts, to which a search that prunes to the limit fits itself: run
+    `check_circuit` on others before anything is claimed. `metrics`, `budgets`, `restarts` and `holds_above` are as
+    there. The model and the decomposition are left as they were.
+
+    Raises ValueError for unknown mask sources, prompts that do not fit the model, and where switching all decomposed
+    sites off costs nothing.
+
+    >>> from spd_lens import decompose
+    >>> from spd_lens.toys import load_tiny_lm
+    >>> model = load_tiny_lm()
+    >>> decomposition = decompose(model, {"blocks.0.mlp.W_in": 8})
+    >>> tokens = model.to_tokens("Call me Ishmael")
+    >>> report = find_circuit(decomposition, tokens, masks="stochastic", steps=5, budgets=(5,))
+    >>> report.n_nodes <= 8
+    True
+    """
+    sources = _checked_sources(masks)
+    if steps < 1 or lr <= 0 or minimality < 0 or p <= 0 or tolerance < 0 or prune_tries < 0:
+        raise ValueError(
+            f"steps={steps}, lr={lr}, minimality={minimality}, p={p}, tolerance={tolerance}, prune_tries={prune_tries};"
+            " expected steps of at least 1, lr and p above 0, and none of the others negative"
+        )
+    if rows_per_step is not None and rows_per_step < 1:
+        raise ValueError(f"rows_per_step={rows_per_step}; expected at least 1, or None for all rows")
+    check_budgets(budgets, restarts, 1)
+    pgd = pgd or PGD(8, 0.2, "batch")
+    behaviour = Behaviour(decomposition, prompts, position_mask=position_mask, objective=objective, metrics=metrics)
+    search = _Search(behaviour, sources, pgd, by_position, torch.Generator(decomposition.device).manual_seed(seed))
+    pre = search.starting_point(start)
+    search.optimise(pre, steps=steps, lr=lr, minimality=minimality, p=p, rows_per_step=rows_per_step)
+    circuit, distances = search.prune({name: x.detach() for name, x in pre.items()}, tolerance, prune_tries)
+    how = {
+        "masks": sources, "objective": objective, "by_position": by_position, "start": start, "minimality": minimality,
+        "p": p, "steps": steps, "lr": lr, "pgd": vars(pgd), "tolerance": tolerance, "seed": seed, **distances,
+    }  # fmt: skip
+    return report_on(
+        behaviour,
+        circuit,
+        budgets=budgets,
+        step_size=0.1,
+        restarts=restarts,
+        draws=8,
+        holds_above=holds_above,
+        seed=seed + 1,
+        how=how,
+    )
+
+
+def _checked_sources(masks: CircuitMasks | Sequence[CircuitMasks]) -> tuple[CircuitMasks, ...]:
+    chosen: tuple[Any, ...] = (masks,) if isinstance(masks, str) else tuple(masks)
+    known = get_args(CircuitMasks)
+    if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(known):
+        raise ValueError(f"masks={masks!r}; expected one or several different ones of {', '.join(map(repr, known))}")
+    return chosen
+
+
+class _Search:
+    """The two halves of the search, which share prompts, mask sources and scale."""
+
+    def __init__(
+        self,
+        behaviour: Behaviour,
+        sources: tuple[CircuitMasks, ...],
+        pgd: PGD,
+        by_position: bool,
+        generator: torch.Generator,
+    ) -> None:
+        self.behaviour, self.sources, self.pgd, self.generator = behaviour, sources, pgd, generator
+        self.by_position, self.adversary = by_position, None
+        with torch.no_grad():
+            zeros = {s: torch.zeros(1, w.n_subcomponents, device=w.V.device) for s, w in self.weights.items()}
+            g = behaviour.importances(zeros)
+            off = float(behaviour.distance(behaviour.forward(sample_masks(g, kind="off", generator=generator))))
+            self.floor = float(behaviour.distance(behaviour.logits))
+        self.scale = off - self.floor
+        if not self.scale > 0:
+            raise ValueError(
+                f"switching all decomposed sites off changes the distance from {self.floor:.4g} to {off:.4g} on these "
+                "prompts: the decomposed sites do nothing for this behaviour, so there is no circuit to find"
+            )
+
+    @property
+    def weights(self) -> Decomposition:
+        return self.behaviour.decomposition
+
+    def starting_point(self, start: str) -> dict[str, Tensor]:
+        """Pre-activations `p [pos C]` (or `[1 C]`), to be optimised."""
+        behaviour = self.behaviour
+        if start not in ("gates", "all"):
+            raise ValueError(f"start={start!r}; expected 'gates' or 'all'")
+        if self.by_position and any(len(lead) < 2 for lead in behaviour.leads.values()):
+            raise ValueError("by_position=True, but this model's inputs have no positions")
+        with torch.no_grad():
+            predicted = self.weights.pre_importances(behaviour.inputs) if start == "gates" else None
+        found = {}
+        for name, weight in self.weights.items():
+            lead = behaviour.leads[name]
+            n_positions = lead[1] if self.by_position else 1
+            if predicted is None:
+                value = weight.V.new_ones(n_positions, weight.n_subcomponents)
+            else:
+                g = importance_of(predicted[name])
+                kept = tuple({1} if self.by_position else ())
+                value = g.amax(dim=tuple(d for d in range(g.ndim - 1) if d not in kept)).reshape(n_positions, -1)
+                value = torch.where(value > 0, value, _BELOW).to(weight.V.dtype)
+            found[name] = value.detach().clone().requires_grad_(True)
+        return found
+
+    def optimise(
+        self,
+        pre: Mapping[str, Tensor],
+        *,
+        steps: int,
+        lr: float,
+        minimality: float,
+        p: float,
+        rows_per_step: int | None,
+    ) -> None:
+        """Descend the loss of the module docstring on `pre`, in place."""
+        optimizer = torch.optim.Adam(pre.values(), lr=lr)
+        n_rows = len(self.behaviour.tokens)
+        with torch.enable_grad():
+            for step in tqdm(range(steps), desc="circuit", leave=False, delay=2):
+                optimizer.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+                rows = None
+                if rows_per_step is not None and rows_per_step < n_rows:
+                    rows = torch.randperm(n_rows, generator=self.generator, device=self.generator.device)
+                    rows = rows[:rows_per_step].to(self.behaviour.tokens.device)
+                g = self.behaviour.importances({name: lower_squash(x) for name, x in pre.items()}, rows)
+                upper = {name: upper_squash(x).reshape(1, -1) for name, x in pre.items()}
+                distance = torch.stack([self.distance(source, g, rows) for source in self.sources]).mean()
+                loss = (distance - self.floor) / self.scale + minimality * minimality_loss(upper, p=p)
+                optimizer.zero_grad(set_to_none=True)
+                gradients = torch.autograd.grad(loss, list(pre.values()) + self._sources_in_graph(), allow_unused=True)
+                for x, gradient in zip(pre.values(), gradients, strict=False):
+                    x.grad = gradient
+                optimizer.step()
+                self._climb(gradients[len(pre) :])
+
+    def _sources_in_graph(self) -> list[Tensor]:
+        return [] if self.adversary is None else list(self.adversary.tensors().values())
+
+    def _climb(self, gradients: Sequence[Tensor | None]) -> None:
+        """One more ascent of the persistent adversary with the gradients of the step (K4)."""
+        if self.adversary is not None:
+            for source, gradient in zip(self.adversary.tensors().values(), gradients, strict=True):
+                source.grad = gradient
+            self.adversary.ascend_from_graph()
+
+    def distance(self, source: CircuitMasks, g: Mapping[str, Tensor], rows: Tensor | None) -> Float[Tensor, ""]:
+        """D under one mask source, differentiable in `g`."""
+        behaviour, generator = self.behaviour, self.generator
+        match source:
+            case "importance" | "stochastic":
+                drawn = sample_masks(g, kind=source, generator=generator)
+            case "pgd":
+                found = behaviour.worst_sources(g, random_sources(g, self.pgd.scope, generator), self.pgd, rows)
+                drawn = masks_from_sources(g, found)
+            case "persistent":
+                if self.adversary is None:
+                    self.adversary = PersistentSources(g, warm_steps=1, generator=generator)
+                    # Started from what hurts now; later the sources follow.
+                    detached = {name: x.detach() for name, x in g.items()}
+                    for _ in range(self.pgd.steps):
+                        self.adversary.warm(
+                            lambda s: behaviour.distance(behaviour.forward(masks_from_sources(detached, s), rows), rows)
+                        )
+                drawn = masks_from_sources(g, self.adversary.tensors())
+        return behaviour.distance(behaviour.forward(drawn, rows), rows)
+
+    # -- pruning -----------------------------------------------------------------------------------------------------
+
+    def prune(self, pre: Mapping[str, Tensor], tolerance: float, tries: int) -> tuple[Circuit, dict[str, float | int]]:
+        """The smallest set that pruning found, and the distances on the way (shares of the behaviour lost)."""
+        sizes = [x.numel() for x in pre.values()]
+        importance = torch.cat([x.flatten() for x in pre.values()])
+        order = [i for i in importance.argsort(descending=True, stable=True).tolist() if importance[i] > 0]
+
+        def nodes(chosen: Sequence[int]) -> dict[str, Tensor]:
+            flat = torch.zeros_like(importance)
+            flat[list(chosen)] = 1
+            parts = flat.split(sizes)
+            return {name: part.view(x.shape) for (name, x), part in zip(pre.items(), parts, strict=True)}
+
+        def lost(chosen: Sequence[int]) -> float:
+            return self._lost(nodes(chosen))
+
+        before = lost(order)
+        limit = before + tolerance
+        low, high = 0, len(order)
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if lost(order[:middle]) <= limit else (middle + 1, high)
+        kept = _drop_chunks(order[:high], lost, limit, tries)
+        chosen = nodes(kept)
+        circuit = Circuit(
+            {name: x > 0 for name, x in chosen.items()},
+            {name: importance_of(x) * (chosen[name] > 0) for name, x in pre.items()},
+        )
+        steps = {"n_candidates_above_0": len(order), "n_by_importance": high}
+        return circuit, {**steps, "lost_before_pruning": before, "lost_after_pruning": lost(kept)}
+
+    def _lost(self, nodes: Mapping[str, Tensor]) -> float:
+        """The mean distance under all mask sources, as a share of the behaviour; the same draws every time.
+
+        An adversary has two and a half times the search's steps, and two starts.
+        """
+        behaviour, total = self.behaviour, 0.0
+        g = behaviour.importances(nodes)
+        for source in self.sources:
+            generator = torch.Generator(self.generator.device).manual_seed(0)
+            if source in ("importance", "stochastic"):
+                drawn = [sample_masks(g, kind=source, generator=generator)]  # pyright: ignore[reportArgumentType]
+            else:
+                pgd = PGD(math.ceil(2.5 * self.pgd.steps), self.pgd.step_size, "batch")
+                starts = [random_sources(g, "batch", generator) for _ in range(2)]
+                drawn = [masks_from_sources(g, behaviour.worst_sources(g, start, pgd)) for start in starts]
+            with torch.no_grad():
+                total += max(float(behaviour.distance(behaviour.forward(masks))) for masks in drawn)
+        return (total / len(self.sources) - self.floor) / self.scale
+
+
+def _drop_chunks(kept: Sequence[int], lost: Any, limit: float, tries: int) -> list[int]:
+    """Leave out chunks, the least important first, halving a chunk that is needed, until `tries` are used up."""
+    kept = list(kept)
+    end, chunk = len(kept), max(2, len(kept) // 4)
+    while end > 0 and tries > 0:
+        chunk = min(chunk, end)
+        rest = kept[: end - chunk] + kept[end:]
+        tries -= 1
+        if lost(rest) <= limit:
+            kept, end, chunk = rest, end - chunk, 2 * chunk
+        elif chunk > 1:
+            chunk //= 2
+        else:
+            end -= 1
+    return kept

@@ -1,0 +1,68 @@
+"""Subcomponents, gates, masks, and the swap that puts them into a model.
+
+Call `decompose` or `decompose_layer` and use the `Decomposition` they return; `Unit` names subcomponents; the rest are
+the pure functions that it is made of."""
+
+from spd_lens.core.decomposed_weight import DecomposedWeight, ReadPoint
+from spd_lens.core.decomposing import decompose, decompose_layer
+from spd_lens.core.decomposition import Decomposition
+from spd_lens.core.gates import (
+    DEFAULT_WIDTH,
+    MAX_OFFSET,
+    AttentionGate,
+    Gate,
+    GateKind,
+    GlobalGate,
+    ScalarGate,
+    SharedGate,
+    VectorGate,
+    make_gate,
+    matmul_or_lookup,
+)
+from spd_lens.core.masks import MaskKind, SiteMask, mask_from_source, sample_masks
+from spd_lens.core.passes import CleanPass, given_masks, record_inputs
+from spd_lens.core.routing import Routing, route, sample_routing
+from spd_lens.core.saving import CONFIG, TENSORS
+from spd_lens.core.squashings import importance_of, lower_squash, upper_squash
+from spd_lens.core.subcomponents import InitKind, Subcomponents, relative_faithfulness
+from spd_lens.core.units import ALIVE_ABOVE, Unit, units_of
+
+__all__ = [
+    "ALIVE_ABOVE",
+    "CONFIG",
+    "DEFAULT_WIDTH",
+    "MAX_OFFSET",
+    "TENSORS",
+    "AttentionGate",
+    "CleanPass",
+    "DecomposedWeight",
+    "Decomposition",
+    "Gate",
+    "GateKind",
+    "GlobalGate",
+    "InitKind",
+    "MaskKind",
+    "ReadPoint",
+    "Routing",
+    "ScalarGate",
+    "SharedGate",
+    "SiteMask",
+    "Subcomponents",
+    "Unit",
+    "VectorGate",
+    "decompose",
+    "decompose_layer",
+    "given_masks",
+    "importance_of",
+    "lower_squash",
+    "make_gate",
+    "mask_from_source",
+    "matmul_or_lookup",
+    "record_inputs",
+    "relative_faithfulness",
+    "route",
+    "sample_masks",
+    "sample_routing",
+    "units_of",
+    "upper_squash",
+]

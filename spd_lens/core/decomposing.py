@@ -1,0 +1,91 @@
+"""`decompose_layer` and `decompose`: how a decomposition is made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from spd_lens.core.decomposition import Decomposition
+from spd_lens.core.gates import DEFAULT_WIDTH, GateKind
+from spd_lens.core.subcomponents import InitKind
+from spd_lens.core.swap import check_sites, swap_sites
+from spd_lens.hosts.host import Host
+from spd_lens.hosts.opening import open_host
+from spd_lens.hosts.site import Site, match_sites
+from spd_lens.support.names import near_names
+
+
+def decompose_layer(
+    model: nn.Module,
+    layer: int,
+    n_subcomponents: int | None = None,
+    *,
+    sites: Sequence[str] | None = None,
+    gate: GateKind = "scalar",
+    gate_width: int | None = None,
+    init: InitKind = "normal",
+    seed: int = 0,
+) -> Decomposition:
+    """Swap the weights of one block for subcomponents and return the `Decomposition`.
+
+    `sites` are names within the block; by default its MLP matrices (`mlp.W_gate` where there is one, `mlp.W_in`,
+    `mlp.W_out`). `n_subcomponents` is C for every site; by default 1.5 times the rank bound `min(d_in, d_out)`.
+    The model is the target, bit for bit, until a hook masks something.
+
+    Raises ValueError for a layer out of range, an unknown site, C < 1, non-finite weights, or a site that is
+    decomposed already; the model is then unchanged.
+    """
+    host = open_host(model)
+    count = host.n_layers()
+    if not 0 <= layer < count:
+        raise ValueError(f"layer={layer}; this model has blocks 0..{count - 1}")
+    chosen = host.default_sites(layer) if sites is None else tuple(sites)
+    if not chosen:
+        raise ValueError(f"block {layer} has no MLP matrices; name sites, for example sites=('attn.W_V', 'attn.W_O')")
+    patterns = {f"blocks.{layer}.{site}": n_subcomponents for site in chosen}
+    return decompose(model, patterns, gate=gate, gate_width=gate_width, init=init, seed=seed)
+
+
+def decompose(
+    model: nn.Module,
+    n_subcomponents: Mapping[str, int | None],
+    *,
+    gate: GateKind = "scalar",
+    gate_width: int | None = None,
+    init: InitKind = "normal",
+    seed: int = 0,
+) -> Decomposition:
+    """Swap all sites that match the patterns, `{pattern: C}`, for subcomponents.
+
+    Patterns are shell-style (`"blocks.*.mlp.W_*"`, `"blocks.0.attn.W_[QKVO]"`) over site names. A pattern that
+    matches nothing is an error that lists near names; where two patterns match a site, the later one sets its C.
+    C = None stands for 1.5 times the rank bound. Subcomponents and gates are initialised from `seed`, on the CPU,
+    so the same seed gives the same start on every device.
+
+    Raises ValueError or TypeError as `decompose_layer`; the model is then unchanged.
+    """
+    host = open_host(model)
+    counts = _matched_counts(host, n_subcomponents)
+    sites = check_sites(host, counts)
+    generator = torch.Generator().manual_seed(seed)
+    settings = {
+        "n_subcomponents": {site.name: _count(site, counts[site.name]) for site in sites},
+        "gate": gate,
+        "gate_width": gate_width if gate_width is not None else DEFAULT_WIDTH.get(gate),
+        "init": init,
+        "seed": seed,
+    }
+    return Decomposition(host, *swap_sites(host, sites, settings, generator), settings)
+
+
+def _matched_counts(host: Host, patterns: Mapping[str, int | None]) -> dict[str, int | None]:
+    names = host.site_names()
+    if not patterns:
+        raise ValueError(f"no pattern given; sites of this model: {near_names('', names)}")
+    return match_sites(patterns, names)
+
+
+def _count(site: Site, count: int | None) -> int:
+    return int(1.5 * min(site.matrix.read().shape)) if count is None else count

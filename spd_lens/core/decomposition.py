@@ -1,0 +1,339 @@
+"""`Decomposition`: what a user holds.
+
+A decomposition is a mapping from site names to `DecomposedWeight`s that stand inside the model. Interventions are
+lists of ordinary TransformerLens hooks; nothing is switched on or off in the model itself.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from spd_lens.core.decomposed_weight import DecomposedWeight
+from spd_lens.core.gates import GlobalGate
+from spd_lens.core.interventions import HookList, ablation_hooks, hooks_for_masks, keeping_hooks
+from spd_lens.core.masks import SiteMask
+from spd_lens.core.passes import CleanPass, given_masks, record_inputs
+from spd_lens.core.saving import check_same_weights, read_decomposition, upload, write_decomposition
+from spd_lens.core.squashings import importance_of
+from spd_lens.core.subcomponents import relative_faithfulness, smallest_relative_error
+from spd_lens.core.swap import check_sites, swap_out, swap_sites
+from spd_lens.core.units import ALIVE_ABOVE
+from spd_lens.hosts.host import Host
+from spd_lens.hosts.opening import open_host
+from spd_lens.support.names import near_names
+from spd_lens.support.tables import format_table
+
+
+class Decomposition(Mapping[str, DecomposedWeight]):
+    """The decomposed weights of one model, by site name.
+
+    `copy.deepcopy(decomposition)` copies the model with it (`copy.model`); the two are then independent.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        weights: dict[str, DecomposedWeight],
+        global_gate: GlobalGate | None,
+        settings: dict[str, Any],
+    ) -> None:
+        self.host = host
+        self.settings = settings
+        self._weights = weights
+        self.global_gate = global_gate
+        self.training_record: dict[str, Any] = {}
+        self._removed = False
+
+    # -- a mapping ---------------------------------------------------------------------------------------------
+
+    def __getitem__(self, name: str) -> DecomposedWeight:
+        self.require_present()
+        if name not in self._weights:
+            raise KeyError(f"no decomposed site {name!r}; near: {near_names(name, self._weights)}")
+        return self._weights[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+    def __repr__(self) -> str:
+        if self._removed:
+            return f"Decomposition({type(self.model).__name__}, removed)"
+        sites = ", ".join(f"{name}: C={weight.n_subcomponents}" for name, weight in self.items())
+        return f"Decomposition({type(self.model).__name__}, {{{sites}}})"
+
+    @property
+    def model(self) -> Any:
+        """The TransformerLens model whose hook points were swapped."""
+        return self.host.model
+
+    @property
+    def device(self) -> torch.device:
+        """Where the subcomponents are."""
+        return next(iter(self._weights.values())).V.device
+
+    # -- parameters --------------------------------------------------------------------------------------------
+
+    def subcomponent_parameters(self) -> list[nn.Parameter]:
+        """All `V` and `U`; tied sites count once."""
+        return [p for w in self.values() if w.tied_to is None for p in w.subcomponents.parameters()]
+
+    def gate_parameters(self) -> list[nn.Parameter]:
+        """All parameters of gates."""
+        own = [p for w in self.values() if w.gate is not None for p in w.gate.parameters()]
+        return own + ([] if self.global_gate is None else list(self.global_gate.parameters()))
+
+    def to(self, *args: Any, **kwargs: Any) -> Decomposition:
+        """Move the model together with its decomposition, as `model.to`; returns itself."""
+        self.model.to(*args, **kwargs)
+        if self.global_gate is not None:
+            self.global_gate.to(*args, **kwargs)
+        return self
+
+    # -- running -----------------------------------------------------------------------------------------------
+
+    def clean_pass(self, batch: Tensor, *, start_at: int | None = None, hidden_points: Sequence[str] = ()) -> CleanPass:
+        """The target's output and every site's input, without gradients; hooks on the sites' points do not act.
+
+        With `start_at=L`, `batch` is the residual stream that enters block L and only blocks from L on are run.
+        """
+        self.require_present()
+        starts = {self._first_block([name]) for name in self} if self.host.can_start_at_blocks() else set()
+        layers = [layer for layer in starts if layer is not None and layer > (start_at or 0)]
+        with (
+            torch.no_grad(),
+            record_inputs(self._weights) as inputs,
+            self._capture(hidden_points) as hidden,
+            self.host.record_residuals(layers) as residuals,
+        ):
+            output = self._run(batch, start_at)
+        return CleanPass(output, inputs, hidden, residuals)
+
+    def masked_forward(
+        self,
+        batch: Tensor,
+        masks: Mapping[str, SiteMask],
+        *,
+        start_at: int | None = None,
+        residuals: Mapping[int, Tensor] | None = None,
+    ) -> Tensor:
+        """The model's output with the given masks at the named sites and the target everywhere else.
+
+        With the `residuals` of a clean pass over the same batch, blocks before the first masked site are not run
+        again; the output is the same, bit for bit.
+        """
+        self.require_present()
+        first = self._first_block(masks)
+        if residuals and first is not None and first in residuals:
+            batch, start_at = residuals[first], first
+        with given_masks(self._weights, masks):
+            return self._run(batch, start_at)
+
+    def _first_block(self, names: Iterable[str]) -> int | None:
+        """The first block that masks on these sites can reach; None if that is before the blocks, or there are none."""
+        sites, count = [self[name].site for name in names], self.host.n_layers()
+        if count == 0 or any(site.layer is None and site.is_lookup for site in sites):
+            return None
+        return min((count - 1 if site.layer is None else site.layer for site in sites), default=None)
+
+    def masked_hidden(
+        self, batch: Tensor, masks: Mapping[str, SiteMask], points: Sequence[str], *, start_at: int | None = None
+    ) -> dict[str, Tensor]:
+        """As `masked_forward`, but the activations of the named hook points, with gradients (L7)."""
+        self.require_present()
+        with given_masks(self._weights, masks), self._capture(points) as hidden:
+            self._run(batch, start_at)
+        return hidden
+
+    @contextmanager
+    def _capture(self, points: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+        found: dict[str, Tensor] = {}
+        if not points:
+            yield found
+            return
+        known = self.model.hook_dict
+        for point in points:
+            if point not in known:
+                raise ValueError(f"no hook point {point!r}; near: {near_names(point, known)}")
+        with self.model.hooks(fwd_hooks=[(point, partial(_store, found=found, name=point)) for point in points]):
+            yield found
+
+    def _run(self, batch: Tensor, start_at: int | None) -> Tensor:
+        self.require_present()
+        return self.host.forward(batch) if start_at is None else self.host.forward_from(start_at, batch)
+
+    def pre_importances(self, inputs: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "*batch _"]]:
+        """Pre-activations `p [batch pos C]` of every site's gate, from the clean inputs `x` (S4)."""
+        if self.global_gate is not None:
+            split = [name for name, x in inputs.items() if x.ndim == 4]
+            if split:
+                raise ValueError(
+                    f"the global gate reads one input per position, but under use_split_qkv_input (or use_attn_in) "
+                    f"{split[0]} has one per head; switch that off while asking for importances"
+                )
+            dense = {
+                name: x if x.is_floating_point() else self[name].target_weight[x.clamp_min(0)]
+                for name, x in inputs.items()
+            }
+            return self.global_gate(dense)
+        pre = {}
+        for name, x in inputs.items():
+            weight = self._weights[name]
+            assert weight.gate is not None
+            pre[name] = weight.gate(x, weight.activations(x) if weight.gate.reads_activations else None)
+        return pre
+
+    @torch.no_grad()
+    def importance(self, tokens: Tensor) -> dict[str, Float[Tensor, "*batch _"]]:
+        """Importance `g = clamp(p, 0, 1)`, `[batch pos C]` per site, from a clean pass over `tokens` (S3, S4)."""
+        inputs = self.clean_pass(tokens).inputs
+        return {name: importance_of(pre) for name, pre in self.pre_importances(inputs).items()}
+
+    # -- interventions: lists of TransformerLens hooks -----------------------------------------------------------
+
+    def ablate(self, subcomponents: Mapping[str, Iterable[int]]) -> HookList:
+        """Hooks that remove the named subcomponents: their mask is 0, all else (also the delta) stays.
+
+        Use with `model.hooks(fwd_hooks=...)`; lists compose by addition, because every hook multiplies the mask
+        that it receives.
+        """
+        return [hook for name, ids in subcomponents.items() for hook in ablation_hooks(self[name], ids)]
+
+    def keep(self, subcomponents: Mapping[str, Iterable[int]]) -> HookList:
+        """Hooks that keep only the named subcomponents of each named site: all others and the delta are 0."""
+        return [hook for name, ids in subcomponents.items() for hook in keeping_hooks(self[name], ids)]
+
+    def mask(
+        self,
+        masks: Mapping[str, Float[Tensor, ...]],
+        delta: float | Mapping[str, float | Float[Tensor, ...]] = 1.0,
+    ) -> HookList:
+        """Hooks that multiply the masks of the named sites by `mask` (`[C]` or `[batch pos C]`).
+
+        `delta` is one number for all named sites, or `{site: Tensor [batch pos]}`.
+        """
+        return hooks_for_masks(self, masks, delta)
+
+    # -- reports -----------------------------------------------------------------------------------------------
+
+    def summary(self, batch: Tensor | None = None) -> str:
+        """One readable block: per site C, rank bound, relative faithfulness and the smallest one that C allows.
+
+        With a batch of tokens (or inputs) also alive subcomponents (importance above 0.01 somewhere in it) and L0
+        (mean number with importance above 0.01 per position), both of that batch.
+        """
+        importances = None if batch is None else self.importance(batch)
+        rows = []
+        for name, weight in self.items():
+            W = weight.target_weight.detach()
+            alive = l0 = "-"
+            if importances is not None:
+                fires = importances[name].flatten(0, -2) > ALIVE_ABOVE
+                alive, l0 = str(int(fires.any(0).sum())), f"{float(fires.float().sum(-1).mean()):.1f}"
+            error = float(relative_faithfulness(W, weight.V.detach(), weight.U.detach()))
+            floor = smallest_relative_error(W, weight.n_subcomponents)
+            rows.append(
+                (name, str(weight.n_subcomponents), str(weight.rank_bound), alive, l0, f"{error:.2e}", f"{floor:.2e}")
+            )
+        trained = sum(p.numel() for p in self.subcomponent_parameters() + self.gate_parameters())
+        decomposed = sum(w.target_weight.numel() for w in self.values() if w.tied_to is None)
+        title = f"{len(self)} sites, {decomposed:,} target weights, {trained:,} trained parameters"
+        header = ("site", "C", "rank bound", "alive", "L0", "|W-VU|^2/|W|^2", "smallest possible")
+        return title + "\n" + format_table(header, rows)
+
+    # -- saving (see spd_lens.checkpoint) ------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every trained tensor by a stable name: `"{site}.V"`, `"{site}.U"`, `"{site}.gate.{parameter}"`."""
+        tensors: dict[str, Tensor] = {}
+        for name, weight in self.items():
+            if weight.tied_to is None:
+                tensors |= {f"{name}.{k}": p for k, p in weight.subcomponents.named_parameters()}
+            if weight.gate is not None:
+                tensors |= {f"{name}.gate.{k}": p for k, p in weight.gate.named_parameters()}
+        if self.global_gate is not None:
+            tensors |= {f"global_gate.{k}": p for k, p in self.global_gate.named_parameters()}
+        return tensors
+
+    def load_tensors(self, saved: Mapping[str, Tensor]) -> None:
+        """Copy in tensors that `tensors()` gave; names and shapes are checked before anything is written."""
+        own = self.tensors()
+        if own.keys() != saved.keys():
+            odd = sorted(own.keys() ^ saved.keys())[:3]
+            raise ValueError(f"the saved tensors do not belong to these sites; first differences: {odd}")
+        for name, tensor in own.items():
+            if tensor.shape != saved[name].shape:
+                raise ValueError(f"{name} has shape {tuple(saved[name].shape)}; expected {tuple(tensor.shape)}")
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(saved[name])
+
+    def save_pretrained(self, directory: str | Path) -> Path:
+        """Write subcomponents, gates, settings and provenance to `directory`, replacing an earlier save there.
+
+        Raises ValueError if the directory holds something else, OSError if the disk is full; nothing is lost then.
+        """
+        self.require_present()
+        return write_decomposition(
+            directory,
+            self.tensors(),
+            host=self.host,
+            sites=[weight.site for weight in self.values()],
+            settings=self.settings,
+            training=self.training_record,
+        )
+
+    @staticmethod
+    def from_pretrained(directory_or_hub_id: str | Path, model: nn.Module) -> Decomposition:
+        """Load a saved decomposition, from a directory or the Hugging Face Hub, onto a model of equal weights.
+
+        Raises ValueError, naming the site, if a weight differs from the one it was made from, and for a truncated,
+        altered, foreign or newer save; the model is then unchanged.
+        """
+        saved = read_decomposition(directory_or_hub_id)
+        host = open_host(model)
+        sites = check_sites(host, saved.settings["n_subcomponents"])
+        check_same_weights(saved, sites)
+        swapped = swap_sites(host, sites, saved.settings, torch.Generator().manual_seed(0))
+        decomposition = Decomposition(host, *swapped, saved.settings)
+        try:
+            decomposition.load_tensors(saved.tensors)
+        except BaseException:
+            decomposition.remove()
+            raise
+        decomposition.training_record = saved.config.get("training") or {}
+        return decomposition
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
+        """Upload the decomposition with a generated card to the Hugging Face Hub; returns the commit's address."""
+        with tempfile.TemporaryDirectory() as folder:
+            return upload(self.save_pretrained(Path(folder) / "decomposition"), repo_id, private=private, token=token)
+
+    # -- state -------------------------------------------------------------------------------------------------
+
+    def remove(self) -> None:
+        """Give the model back as it was: same modules, hook names and outputs. Calling it twice is an error."""
+        self.require_present()
+        for weight in reversed(list(self._weights.values())):
+            swap_out(self.host, weight)
+        self._removed = True
+
+    def require_present(self) -> None:
+        """ValueError if `remove` was called."""
+        if self._removed:
+            raise ValueError("this decomposition was removed from its model; decompose it again, or load a saved one")
+
+
+def _store(value: Tensor, hook: Any, *, found: dict[str, Tensor], name: str) -> None:
+    found[name] = value

@@ -1,0 +1,95 @@
+"""Interventions as lists of ordinary TransformerLens hooks, `[(hook_name, fn)]`.
+
+Every hook multiplies the mask that it receives, so lists compose by addition in any order. Nothing here changes a
+model: the lists act only where they are passed to `model.hooks(fwd_hooks=...)` or `run_with_hooks`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+from numbers import Integral
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from spd_lens.core.decomposed_weight import DecomposedWeight
+
+HookList = list[tuple[str, Any]]
+
+
+def ablation_hooks(weight: DecomposedWeight, ids: Iterable[int]) -> HookList:
+    """The named subcomponents' masks are 0; everything else, also the delta, stays."""
+    factor = torch.ones(weight.n_subcomponents, device=weight.V.device)
+    factor[checked_ids(weight, ids)] = 0
+    return [_mask_hook(weight, factor)]
+
+
+def keeping_hooks(weight: DecomposedWeight, ids: Iterable[int]) -> HookList:
+    """Only the named subcomponents stay: all other masks of this site and its delta mask are 0."""
+    factor = torch.zeros(weight.n_subcomponents, device=weight.V.device)
+    factor[checked_ids(weight, ids)] = 1
+    return [_mask_hook(weight, factor), _delta_hook(weight, 0.0)]
+
+
+def mask_hooks(weight: DecomposedWeight, mask: Float[Tensor, "*batch C"]) -> HookList:
+    """The site's mask is multiplied by `mask`, `[C]` or `[batch pos C]`."""
+    if mask.shape[-1:] != (weight.n_subcomponents,):
+        raise ValueError(
+            f"mask for {weight.site.name} has shape {tuple(mask.shape)}; its last axis must be "
+            f"C = {weight.n_subcomponents}"
+        )
+    return [_mask_hook(weight, mask)]
+
+
+def delta_hooks(weight: DecomposedWeight, delta: float | Float[Tensor, "*batch"]) -> HookList:
+    """The site's delta mask is multiplied by `delta`, a number or `[batch pos]`."""
+    return [_delta_hook(weight, delta)]
+
+
+def hooks_for_masks(
+    weights: Mapping[str, DecomposedWeight],
+    masks: Mapping[str, Float[Tensor, ...]],
+    delta: float | Mapping[str, float | Float[Tensor, ...]],
+) -> HookList:
+    """`mask_hooks` for all named sites; `delta` is one number for them, or given per site."""
+    hooks = [hook for name, mask in masks.items() for hook in mask_hooks(weights[name], mask)]
+    deltas = delta if isinstance(delta, Mapping) else dict.fromkeys(masks, delta)
+    return hooks + [hook for name, value in deltas.items() for hook in delta_hooks(weights[name], value)]
+
+
+def _mask_hook(weight: DecomposedWeight, factor: Tensor) -> tuple[str, Any]:
+    return weight.site.point_names()[2], partial(_multiply, factor=factor, n_trailing=1)
+
+
+def _delta_hook(weight: DecomposedWeight, factor: float | Tensor) -> tuple[str, Any]:
+    factor = factor if isinstance(factor, Tensor) else weight.V.new_tensor(float(factor))
+    return weight.site.point_names()[3], partial(_multiply, factor=factor, n_trailing=0)
+
+
+def _multiply(value: Tensor, hook: Any, *, factor: Tensor, n_trailing: int) -> Tensor:
+    """Hook: `value * factor`; a factor given per position also fits values with a head axis after the positions."""
+    factor = factor.to(value.device)
+    if factor.ndim == 2 + n_trailing and value.ndim == 3 + n_trailing:
+        factor = factor.unsqueeze(-1 - n_trailing)
+    elif factor.ndim not in (0, n_trailing, value.ndim):
+        raise ValueError(
+            f"{hook.name} is {tuple(value.shape)} in this pass and was given a factor {tuple(factor.shape)}; "
+            f"expected the same number of axes, or {'[C]' if n_trailing else 'one number'}"
+        )
+    return value * factor
+
+
+def checked_ids(weight: DecomposedWeight, ids: Iterable[int]) -> list[int]:
+    """`ids` as plain numbers; TypeError or ValueError if one is no subcomponent of `weight`."""
+    chosen, count = [c.item() if isinstance(c, Tensor) else c for c in ids], weight.n_subcomponents
+    odd = [c for c in chosen if isinstance(c, bool) or not isinstance(c, Integral)]
+    if odd:
+        raise TypeError(f"subcomponents {odd[:5]} of {weight.site.name}: expected integer ids in 0..{count - 1}")
+    chosen = [int(c) for c in chosen]
+    wrong = [c for c in chosen if not 0 <= c < count]
+    if wrong:
+        raise ValueError(f"subcomponents {wrong[:5]} of {weight.site.name}: expected ids in 0..{count - 1}")
+    return chosen

@@ -1,0 +1,7 @@
+"""Batches of tokens, token windows from texts and data sets, cached residual streams."""
+
+from spd_lens.data.batches import Batch, TokenBatches, as_batch
+from spd_lens.data.residuals import ResidualBatches, cache_residuals
+from spd_lens.data.tokens import load_tokens, pack_tokens
+
+__all__ = ["Batch", "ResidualBatches", "TokenBatches", "as_batch", "cache_residuals", "load_tokens", "pack_tokens"]

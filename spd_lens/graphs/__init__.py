@@ -1,0 +1,20 @@
+"""Attribution graphs: which subcomponents act on which, with the measured agreement of every graph."""
+
+from spd_lens.graphs.check import AttributionCheck
+from spd_lens.graphs.graph import AttributionGraph
+from spd_lens.graphs.of_dataset import dataset_graph
+from spd_lens.graphs.of_prompt import attribution_graph
+from spd_lens.graphs.page import Context
+from spd_lens.graphs.pruning import influences, prune
+from spd_lens.graphs.readouts import Target
+
+__all__ = [
+    "AttributionCheck",
+    "AttributionGraph",
+    "Context",
+    "Target",
+    "attribution_graph",
+    "dataset_graph",
+    "influences",
+    "prune",
+]

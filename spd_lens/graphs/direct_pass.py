@@ -1,0 +1,214 @@
+"""One forward pass through which gradients take direct paths only.
+
+A *source* is what an attribution can come from:
+
+- `("subcomponent", site)`: the activations `a [pos C]` of a site's subcomponents;
+- `("delta", site)`: the site's delta output `x @ (W - V U)`, one vector per position (where the delta is frozen);
+- `("embedding", name)`: what enters from below, one vector per position. Where block 0 or an embedding is decomposed:
+  "embed" and "pos_embed", as far as they are not decomposed themselves. Where the first decomposed block is a later
+  one: "blocks.L input", the residual stream that enters it; no block before it is run, so that what is not decomposed
+  there bends no path.
+
+`direct_pass` runs the target with every source made a constant plus a leaf that collects gradients (C1): the gradient
+of an activation stops at the first subcomponents that it meets.
+
+What the direct path contains is as in `spd_lens.path_patching`: the residual stream, non-linearities inside an MLP,
+attention between positions, and all matrices that are not decomposed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from spd_lens.core.decomposition import Decomposition
+from spd_lens.patching.frozen import Frozen, output_names
+
+Source: TypeAlias = tuple[str, str]
+
+
+class Place(NamedTuple):
+    """One source at one position; `subcomponent` is -1 for a delta or an embedding."""
+
+    source: Source
+    subcomponent: int
+    position: int
+
+
+@dataclass
+class DirectPass:
+    """A forward pass over `n_copies` copies of a batch, ready for gradients.
+
+    - `activations[site]` `[(copy batch) pos C]`, in the order in which sites ran, and `output`
+      `[(copy batch) pos d_vocab]`; both with gradients by the leaves.
+    - `clean[site]` `[batch pos C]`: the activations of one copy, as constants.
+    """
+
+    n_copies: int
+    activations: dict[str, Tensor] = field(default_factory=dict)
+    clean: dict[str, Tensor] = field(default_factory=dict)
+    leaves: dict[Source, Tensor] = field(default_factory=dict)
+    output: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def copies(self, value: Tensor) -> Tensor:
+        """`[(copy batch) ...]` as `[copy batch ...]`."""
+        return value.unflatten(0, (self.n_copies, -1))
+
+    def attributions(self, values: Sequence[Tensor]) -> dict[Source, Tensor]:
+        """`(d values[i] / d s) * s` for every source s, from one backward pass.
+
+        `values[i]` is a scalar that was computed from copy i alone. Result: `[copy batch pos C]` for subcomponents,
+        `[copy batch pos]` for deltas and embeddings; sources that reach none of the values are left out.
+        """
+        total = torch.stack([value.sum() for value in values]).sum()
+        if not total.requires_grad:
+            return {}
+        gradients = torch.autograd.grad(total, list(self.leaves.values()), retain_graph=True, allow_unused=True)
+        found = {}
+        for source, gradient in zip(self.leaves, gradients, strict=True):
+            if gradient is not None:
+                kind, site = source
+                product = self.copies(gradient)
+                found[source] = product * self.clean[site] if kind == "subcomponent" else product
+        return found
+
+
+def direct_pass(
+    decomposition: Decomposition, tokens: Tensor, n_copies: int, frozen: Frozen, *, total: bool = False
+) -> DirectPass:
+    """Run `n_copies` copies of `tokens [batch pos]`; the values of the pass are the target's.
+
+    With `total=True` gradients go on through all other subcomponents and deltas: the linearised total effect (attention
+    patterns and normalisation scales stay as `frozen` says).
+
+    Raises ValueError if a site has an input per head (`use_split_qkv_input`, `use_attn_in`).
+    """
+    host, found, start = decomposition.host, DirectPass(n_copies), start_of(decomposition, tokens)
+    deltas = {} if total or not frozen.delta else delta_outputs(decomposition, tokens)
+    outputs = output_names(decomposition)
+    hooks: list[tuple[str, Any]] = []
+    for site, weight in decomposition.items():
+        cut = "through" if total else "output" if frozen.delta else "activation"
+        hooks.append((weight.site.point_names()[0], partial(_read_acts, site=site, found=found, cut=cut)))
+        if site in deltas:
+            writes = partial(_write_output, site=site, found=found, U=weight.U.detach(), delta=deltas[site])
+            hooks.append((outputs[site], writes))
+    for what, name in start.points.items():
+        hooks.append((name, partial(_scale_leaf, source=("embedding", what), found=found)))
+    hooks += [(name, _detach) for name in host.frozen_points(attention=frozen.attention, norms=frozen.norms)]
+    with torch.enable_grad(), host.quiet_edits(), decomposition.model.hooks(fwd_hooks=hooks):
+        rows = start.rows(n_copies)
+        if start.block is not None:
+            rows = _scale_leaf(rows, None, source=("embedding", start.name), found=found)
+        found.output = start.run(decomposition, rows)
+    return found
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where passes begin: at the tokens, or with the residual stream that enters the first decomposed block.
+
+    - `block`: that block; None for a pass from the tokens. `batch`: the tokens or the residual stream.
+    - `points`: hook names of the embeddings that are not decomposed, by what they are; empty if `block` is a number.
+    """
+
+    block: int | None
+    batch: Tensor
+    points: dict[str, str]
+
+    @property
+    def name(self) -> str:
+        """What the residual stream is called as a source."""
+        return f"blocks.{self.block} input"
+
+    def rows(self, n_copies: int) -> Tensor:
+        """`n_copies` copies of the batch."""
+        return self.batch.repeat(n_copies, *[1] * (self.batch.ndim - 1))
+
+    def run(self, decomposition: Decomposition, rows: Tensor) -> Tensor:
+        """The model's output on such rows."""
+        host = decomposition.host
+        return host.forward(rows) if self.block is None else host.forward_from(self.block, rows)
+
+
+@torch.no_grad()
+def start_of(decomposition: Decomposition, tokens: Tensor) -> Start:
+    """Where passes over these tokens begin."""
+    host, model = decomposition.host, decomposition.model
+    first = decomposition._first_block(decomposition)
+    if first and host.can_start_at_blocks():
+        return Start(first, host.residual_before(first, tokens), {})
+    own = {id(weight) for weight in decomposition.values()}
+    points = host.embedding_points()
+    return Start(None, tokens, {what: name for what, name in points.items() if id(model.hook_dict[name]) not in own})
+
+
+@torch.no_grad()
+def delta_outputs(decomposition: Decomposition, tokens: Tensor) -> dict[str, Float[Tensor, "batch pos d_out"]]:
+    """`x @ (W - V U)` of every site on the target's own inputs."""
+    found = {}
+    for site, x in decomposition.clean_pass(tokens).inputs.items():
+        check_whole_input(site, x)
+        weight = decomposition[site]
+        unexplained = weight.target_weight - weight.weight
+        found[site] = unexplained[x.clamp_min(0)] * (x >= 0).unsqueeze(-1) if weight.site.is_lookup else x @ unexplained
+    return found
+
+
+def check_whole_input(site: str, x: Tensor) -> None:
+    """Raise ValueError for an input `[batch pos head d_in]` (or activations of one)."""
+    if x.ndim == 4:
+        raise ValueError(
+            f"under use_split_qkv_input (or use_attn_in) {site} has one input per head, and an attribution graph needs "
+            "one per position; switch that off"
+        )
+
+
+def in_output_shape(flat: Float[Tensor, "*batch d_out"], y: Tensor) -> Tensor:
+    """A flat output in the shape of `y`, which may have a head axis and repeat grouped heads."""
+    if flat.shape[-1] == y.shape[-1] and flat.ndim == y.ndim:
+        return flat
+    by_head = rearrange(flat, "... (head d_head) -> ... head d_head", d_head=y.shape[-1])
+    repeats = y.shape[-2] // by_head.shape[-2]
+    return by_head if repeats == 1 else by_head.repeat_interleave(repeats, dim=-2)
+
+
+# -- hooks of the direct pass -----------------------------------------------------------------------------------------
+
+
+def _read_acts(acts: Tensor, hook: Any, *, site: str, found: DirectPass, cut: str) -> Tensor | None:
+    check_whole_input(site, acts)
+    found.activations[site] = acts
+    found.clean[site] = found.copies(acts.detach())[0]
+    if cut == "output":
+        return None
+    leaf = torch.zeros_like(acts, requires_grad=True)
+    found.leaves["subcomponent", site] = leaf
+    # With the activation cut alone, M2 lets the gradient by x pass through W - V U: the delta is live.
+    return (acts if cut == "through" else acts.detach()) + leaf
+
+
+def _write_output(y: Tensor, hook: Any, *, site: str, found: DirectPass, U: Tensor, delta: Tensor) -> Tensor:
+    acts = found.activations[site]
+    leaf = torch.zeros_like(acts, requires_grad=True)
+    share = acts.new_zeros(acts.shape[:2], requires_grad=True)
+    found.leaves["subcomponent", site], found.leaves["delta", site] = leaf, share
+    own = share.unsqueeze(-1) * delta.repeat(found.n_copies, 1, 1)
+    return y.detach() + in_output_shape(leaf @ U + own, y).to(y.dtype)
+
+
+def _scale_leaf(value: Tensor, hook: Any, *, source: Source, found: DirectPass) -> Tensor:
+    share = value.new_zeros(value.shape[:2], requires_grad=True)
+    found.leaves[source] = share
+    return value.detach() * (1 + share.unsqueeze(-1))
+
+
+def _detach(value: Tensor, hook: Any) -> Tensor:
+    return value.detach()

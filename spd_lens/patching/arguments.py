@@ -1,0 +1,78 @@
+"""What patching functions are given: tokens, metrics and positions, checked once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from spd_lens.core.decomposition import Decomposition
+from spd_lens.hosts.host import token_arguments_error
+
+# logits -> a scalar, or one number per row of the batch.
+Metric: TypeAlias = Callable[[Tensor], Tensor | float]
+
+
+Positions: TypeAlias = Literal["each"] | Sequence[int] | None
+
+
+# -- checks ------------------------------------------------------------------------------------------------------
+
+
+def check_input(decomposition: Decomposition, tokens: Tensor, name: str = "tokens") -> None:
+    """Raise TypeError or ValueError unless `tokens` can be run: ids in the vocabulary, or a float input."""
+    decomposition.require_present()
+    if not isinstance(tokens, Tensor):
+        raise TypeError(f"{name} is a {type(tokens).__name__}; expected a tensor [batch pos] of token ids")
+    d_vocab = getattr(getattr(decomposition.model, "cfg", None), "d_vocab", None)
+    if d_vocab is not None and not tokens.is_floating_point():
+        if tokens.ndim != 2:
+            raise ValueError(f"{name} has shape {tuple(tokens.shape)}; expected [batch pos] (for one prompt: [None])")
+        error = token_arguments_error(tokens, int(d_vocab))
+        if error is not None:
+            raise ValueError(f"{name}: {error}")
+    if tokens.numel() == 0:
+        raise ValueError(f"{name} has shape {tuple(tokens.shape)}: it is empty")
+
+
+def checked_positions(positions: Positions, tokens: Tensor) -> list[int] | None:
+    """Positions as numbers from 0; None for everywhere."""
+    if positions is None:
+        return None
+    if tokens.ndim < 2 or (tokens.ndim == 2 and tokens.is_floating_point()):
+        raise ValueError(f"positions={positions!r}, but this model's input {tuple(tokens.shape)} has no positions")
+    length = tokens.shape[1]
+    if isinstance(positions, str):
+        if positions != "each":
+            raise ValueError(f"positions={positions!r}; expected None (everywhere), 'each', or a list of positions")
+        return list(range(length))
+    chosen = [int(p) for p in positions]
+    wrong = [p for p in chosen if not -length <= p < length]
+    if wrong or not chosen:
+        raise ValueError(f"positions {wrong or chosen}: expected some of 0..{length - 1} (or negative, from the end)")
+    chosen = [p % length for p in chosen]
+    if len(set(chosen)) != len(chosen):
+        raise ValueError(f"positions {chosen} name a position twice")
+    return chosen
+
+
+def metric_values(metric: Metric, output: Tensor, batch: int) -> Float[Tensor, " example"]:
+    """`metric(output)` as `[example]` on the CPU: one number, or one per row.
+
+    Raises TypeError or ValueError if it is neither.
+    """
+    value = metric(output)
+    if isinstance(value, (int, float)):
+        value = torch.tensor(float(value))
+    if not isinstance(value, Tensor):
+        raise TypeError(f"the metric returned a {type(value).__name__}; expected a scalar, or a tensor [batch]")
+    if value.ndim > 1 or (value.ndim == 1 and len(value) != batch):
+        raise ValueError(
+            f"the metric returned a tensor of shape {tuple(value.shape)}; expected a scalar, or one number per row, "
+            f"[{batch}]"
+        )
+    value = value.detach().reshape(-1).cpu()
+    return value if value.is_floating_point() else value.float()

@@ -1,0 +1,308 @@
+"""Path patching: the effect of one subcomponent on another along the direct path alone.
+
+For a sender s and a receiver r, both runs on the *corrupted* tokens:
+
+1. *Direct path.* The sender's activations are set to the clean run's (at its positions). Every other subcomponent is
+   held at its corrupted value: the outputs of all other decomposed sites are, so nothing passes through them. What
+   reaches the receiver is read there: `a_r` of this pass, minus `a_r` of the same pass without the sender's patch, is
+   the *direct change* of the receiver. This is the intervention that an attribution edge predicts (C2).
+2. *Onwards.* In another corrupted run the receiver's activation is set to its corrupted value plus the direct
+   change, and everything after it is computed live. The metric then, minus its baseline, is the *path effect*.
+
+What the direct path contains: the residual stream, biases, element-wise non-linearities between two decomposed
+matrices of one MLP, attention from one position to another, and every matrix that is *not* decomposed (decompose it,
+if paths through it should count as indirect). Frozen at the corrupted run by default, each by a switch: attention
+patterns, normalisation scales, and the delta `x @ (W - V U)` of the held sites.
+
+Exchange the two runs to ask the opposite question (everything at clean values, the sender corrupted).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from spd_lens.core.decomposition import Decomposition
+from spd_lens.core.units import Ids, Unit, units_of
+from spd_lens.patching.activation import Clean, clean_activations
+from spd_lens.patching.arguments import Metric, check_input, checked_positions, metric_values
+from spd_lens.patching.effects import Effects
+from spd_lens.patching.frozen import Frozen, output_names
+from spd_lens.patching.runner import Replacement, Runner, effects_of, replace_acts
+from spd_lens.support.tables import format_table
+
+
+@dataclass(frozen=True)
+class PathEffects:
+    """What path patching measured for every pair of a sender and a receiver. `str(...)` is a table.
+
+    - `direct_change` `[sender receiver batch pos]` (and a head axis where the receiver's input has one): how far the
+      receiver's activation moved (step 1).
+    - `values` `[sender receiver example]`: the metric with the receiver moved so (step 2); `baseline` `[example]`: of
+      the corrupted run.
+    - `total`: the effect of patching each sender with nothing held (C2), at the same positions.
+    - `frozen`: what the direct path left out.
+    """
+
+    senders: tuple[Unit, ...]
+    receivers: tuple[Unit, ...]
+    direct_change: Float[Tensor, "sender receiver *batch"]
+    values: Float[Tensor, "sender receiver example"]
+    baseline: Float[Tensor, " example"]
+    total: Effects
+    frozen: Frozen
+
+    @property
+    def effects(self) -> Float[Tensor, "sender receiver"]:
+        """`values - baseline`, mean over examples."""
+        return (self.values - self.baseline).mean(-1)
+
+    def __str__(self) -> str:
+        strongest = self.effects.flatten().abs().argsort(descending=True, stable=True)[:20].tolist()
+        change, rows = self.direct_change.flatten(2).abs().amax(-1), []
+        for i in strongest:
+            s, r = divmod(i, len(self.receivers))
+            total = float(self.total.effects[s, 0])
+            row = (f"{self.effects[s, r]:+.4g}", f"{change[s, r]:.3g}", f"{total:+.4g}")
+            rows.append((f"{self.senders[s]} -> {self.receivers[r]}", *row))
+        header = ("path", "effect", "max |change of a|", "total effect of sender")
+        return f"path patching ({self.frozen})\n" + format_table(header, rows)
+
+
+def path_patching(
+    decomposition: Decomposition,
+    corrupted_tokens: Tensor,
+    clean: Clean,
+    metric: Metric,
+    *,
+    senders: Ids,
+    receivers: Ids,
+    sender_position: int | None = None,
+    receiver_position: int | None = None,
+    frozen: Frozen | None = None,
+    per_pass: int | None = None,
+) -> PathEffects:
+    """The effect of every sender on the metric through every receiver, along the direct path (see the module).
+
+    `clean` is the clean tokens or a cache of their run, as in `activation_patching`. `senders` and `receivers` are ids
+    (see `units_of`); a sender may be a group at one site, a receiver is a single subcomponent. A position of None
+    patches (reads) all positions at once. `frozen=Frozen(attention=False)` lets attention patterns follow the sender.
+
+    Cost: three passes over the batch, and as batched copies of it two for every sender and one for every pair.
+
+    Raises ValueError for a receiver that runs before its sender, groups over several sites, and all that
+    `activation_patching` refuses.
+    """
+    frozen = frozen or Frozen()
+    check_input(decomposition, corrupted_tokens, "corrupted_tokens")
+    sending, receiving = units_of(decomposition, senders), units_of(decomposition, receivers)
+    for unit in (*sending, *receiving):
+        if len(unit.sites) > 1 or (unit in receiving and len(unit.members) > 1):
+            raise ValueError(f"{unit}: a sender is at one site, and a receiver is a single subcomponent")
+    sites = list(dict.fromkeys(site for unit in sending for site in unit.sites))
+    values = clean_activations(decomposition, corrupted_tokens, clean, sites)
+    where, read = (
+        None if position is None else checked_positions([position], corrupted_tokens)
+        for position in (sender_position, receiver_position)
+    )
+    with torch.no_grad():
+        change = direct_changes(
+            decomposition,
+            corrupted_tokens,
+            values,
+            sending,
+            receiving,
+            position=None if where is None else where[0],
+            frozen=frozen,
+            per_pass=per_pass,
+        )
+        if read is not None:
+            kept = torch.zeros_like(change)
+            kept[:, :, :, read] = change[:, :, :, read]
+            change = kept
+        measured, baseline = _onwards(decomposition, corrupted_tokens, metric, receiving, change, per_pass)
+    total = effects_of(
+        decomposition,
+        corrupted_tokens,
+        metric,
+        sending,
+        Replacement(values),
+        what="total effect of senders",
+        positions=where,
+        per_pass=per_pass,
+    )
+    return PathEffects(sending, receiving, change, measured, baseline, total, frozen)
+
+
+@torch.no_grad()
+def direct_changes(
+    decomposition: Decomposition,
+    tokens: Tensor,
+    values: Mapping[str, Tensor],
+    senders: Sequence[Unit],
+    receivers: Sequence[Unit],
+    *,
+    position: int | None = None,
+    frozen: Frozen | None = None,
+    per_pass: int | None = None,
+) -> Float[Tensor, "sender receiver *batch"]:
+    """How far each receiver's activation moves when a sender's becomes `values[site]`, all else held (step 1, C2).
+
+    `values[site]` broadcasts to the site's activations `[batch pos C]`: clean activations to patch, zeros to ablate.
+    All else is held at its value on `tokens`. Result `[sender receiver batch pos]`.
+    """
+    frozen = frozen or Frozen()
+    held = _record(decomposition, tokens, frozen)
+    _check_order(held.order, senders, receivers)
+    runner = Runner(decomposition, tokens, {site for unit in senders for site in unit.sites})
+    found: dict[str, Tensor] = {}
+    # The same pass with nobody sending: rounding differences between held and plain passes cancel.
+    _held_pass(runner, [None], position, values, held, receivers, found)
+    base = [found[r.sites[0]][..., r.members[0][1]] for r in receivers]
+    size = runner.copies_per_pass(per_pass)
+    changes = []
+    with tqdm(total=len(senders), desc="direct paths", leave=False, delay=2) as progress:
+        for group in _same_start(senders, runner, size):
+            _held_pass(runner, group, position, values, held, receivers, found)
+            for k in range(len(group)):
+                moved = [
+                    found[r.sites[0]].unflatten(0, (len(group), -1))[k, ..., r.members[0][1]] - b
+                    for r, b in zip(receivers, base, strict=True)
+                ]
+                changes.append((senders.index(group[k]), torch.stack(moved)))
+            progress.update(len(group))
+    return torch.stack([change for _, change in sorted(changes, key=lambda pair: pair[0])])
+
+
+def _same_start(units: Sequence[Unit], runner: Runner, size: int) -> Iterator[list[Unit]]:
+    """Units that can start at the same block, at most `size` together."""
+    groups: dict[int | None, list[Unit]] = {}
+    for unit in units:
+        groups.setdefault(runner.first_block(unit.sites), []).append(unit)
+    for group in groups.values():
+        for k in range(0, len(group), size):
+            yield group[k : k + size]
+
+
+@dataclass(frozen=True)
+class _Held:
+    """The corrupted run: what points returned, by hook name; the hook names of sites' outputs; the sites as they ran;
+    and the names of the points that are frozen besides."""
+
+    values: dict[str, Tensor]
+    outputs: dict[str, str]
+    order: list[str]
+    points: list[str]
+    frozen: Frozen
+
+
+def _record(decomposition: Decomposition, tokens: Tensor, frozen: Frozen) -> _Held:
+    outputs = output_names(decomposition)
+    acts = {weight.site.point_names()[0]: site for site, weight in decomposition.items()}
+    points = decomposition.host.frozen_points(attention=frozen.attention, norms=frozen.norms)
+    values: dict[str, Tensor] = {}
+    hooks = [(name, partial(_store, found=values, name=name)) for name in (*outputs.values(), *acts, *points)]
+    with decomposition.model.hooks(fwd_hooks=hooks):
+        decomposition.host.forward(tokens)
+    order = [acts[name] for name in values if name in acts]
+    return _Held(values, outputs, order, points, frozen)
+
+
+def _store(value: Tensor, hook: Any, *, found: dict[str, Tensor], name: str) -> None:
+    found[name] = value.detach().clone()
+
+
+def _check_order(order: Sequence[str], senders: Sequence[Unit], receivers: Sequence[Unit]) -> None:
+    rank = {site: i for i, site in enumerate(order)}
+    for sender in senders:
+        for receiver in receivers:
+            if rank[receiver.sites[0]] <= rank[sender.sites[0]]:
+                raise ValueError(
+                    f"there is no path {sender} -> {receiver}: {receiver.sites[0]} does not run after {sender.sites[0]}"
+                )
+
+
+def _held_pass(
+    runner: Runner,
+    group: Sequence[Unit | None],
+    position: int | None,
+    values: Mapping[str, Tensor],
+    held: _Held,
+    receivers: Sequence[Unit],
+    found: dict[str, Tensor],
+) -> None:
+    """One pass over a copy of the batch per sender (None: nobody sends); `found[site]` are the receivers' `a`."""
+    decomposition, n = runner.decomposition, len(group)
+    empty = Unit(())
+    cells = [(unit or empty, position) for unit in group]
+    reading = {receiver.sites[0] for receiver in receivers}
+    own = {site for unit in group if unit is not None for site in unit.sites}
+    start = runner.first_block([site for unit in group if unit is not None for site in unit.sites])
+    hooks = []
+    for site, weight in decomposition.items():
+        acts_name = weight.site.point_names()[0]
+        if site in reading:
+            hooks.append((acts_name, partial(_store, found=found, name=site)))
+        if not held.frozen.delta:
+            hooks.append((acts_name, partial(_hold, to=held.values[acts_name], copies=n)))
+        if site in own:
+            chosen, _ = runner.where(cells, site, weight.n_subcomponents)
+            hooks.append((acts_name, partial(replace_acts, where=chosen, by=values[site], times=False)))
+        if held.frozen.delta:
+            sends = torch.tensor([unit is not None and site in unit.sites for unit in group])
+            name = held.outputs[site]
+            hooks.append((name, partial(_hold, to=held.values[name], copies=n, live=sends)))
+    hooks += [(name, partial(_hold, to=held.values[name], copies=n)) for name in held.points if name in held.values]
+    # The unpatched pass computes edited normalisations the same way, so rounding cancels.
+    with decomposition.host.quiet_edits():
+        runner.run_hooked(n, hooks, start)
+
+
+def _hold(value: Tensor, hook: Any, *, to: Tensor, copies: int, live: Tensor | None = None) -> Tensor:
+    """Hook: what the corrupted run had here, for every copy that is not `live [copy]`."""
+    held = to.repeat(copies, *[1] * (to.ndim - 1))
+    if live is None or not bool(live.any()):
+        return held
+    return torch.where(live.to(value.device).repeat_interleave(len(to)).view(-1, *[1] * (to.ndim - 1)), value, held)
+
+
+def _onwards(
+    decomposition: Decomposition,
+    tokens: Tensor,
+    metric: Metric,
+    receivers: Sequence[Unit],
+    change: Float[Tensor, "sender receiver *batch"],
+    per_pass: int | None,
+) -> tuple[Float[Tensor, "sender receiver example"], Float[Tensor, " example"]]:
+    """Step 2: the metric with each receiver moved by the change that each sender made."""
+    runner = Runner(decomposition, tokens, {receiver.sites[0] for receiver in receivers})
+    baseline = metric_values(metric, runner.output, len(tokens))
+    size = runner.copies_per_pass(per_pass)
+    rows: dict[tuple[int, int], Tensor] = {}
+    pairs = [(s, r) for r in range(len(receivers)) for s in range(len(change))]
+    with tqdm(total=len(pairs), desc="path patching", leave=False, delay=2) as progress:
+        for r, receiver in enumerate(receivers):
+            (site, c), n_senders = receiver.members[0], len(change)
+            name, start = decomposition[site].site.point_names()[0], runner.first_block([site])
+            for first in range(0, n_senders, size):
+                senders = range(first, min(first + size, n_senders))
+                moved = change[senders.start : senders.stop, r]
+                output = runner.run_hooked(len(senders), [(name, partial(_add, c=c, change=moved))], start)
+                for s, logits in zip(senders, output, strict=True):
+                    rows[s, r] = metric_values(metric, logits, len(tokens))
+                progress.update(len(senders))
+    values = torch.stack([rows[s, r] for s in range(len(change)) for r in range(len(receivers))])
+    return values.unflatten(0, (len(change), len(receivers))), baseline
+
+
+def _add(acts: Tensor, hook: Any, *, c: int, change: Tensor) -> Tensor:
+    """Hook: move subcomponent `c` by `change [copy batch pos]`."""
+    acts[..., c] += change.flatten(0, 1).to(acts)
+    return acts

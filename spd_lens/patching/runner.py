@@ -1,0 +1,202 @@
+"""Passes in which subcomponents' activations are replaced, many experiments per forward pass.
+
+The engine under ablation and patching. One *cell* is one experiment: a unit, and a position or everywhere. `k`
+copies of the batch run together, each with a replacement of its own, by hooks on `hook_*_acts`:
+
+    a'[copy, row, pos, c] = r[row, pos, c]   where the cell replaces c, else a,
+
+so at a site `y = y0 + (a' - a) @ U` (M2), and the delta stays as it is. Blocks before the first changed site are
+not run again.
+
+Cost: one clean pass, then `ceil(cells / k)` passes over `k * batch` rows from the first changed block on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from spd_lens.core.decomposition import Decomposition
+from spd_lens.core.units import Unit
+from spd_lens.patching.arguments import Metric, Positions, check_input, checked_positions, metric_values
+from spd_lens.patching.effects import Effects
+from spd_lens.support.names import near_names
+
+# Entries of the output of one pass over several copies of the batch: 128 MB in float32.
+_ENTRIES_PER_PASS = 2**25
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """What activations become.
+
+    - `values[site]`: `r`, broadcastable to the site's activations `[batch pos C]` (or with a head axis).
+    - `multiply`: `a' = r * a` instead of `a' = r`.
+    - `others`: the subcomponents of a cell's sites that the unit does *not* name are replaced, and the delta mask is
+      0 there, so that only the unit is left at its sites (sufficiency).
+    """
+
+    values: Mapping[str, Tensor]
+    multiply: bool = False
+    others: bool = False
+
+
+@torch.no_grad()
+def effects_of(
+    decomposition: Decomposition,
+    tokens: Tensor,
+    metric: Metric,
+    units: Sequence[Unit],
+    replacement: Replacement,
+    *,
+    what: str,
+    positions: Positions,
+    per_pass: int | None,
+    target: Float[Tensor, " example"] | None = None,
+) -> Effects:
+    """Run every unit at every position as a cell of its own; see `Effects` for what comes back."""
+    chosen = checked_positions(positions, tokens)
+    cells = [(unit, where) for unit in units for where in ([None] if chosen is None else chosen)]
+    runner = Runner(decomposition, tokens, {site for unit in units for site in unit.sites})
+    baseline = metric_values(metric, runner.output, len(tokens))
+    measured: list[Tensor | None] = [None] * len(cells)
+    with tqdm(total=len(cells), desc=what, leave=False, delay=2) as progress:
+        for numbers in _passes(cells, runner, per_pass):
+            output = runner.run([cells[i] for i in numbers], replacement)
+            for i, logits in zip(numbers, output, strict=True):
+                measured[i] = metric_values(metric, logits, len(tokens))
+                if measured[i].shape != baseline.shape:  # pyright: ignore[reportOptionalMemberAccess]
+                    raise ValueError(f"the metric returned {tuple(baseline.shape)} first, then another shape")
+            progress.update(len(numbers))
+    n_positions = 1 if chosen is None else len(chosen)
+    values = torch.stack([m for m in measured if m is not None]).unflatten(0, (len(units), n_positions))
+    where = None if chosen is None else tuple(chosen)
+    return Effects(what, tuple(units), where, values, baseline, target)
+
+
+def _passes(cells: Sequence[tuple[Unit, int | None]], runner: Runner, per_pass: int | None) -> list[list[int]]:
+    """Cell numbers that run together: as many as memory allows, all from the same block on."""
+    size = runner.copies_per_pass(per_pass)
+    by_block: dict[int | None, list[int]] = {}
+    for i, (unit, _) in enumerate(cells):
+        by_block.setdefault(runner.first_block(unit.sites), []).append(i)
+    return [group[k : k + size] for group in by_block.values() for k in range(0, len(group), size)]
+
+
+class Runner:
+    """Passes over copies of one batch that start at the first block that an experiment changes."""
+
+    def __init__(self, decomposition: Decomposition, tokens: Tensor, sites: set[str]) -> None:
+        check_input(decomposition, tokens)
+        self.decomposition, self.host, self.tokens = decomposition, decomposition.host, tokens
+        starts = {self.first_block([site]) for site in sites}
+        with torch.no_grad(), self.host.record_residuals(layer for layer in starts if layer) as residuals:
+            self.output = self.host.forward(tokens)
+        self.residuals = residuals
+        widest = max((decomposition[site].n_subcomponents for site in sites), default=1)
+        rows = tokens.shape[:2].numel() if tokens.ndim > 1 else tokens.shape[0]
+        # The output usually needs most; with a small vocabulary it is the activations of a few sites at once.
+        self.entries = max(self.output.numel(), 8 * widest * rows)
+
+    def copies_per_pass(self, given: int | None) -> int:
+        """How many copies of the batch run together: what was given, or what memory allows."""
+        if given is not None and (isinstance(given, bool) or given < 1):
+            raise ValueError(f"per_pass={given}; expected at least 1 experiment per forward pass, or None")
+        return given or max(1, _ENTRIES_PER_PASS // max(1, self.entries))
+
+    def first_block(self, sites: Sequence[str]) -> int | None:
+        """The block that a pass which changes these sites can start at; None: it has to start at the beginning."""
+        count = self.host.n_layers()
+        weights = [self.decomposition[name].site for name in sites]
+        if not self.host.can_start_at_blocks() or any(site.layer is None and site.is_lookup for site in weights):
+            return None
+        # W_U stands after the last block.
+        return min((count - 1 if site.layer is None else site.layer for site in weights), default=None) or None
+
+    def run(self, cells: Sequence[tuple[Unit, int | None]], replacement: Replacement) -> Tensor:
+        """The output of every cell, `[cell batch ...]`."""
+        sites = list(dict.fromkeys(site for unit, _ in cells for site in unit.sites))
+        hooks = []
+        for name in sites:
+            weight = self.decomposition[name]
+            chosen, touched = self.where(cells, name, weight.n_subcomponents)
+            acts_name, _, _, delta_name = weight.site.point_names()
+            replaced = touched.unsqueeze(-1) & ~chosen if replacement.others else chosen
+            hooks.append(
+                (
+                    acts_name,
+                    partial(replace_acts, where=replaced, by=replacement.values[name], times=replacement.multiply),
+                )
+            )
+            if replacement.others:
+                hooks.append((delta_name, partial(_replace_delta, where=touched)))
+        return self.run_hooked(len(cells), hooks, self.first_block([s for u, _ in cells for s in u.sites]))
+
+    def run_hooked(self, n_copies: int, hooks: Sequence[tuple[str, Any]], start_at: int | None) -> Tensor:
+        """The output of `n_copies` copies of the batch under hooks, `[copy batch ...]`."""
+        batch = self.tokens if start_at is None else self.residuals[start_at]
+        rows = batch.repeat(n_copies, *[1] * (batch.ndim - 1))
+        with torch.no_grad(), self.decomposition.model.hooks(fwd_hooks=list(hooks)) if hooks else nullcontext():
+            output = self.host.forward(rows) if start_at is None else self.host.forward_from(start_at, rows)
+        return output.unflatten(0, (n_copies, len(batch)))
+
+    def where(
+        self, cells: Sequence[tuple[Unit, int | None]], site: str, count: int
+    ) -> tuple[Bool[Tensor, "cell pos C"], Bool[Tensor, "cell pos"]]:
+        """Where each cell names subcomponents of `site`, and where it touches the site at all.
+
+        The position axis has length 1 if no cell has a position.
+        """
+        by_position = any(where is not None for _, where in cells)
+        length = self.tokens.shape[1] if by_position else 1
+        chosen = torch.zeros(len(cells), length, count, dtype=torch.bool)
+        touched = torch.zeros(len(cells), length, dtype=torch.bool)
+        for k, (unit, where) in enumerate(cells):
+            ids, at = unit.ids_at(site), slice(None) if where is None else slice(where, where + 1)
+            if ids:
+                chosen[k, at, ids] = True
+                touched[k, at] = True
+        device = self.decomposition[site].V.device
+        return chosen.to(device), touched.to(device)
+
+
+def _over_copies(where: Tensor, n_axes: int, trailing: int) -> Tensor:
+    """`[cell pos *C]` as `[cell 1 pos 1.. *C]`, for activations `[cell batch pos head.. C]` with `n_axes` axes."""
+    if n_axes == 2 + trailing:  # a model without positions: [cell batch C]
+        return where
+    middle = n_axes - 3 - trailing
+    where = where.unsqueeze(1)
+    for _ in range(middle):
+        where = where.unsqueeze(3)
+    return where
+
+
+def replace_acts(acts: Tensor, hook: Any, *, where: Tensor, by: Tensor, times: bool) -> Tensor:
+    """Hook: `by` (or `by * a`) in place of `a`, where the copy of each cell says so."""
+    copies = acts.unflatten(0, (len(where), -1))
+    new = by.to(acts) if not times else by.to(acts) * copies
+    return torch.where(_over_copies(where, copies.ndim, 1), new, copies).flatten(0, 1)
+
+
+def _replace_delta(delta: Tensor, hook: Any, *, where: Tensor) -> Tensor:
+    """Hook: a delta mask of 0 where the copy of each cell says so."""
+    copies = delta.unflatten(0, (len(where), -1))
+    return torch.where(_over_copies(where, copies.ndim, 0), 0.0, copies).flatten(0, 1)
+
+
+def activations_of(decomposition: Decomposition, tokens: Tensor, sites: Sequence[str]) -> dict[str, Tensor]:
+    """`a = x @ V` of the named sites in a clean pass over `tokens`."""
+    inputs = decomposition.clean_pass(tokens).inputs
+    missing = [site for site in sites if site not in inputs]
+    if missing:
+        raise ValueError(f"{missing[0]} was not reached in this pass; near: {near_names(missing[0], inputs)}")
+    with torch.no_grad():
+        return {site: decomposition[site].activations(inputs[site]) for site in sites}

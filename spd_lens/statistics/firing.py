@@ -1,0 +1,172 @@
+"""Statistics of subcomponents over a data set: how often each fires, how strongly, and where most.
+
+Streamed: memory is `sites x C x top_k x context` tokens whatever the size of the data. Cost: one clean pass and the
+gates per batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from spd_lens.core.decomposition import Decomposition
+from spd_lens.core.squashings import importance_of
+from spd_lens.data.batches import as_batch
+
+
+@dataclass(frozen=True)
+class Example:
+    """One position where a subcomponent fires: the tokens around it, which of them fired, and how strongly."""
+
+    tokens: list[int]
+    at: int
+    importance: float
+    activation: float
+
+
+@dataclass(frozen=True)
+class SiteHarvest:
+    """Statistics of one site's subcomponents.
+
+    - `firing_rate` `[C]`: share of positions with importance above the threshold.
+    - `mean_importance` `[C]`; `mean_activation` `[C]`: mean `|a|` over the positions where it fires.
+    - `n_positions`: positions seen.
+    """
+
+    firing_rate: Float[Tensor, " C"]
+    mean_importance: Float[Tensor, " C"]
+    mean_activation: Float[Tensor, " C"]
+    n_positions: int
+    _windows: Int[Tensor, "C k window"]
+    _scores: Float[Tensor, "C k"]
+    _importances: Float[Tensor, "C k"]
+    _activations: Float[Tensor, "C k"]
+    _before: int
+
+    def most_used(self, n: int, *, below: float = 1.0) -> list[int]:
+        """Ids of the subcomponents with the highest firing rate that is at most `below`, most frequent first."""
+        rates = torch.where(self.firing_rate <= below, self.firing_rate, -1.0)
+        order = rates.argsort(descending=True, stable=True)[:n]
+        return [int(c) for c in order if rates[c] > 0]
+
+    def examples(self, c: int) -> list[Example]:
+        """The positions where subcomponent `c` had the largest `importance * |activation|`, strongest first."""
+        found = []
+        for k in range(self._scores.shape[1]):
+            if self._scores[c, k] <= 0:
+                continue
+            window = self._windows[c, k].tolist()
+            lead = sum(1 for token in window[: self._before] if token < 0)
+            found.append(
+                Example(
+                    tokens=[token for token in window if token >= 0],
+                    at=self._before - lead,
+                    importance=float(self._importances[c, k]),
+                    activation=float(self._activations[c, k]),
+                )
+            )
+        return found
+
+
+@torch.no_grad()
+def harvest(
+    decomposition: Decomposition,
+    batches: Iterable[Any],
+    *,
+    max_batches: int = 64,
+    top_k: int = 8,
+    before: int = 10,
+    after: int = 4,
+    threshold: float = 0.1,
+) -> dict[str, SiteHarvest]:
+    """Firing rates and top examples (with `before` and `after` tokens of context) of every subcomponent.
+
+    A subcomponent fires where its importance exceeds `threshold`; examples are ranked by importance times
+    `|activation|`, at most one per sequence and batch. Needs batches with tokens.
+    """
+    source = batches.once() if hasattr(batches, "once") else batches  # pyright: ignore[reportAttributeAccessIssue]
+    collectors = {
+        name: _Collector(weight.n_subcomponents, top_k, before, after) for name, weight in decomposition.items()
+    }
+    seen = 0
+    for item in tqdm(islice(source, max_batches), desc="harvest", leave=False):
+        batch = as_batch(item)
+        if batch.tokens is None:
+            raise ValueError("harvest needs tokens beside the inputs: give Batch(inputs, tokens=...)")
+        batch = batch.to(decomposition.device)
+        assert batch.tokens is not None
+        inputs = decomposition.clean_pass(batch.inputs, start_at=batch.start_at).inputs
+        pre = decomposition.pre_importances(inputs)
+        for name, collector in collectors.items():
+            g, a = importance_of(pre[name]), decomposition[name].activations(inputs[name])
+            if g.ndim == 4:  # a head axis: the strongest head speaks for the position
+                a, g = a.abs().amax(2), g.amax(2)
+            if batch.position_mask is not None:
+                g = g * batch.position_mask.unsqueeze(-1)
+            collector.add(g, a, batch.tokens, batch.position_mask, threshold)
+        seen += 1
+    if not seen:
+        raise ValueError("the data is empty: not one batch to harvest")
+    return {name: collector.finish() for name, collector in collectors.items()}
+
+
+class _Collector:
+    """Running statistics and top examples of one site, on the CPU."""
+
+    def __init__(self, n_subcomponents: int, top_k: int, before: int, after: int) -> None:
+        C, window = n_subcomponents, before + 1 + after
+        self.before, self.after, self.top_k = before, after, top_k
+        self.fired, self.importance, self.activation = torch.zeros(C), torch.zeros(C), torch.zeros(C)
+        self.positions = 0
+        self.scores = torch.zeros(C, top_k)
+        self.importances, self.activations = torch.zeros(C, top_k), torch.zeros(C, top_k)
+        self.windows = torch.full((C, top_k, window), -1)
+
+    def add(self, g: Tensor, a: Tensor, tokens: Tensor, position_mask: Tensor | None, threshold: float) -> None:
+        fires = g > threshold
+        self.fired += fires.sum((0, 1)).cpu()
+        self.importance += g.sum((0, 1)).cpu()
+        self.activation += (a.abs() * fires).sum((0, 1)).cpu()
+        self.positions += g.shape[0] * g.shape[1] if position_mask is None else int(position_mask.sum())
+
+        score, position = (g * a.abs() * fires).max(dim=1)  # [batch C]: the best position of every sequence
+        rows = torch.arange(len(g), device=g.device)[:, None].expand_as(position)
+        columns = torch.arange(g.shape[2], device=g.device).expand_as(position)
+        best_g, best_a = g[rows, position, columns], a[rows, position, columns]
+        self._merge(score.T.cpu(), best_g.T.cpu(), best_a.T.cpu(), self._windows(tokens, position).cpu())
+
+    def _windows(self, tokens: Tensor, position: Tensor) -> Int[Tensor, "C batch window"]:
+        length = tokens.shape[1]
+        offsets = torch.arange(-self.before, self.after + 1, device=tokens.device)
+        index = position.T[..., None] + offsets
+        rows = torch.arange(len(tokens), device=tokens.device)[None, :, None]
+        inside = (index >= 0) & (index < length)
+        return torch.where(inside, tokens[rows, index.clamp(0, length - 1)], -1)
+
+    def _merge(self, score: Tensor, importance: Tensor, activation: Tensor, windows: Tensor) -> None:
+        scores = torch.cat([self.scores, score], dim=1)
+        self.scores, keep = scores.topk(self.top_k, dim=1)
+        self.importances = torch.cat([self.importances, importance], dim=1).gather(1, keep)
+        self.activations = torch.cat([self.activations, activation], dim=1).gather(1, keep)
+        together = torch.cat([self.windows, windows], dim=1)
+        self.windows = together.gather(1, keep[..., None].expand(-1, -1, together.shape[2]))
+
+    def finish(self) -> SiteHarvest:
+        return SiteHarvest(
+            firing_rate=self.fired / max(1, self.positions),
+            mean_importance=self.importance / max(1, self.positions),
+            mean_activation=self.activation / self.fired.clamp_min(1),
+            n_positions=self.positions,
+            _windows=self.windows,
+            _scores=self.scores,
+            _importances=self.importances,
+            _activations=self.activations,
+            _before=self.before,
+        )

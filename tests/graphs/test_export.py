@@ -1,0 +1,411 @@
+"""Graphs as files: the public JSON and back, the page in a browser, and pictures; text from models stays text."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import networkx as nx
+import pytest
+import torch
+
+from spd_lens import decompose
+from spd_lens.core import Unit
+from spd_lens.graphs import AttributionCheck, AttributionGraph, Context, attribution_graph, dataset_graph
+from spd_lens.patching import Effects
+from spd_lens.support import filled_page, script_json
+from tests.small_models import tiny_transformer, tokens
+
+HOSTILE = "</script><img src=x onerror=\"document.title='broken'\">"
+SITE, LATER = "blocks.0.mlp.W_out", "blocks.1.mlp.W_in"
+
+# What Neuronpedia's graph-schema.json and circuit-tracer's models require of a file, in words of our own.
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "required": ["metadata", "qParams", "nodes", "links"],
+    "properties": {
+        "metadata": {
+            "type": "object",
+            "required": ["slug", "scan", "prompt_tokens", "prompt", "transcoder_list"],
+            "properties": {
+                "slug": {"type": "string"},
+                "scan": {"type": "string"},
+                "prompt": {"type": "string"},
+                "prompt_tokens": {"type": "array", "items": {"type": "string"}},
+                "transcoder_list": {"type": "array", "items": {"type": "string"}},
+                "schema_version": {"type": "integer"},
+                "node_threshold": {"type": "number"},
+                "info": {
+                    "type": "object",
+                    "properties": {
+                        "generator": {
+                            "type": "object",
+                            "properties": {"name": {"type": "string"}, "version": {"type": "string"}},
+                        }
+                    },
+                },
+                "generation_settings": {"type": "object"},
+            },
+        },
+        "qParams": {
+            "type": "object",
+            "required": ["pinnedIds", "supernodes", "linkType", "clickedId", "sg_pos"],
+            "properties": {
+                "pinnedIds": {"type": "array", "items": {"type": "string"}},
+                "supernodes": {"type": "array", "items": {"type": "array"}},
+                "linkType": {"type": "string"},
+                "clickedId": {"type": "string"},
+                "sg_pos": {"type": "string"},
+            },
+        },
+        "nodes": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["node_id", "feature", "layer", "ctx_idx", "feature_type", "jsNodeId", "clerp"],
+                "properties": {
+                    "node_id": {"type": "string", "pattern": r"^(E|\d+)_-?\d+_\d+$"},
+                    "feature": {"type": ["integer", "null"]},
+                    "layer": {"type": "string", "pattern": r"^(E|\d+)$"},
+                    "ctx_idx": {"type": "integer", "minimum": 0},
+                    "feature_type": {
+                        "enum": ["cross layer transcoder", "mlp reconstruction error", "embedding", "logit"]
+                    },
+                    "token_prob": {"type": "number", "minimum": 0, "maximum": 1},
+                    "is_target_logit": {"type": "boolean"},
+                    "run_idx": {"type": "integer"},
+                    "reverse_ctx_idx": {"type": "integer"},
+                    "jsNodeId": {"type": "string"},
+                    "clerp": {"type": "string"},
+                    "influence": {"type": ["number", "null"], "minimum": 0, "maximum": 1.000001},
+                    "activation": {"type": ["number", "null"]},
+                },
+            },
+        },
+        "links": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["source", "target", "weight"],
+                "properties": {
+                    "source": {"type": "string"},
+                    "target": {"type": "string"},
+                    "weight": {"type": "number"},
+                },
+            },
+        },
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def graph() -> AttributionGraph:
+    torch.manual_seed(0)
+    sites = {"blocks.*.mlp.W_*": 4, "blocks.*.attn.W_[VO]": 3}
+    decomposition = decompose(tiny_transformer(), sites, gate="shared", gate_width=8)
+    return attribution_graph(
+        decomposition, tokens(1, seed=1, length=6), targets=[3, 7], importance_above=0.0, n_checked=8, max_nodes=60
+    )
+
+
+def hostile_graph() -> AttributionGraph:
+    """Three nodes and two edges, every string a trap."""
+    inner = nx.DiGraph()
+    common = {"importance": 0.5, "probability": None, "target_weight": None, "from_unshown": 0.25, "activation": 1.5}
+    inner.add_node("e", **{**common, "kind": "embedding", "label": HOSTILE, "site": "embed", "subcomponent": -1,
+                           "number": -1, "position": 0, "token": HOSTILE, "row": 0, "importance": None})  # fmt: skip
+    inner.add_node("s", **{**common, "kind": "subcomponent", "label": f"{SITE} 3 {HOSTILE}", "site": SITE,
+                           "subcomponent": 3, "number": 3, "position": 1, "token": "<!--<script>",
+                           "row": 1})  # fmt: skip
+    inner.add_node("t", **{**common, "kind": "target", "label": "logit of '<b>'", "site": "", "subcomponent": -1,
+                           "number": 9, "position": 1, "token": "a&amp;b", "row": 2, "importance": None,
+                           "target_weight": 1.0, "probability": 0.5})  # fmt: skip
+    inner.add_edge("e", "s", weight=2.0)
+    inner.add_edge("s", "t", weight=-0.5)
+    inner.add_edge("e", "t", weight=0.001)
+    check = AttributionCheck((("e", "s"),), (2.0,), (2.0,), (1.0,), 1, "frozen: everything <i>")
+    return AttributionGraph(inner, check, (HOSTILE, "<!--<script>"), {"model": HOSTILE})
+
+
+# -- JSON ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_file_is_what_the_public_viewers_read(graph: AttributionGraph, tmp_path: Path) -> None:
+    jsonschema = pytest.importorskip("jsonschema", reason="comes with nbformat, of the extra `dev`")
+    for made in (graph, graph.prune(), hostile_graph()):
+        whole = json.loads(made.to_json(tmp_path / "graph.json").read_text())
+        jsonschema.validate(whole, SCHEMA)
+        ids = [node["node_id"] for node in whole["nodes"]]
+        assert len(set(ids)) == len(ids) == made.graph.number_of_nodes()
+        assert {link[end] for link in whole["links"] for end in ("source", "target")} <= set(ids)
+        assert len(whole["links"]) == made.graph.number_of_edges()
+        assert whole["metadata"]["slug"] == "graph"
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate({**whole, "nodes": [{**whole["nodes"][0], "layer": 3}]}, SCHEMA)
+
+
+def test_public_fields_say_what_the_nodes_are(graph: AttributionGraph, tmp_path: Path) -> None:
+    whole = json.loads(graph.to_json(tmp_path / "g.json", slug="mine").read_text())
+    assert whole["metadata"]["slug"] == "mine"
+    assert whole["metadata"]["prompt_tokens"] == list(graph.tokens)
+    sites = graph.settings["sites"]
+    found = {node["spd_lens"]["id"]: node for node in whole["nodes"]}
+    name = next(n for n, d in graph.graph.nodes(data=True) if d["site"] == SITE and d["subcomponent"] > 0)
+    data, node = graph.graph.nodes[name], found[name]
+    layer = sites.index(SITE) + 1
+    c, t = data["subcomponent"], data["position"]
+    assert node["node_id"] == f"{layer}_{c}_{t}"
+    assert (node["layer"], node["ctx_idx"], node["feature_type"]) == (str(layer), t, "cross layer transcoder")
+    assert node["activation"] == data["activation"]
+    # Cantor's pairing, by enumerating the diagonals.
+    diagonal = [(x, d - x) for d in range(40) for x in range(d, -1, -1)]
+    assert diagonal[node["feature"]] == (layer, c)
+    logit = found["target 3"]
+    assert (logit["node_id"], logit["is_target_logit"]) == (f"{len(sites) + 1}_3_5", True)
+    assert logit["token_prob"] == pytest.approx(graph.graph.nodes["target 3"]["probability"])
+    assert found["embed @2"]["layer"] == "E"
+    # Dynamic pruning in a viewer keeps nodes up to a cumulative share: the most influential node has the smallest.
+    influence = graph.influence()
+    best = max(influence, key=lambda n: influence[n])
+    assert found[best]["influence"] == min(n["influence"] for n in whole["nodes"])
+    assert found[best]["influence"] == pytest.approx(influence[best] / sum(influence.values()))
+
+
+def test_a_graph_comes_back_from_its_file(graph: AttributionGraph, tmp_path: Path) -> None:
+    for made in (graph, graph.prune(0.5, 0.9), hostile_graph()):
+        back = AttributionGraph.from_json(made.to_json(tmp_path / "sub" / "graph.json"))
+        assert dict(back.graph.nodes(data=True)) == dict(made.graph.nodes(data=True))
+        assert list(back.graph.edges(data=True)) == list(made.graph.edges(data=True))
+        assert back.check == made.check
+        assert back.tokens == made.tokens
+        assert back.settings == made.settings
+        assert str(back) == str(made)
+        assert set(back.prune(0.4, 0.8).graph.edges) == set(made.prune(0.4, 0.8).graph.edges)
+    assert not list((tmp_path / "sub").glob(".*"))  # no temporary file is left
+
+
+def test_a_data_set_graph_has_the_same_file(tmp_path: Path) -> None:
+    decomposition = decompose(tiny_transformer(), {"blocks.*.mlp.W_*": 4})
+    made = dataset_graph(decomposition, [tokens(2, length=6)], importance_above=None, n_checked=4)
+    back = AttributionGraph.from_json(made.to_json(tmp_path / "d.json"))
+    assert list(back.graph.edges(data=True)) == list(made.graph.edges(data=True))
+    assert all(d["absolute"] >= abs(d["weight"]) * (1 - 1e-9) for _, _, d in back.graph.edges(data=True))
+    # The page has the mean absolute attribution beside the signed one, and sorts by it.
+    page = made.to_html(tmp_path / "d.html").read_text()
+    data = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    assert data is not None
+    sizes = [edge[3] for edge in json.loads(data.group(1))["edges"]]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] == pytest.approx(max(d["absolute"] for _, _, d in made.graph.edges(data=True)), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("damage", "text"),
+    [
+        (lambda w: "{", "is damaged"),
+        (lambda w: "[1]", "holds a list; expected an object"),
+        (lambda w: {"metadata": {}}, "qParams is missing"),
+        (lambda w: {**w, "links": 3}, "links is missing or no list"),
+        (lambda w: {**w, "metadata": {}}, "was not written by spd_lens"),
+        (lambda w: {**w, "metadata": {"spd_lens": {"format_version": 99}}}, "format version 99; .* Upgrade"),
+        (lambda w: {**w, "nodes": [{"node_id": "1"}]}, r"nodes\[0\] has no 'spd_lens'"),
+        (lambda w: {**w, "links": [{**w["links"][0], "source": "9_9_9"}]}, r"links\[0\] names the node '9_9_9'"),
+        (
+            lambda w: {**w, "metadata": {"spd_lens": {"format_version": 1, "check": {"edges": []}}}},
+            "the check in metadata.spd_lens is incomplete",
+        ),
+    ],
+)
+def test_files_that_are_no_graph_are_named(graph: AttributionGraph, tmp_path: Path, damage: Any, text: str) -> None:
+    path = graph.to_json(tmp_path / "graph.json")
+    broken = damage(json.loads(path.read_text()))
+    path.write_text(broken if isinstance(broken, str) else json.dumps(broken))
+    with pytest.raises(ValueError, match=text):
+        AttributionGraph.from_json(path)
+    with pytest.raises(ValueError, match="does not exist"):
+        AttributionGraph.from_json(tmp_path / "none.json")
+
+
+# -- the page ------------------------------------------------------------------------------------------------------
+
+
+CONTEXTS = {(SITE, 3): [Context(["whale ", HOSTILE], [0.0, 0.9]), Context(["plain"])]}
+
+
+def test_the_page_stands_alone_and_every_text_is_escaped(tmp_path: Path) -> None:
+    page = hostile_graph().to_html(tmp_path / "g.html", title=f"T {HOSTILE}", contexts=CONTEXTS).read_text()
+    assert html.escape(f"T {HOSTILE}") in page
+    assert not re.search(r"""(src|href)\s*=\s*["'a-z]|https?://(?!www\.w3\.org/2000/svg)""", page.replace("src=x", ""))
+    assert "<img" not in page
+    assert page.count("<script") == page.count("</script") == 2
+    data = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    assert data is not None
+    content = json.loads(data.group(1))
+    assert content["tokens"] == [HOSTILE, "<!--<script>"]
+    assert content["edges"] == [[0, 1, 2.0], [1, 2, -0.5], [0, 2, 0.001]]
+    assert content["contexts"][f"{SITE} 3"][0] == {"tokens": ["whale ", HOSTILE], "values": [0.0, 0.9]}
+    with pytest.raises(ValueError, match="which is no"):
+        hostile_graph().to_html(tmp_path / "g.html", contexts={(SITE, 99): []})
+    with pytest.raises(ValueError, match="1 tokens and 2 importances"):
+        hostile_graph().to_html(tmp_path / "g.html", contexts={(SITE, 3): [Context(["a"], [0.1, 0.2])]})
+
+
+def test_json_in_a_page_cannot_end_its_element() -> None:
+    for text in (HOSTILE, "<!--<script>", "</SCRIPT >", "<![CDATA[", "\u2028"):
+        written = script_json({"t": text})
+        assert "<" not in written
+        assert json.loads(written) == {"t": text}
+    page = filled_page("graph.html", title="__DATA__", data={"t": "__DATA__ __TITLE__"})
+    assert "<h1>__DATA__</h1>" in page
+    assert '{"t": "__DATA__ __TITLE__"}' in page
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+# Does what a reader does, and writes down what the page shows. Runs inside the page, after its own script.
+DRIVER = """<script>
+const report={};
+const visible=()=>[...document.querySelectorAll('path.edge')].filter(p=>p.style.display!=='none').length;
+const slide=v=>{slider.value=v;slider.dispatchEvent(new Event('input'))};
+const click=i=>document.querySelectorAll('g.node')[i].dispatchEvent(new MouseEvent('click',{bubbles:true}));
+report.nodes=document.querySelectorAll('g.node').length;
+slide(0);report.all=visible();report.allText=document.getElementById('count').textContent;
+slide(700);report.some=visible();report.someText=document.getElementById('count').textContent;
+slide(1000);report.strongest=visible();slide(0);
+click(1);report.panel=panel.textContent;report.spans=[...panel.querySelectorAll('.text span')].map(s=>s.textContent);
+report.on=document.querySelectorAll('g.node.on').length;
+panel.querySelector('button.link').click();report.next=panel.querySelector('h2').textContent;
+click(chosen);report.closed=panel.textContent;
+const before=world.getAttribute('transform');
+svg.dispatchEvent(new WheelEvent('wheel',{deltaY:-300,clientX:200,clientY:300}));
+report.zoomed=world.getAttribute('transform')!==before;
+const still=world.getAttribute('transform');
+svg.dispatchEvent(new PointerEvent('pointerdown',{clientX:100,clientY:100,bubbles:true}));
+dispatchEvent(new PointerEvent('pointermove',{clientX:160,clientY:130}));
+dispatchEvent(new PointerEvent('pointerup',{}));
+report.panned=world.getAttribute('transform')!==still;
+document.getElementById('fit').click();report.fitted=world.getAttribute('transform')===before;
+document.querySelectorAll('g.node')[2].dispatchEvent(new KeyboardEvent('keydown',{key:'Enter',bubbles:true}));
+report.byKey=panel.querySelector('h2').textContent;
+report.images=document.images.length;report.title=document.title;
+const out=document.createElement('pre');out.id='report';
+out.textContent=btoa(unescape(encodeURIComponent(JSON.stringify(report))));
+document.body.append(out);
+</script></body>"""
+
+
+def in_browser(page: Path, profile: Path) -> tuple[str, list[str]]:
+    """The page's DOM after its scripts ran, and what it wrote to the console."""
+    command = [
+        str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync", "--enable-logging=stderr",
+        "--window-size=1300,900", f"--user-data-dir={profile}", "--dump-dom", page.as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+def report_of(path: Path, profile: Path) -> tuple[dict[str, Any], list[str]]:
+    import base64
+
+    driven = path.with_suffix(".driven.html")
+    driven.write_text(path.read_text().replace("</body>", DRIVER))
+    dom, console = in_browser(driven, profile)
+    found = re.search(r'<pre id="report">(.*?)</pre>', dom)
+    return (json.loads(base64.b64decode(found.group(1))) if found else {}), console
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (Debian: apt-get install chromium)")
+def test_a_browser_shows_the_graph_and_reacts(tmp_path: Path) -> None:
+    path = hostile_graph().to_html(tmp_path / "g.html", title="Graph", contexts=CONTEXTS)
+    report, console = report_of(path, tmp_path / "profile")
+    assert console == []
+    assert report["nodes"] == 3
+    # As shares: 1 of what acts on s; 0.998 and 0.002 of what acts on t.
+    assert (report["all"], report["some"], report["strongest"]) == (3, 2, 1)
+    assert report["allText"].startswith("3 of 3 edges")
+    assert report["someText"].startswith("2 of 3 edges")
+    assert HOSTILE in report["panel"]
+    assert "acted on by (1)" in report["panel"]
+    assert "acts on (1)" in report["panel"]
+    assert report["spans"] == ["whale ", HOSTILE, "plain"]
+    assert report["on"] == 1
+    assert report["next"] == HOSTILE
+    assert report["closed"].startswith("Click a node")
+    assert report["zoomed"]
+    assert report["panned"]
+    assert report["fitted"]
+    assert report["byKey"] == "logit of '<b>'"
+    assert (report["images"], report["title"]) == (0, "Graph")
+    # The console is really read.
+    broken = tmp_path / "broken.html"
+    broken.write_text(path.read_text().replace("</body>", "<script>nothing.here()</script></body>"))
+    assert in_browser(broken, tmp_path / "profile")[1] != []
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (Debian: apt-get install chromium)")
+def test_a_browser_shows_real_graphs(graph: AttributionGraph, tmp_path: Path) -> None:
+    report, console = report_of(graph.to_html(tmp_path / "g.html"), tmp_path / "profile")
+    assert console == []
+    assert report["nodes"] == graph.graph.number_of_nodes()
+    assert report["all"] == graph.graph.number_of_edges()
+    assert 0 < report["some"] < report["all"]
+    decomposition = decompose(tiny_transformer(), {"blocks.*.mlp.W_*": 4})
+    data_set = dataset_graph(decomposition, [tokens(2, length=6)], importance_above=None, n_checked=4)
+    report, console = report_of(data_set.to_html(tmp_path / "d.html"), tmp_path / "profile")
+    assert console == []
+    assert (report["nodes"], report["all"]) == (data_set.graph.number_of_nodes(), data_set.graph.number_of_edges())
+
+
+# -- heat maps and strips ------------------------------------------------------------------------------------------
+
+
+def effects(positions: tuple[int, ...] | None = (0, 2)) -> Effects:
+    n = 1 if positions is None else len(positions)
+    units = (Unit(((SITE, 1),)), Unit(((SITE, 4),)), Unit(((LATER, 0),)))
+    values = torch.arange(3.0 * n).reshape(3, n, 1) - 1
+    return Effects("zero ablation", units, positions, values, torch.tensor([0.5]), torch.tensor([2.5]))
+
+
+def test_heat_maps_are_blue_and_red_around_zero_with_tokens_that_stay_apart() -> None:
+    pytest.importorskip("plotly", reason="the extra `plots` is not installed")
+    from spd_lens.pictures import effects_heatmap
+
+    figure = effects_heatmap(effects(), SITE, ["the", "<b>", "the"])
+    (heat,) = figure.data
+    assert [list(row) for row in heat.z] == [[-1.5, -0.5], [0.5, 1.5]]
+    assert (list(heat.x), list(heat.y)) == (["the_0", "the_2"], ["1", "4"])
+    assert heat.zmid == 0
+    assert heat.colorscale[0][1] == "rgb(103,0,31)"  # red below
+    assert heat.colorscale[-1][1] == "rgb(5,48,97)"
+    assert list(effects_heatmap(effects((1,)), SITE, ["a", "<b>\n"]).data[0].x) == ["&lt;b&gt;⏎_1"]
+    assert list(effects_heatmap(effects(None), LATER).data[0].x) == ["all positions"]
+    shares = effects_heatmap(effects(), SITE, recovered=True).data[0]
+    assert [list(row) for row in shares.z] == [[-0.75, -0.25], [0.25, 0.75]]
+    assert list(shares.x) == ["0", "2"]
+    with pytest.raises(ValueError, match="2 tokens for positions up to 2"):
+        effects_heatmap(effects(), SITE, ["a", "b"])
+    with pytest.raises(ValueError, match="nothing was measured"):
+        effects_heatmap(effects(), "other")
+
+
+def test_strips_colour_every_token_by_importance_and_escape_it() -> None:
+    from spd_lens.pictures import token_strips
+
+    g = torch.zeros(3, 5)
+    g[1, 2], g[2, 4] = 0.8, 0.4
+    strips = token_strips({SITE: g}, ["The", HOSTILE, "\n"], {SITE: [2, 4]})
+    assert "<img" not in strips
+    assert html.escape(HOSTILE) in strips
+    colours = re.findall(r"background:rgba\(122,31,107,([\d.]+)\)", strips)
+    assert [float(c) for c in colours] == pytest.approx([0, 0.6, 0, 0, 0, 0.3])
+    assert strips.count('title="importance 0.800"') == 1
+    assert strips._repr_html_() == strips
+    assert token_strips({SITE: g}, ["a", "b", "c"]).count("white-space:pre-wrap") == 2
+    assert "no importance above 0.1" in token_strips({SITE: 0 * g}, ["a", "b", "c"])
+    with pytest.raises(ValueError, match="importances at 3 positions, but there are 2 tokens"):
+        token_strips({SITE: g}, ["a", "b"])

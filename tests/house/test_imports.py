@@ -1,0 +1,162 @@
+"""The house: packages import downwards only, hosts stand alone, users see faces, importing costs little."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import pkgutil
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import networkx as nx
+import pytest
+
+import spd_lens
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "spd_lens"
+
+# A package may import those on the lines above its own, none beside it.
+LEVELS = [
+    {"support"},
+    {"hosts"},
+    {"core"},
+    {"objective", "data", "tasks", "patching"},
+    {"evaluation", "statistics", "circuits"},
+    {"training", "graphs"},
+    {"pictures"},
+    {"models", "toys"},
+    {"baselines"},
+    {""},
+]
+BESIDE = {"models", "toys", "baselines"}
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+
+def _module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _package_of(module: str) -> str:
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else ""
+
+
+def _imports(path: Path) -> set[str]:
+    """Modules of this package that a file imports anywhere, also inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "spd_lens":
+            found.add(node.module)
+        if isinstance(node, ast.Import):
+            found |= {a.name for a in node.names if a.name.split(".")[0] == "spd_lens"}
+    return found
+
+
+def test_packages_import_downwards_only() -> None:
+    level = {name: i for i, names in enumerate(LEVELS) for name in names}
+    for path in SOURCES:
+        own = _package_of(_module_name(path))
+        assert own in level, f"the package {own!r} is not drawn in LEVELS"
+        for imported in map(_package_of, _imports(path)):
+            assert imported == own or level[imported] < level[own], f"{path} imports {imported!r}"
+            assert imported not in BESIDE or own in BESIDE or own == "", (
+                f"{path} imports {imported!r}, beside the house"
+            )
+
+
+def test_no_package_has_a_cycle_inside() -> None:
+    graph = nx.DiGraph()
+    for path in SOURCES:
+        module = _module_name(path)
+        graph.add_edges_from((module, imported) for imported in _imports(path))
+    assert list(nx.simple_cycles(graph)) == []
+
+
+def test_a_face_is_a_module_and_no_file_hides_behind_a_function() -> None:
+    for package in (spd_lens, *_faces()):
+        for found in pkgutil.iter_modules(package.__path__):
+            name = f"{package.__name__}.{found.name}"
+            importlib.import_module(name)
+            assert isinstance(getattr(package, found.name), ModuleType), f"{name} is a file and a function at once"
+
+
+def _faces() -> Iterator[ModuleType]:
+    for found in pkgutil.iter_modules(spd_lens.__path__):
+        if found.ispkg:
+            yield importlib.import_module(f"spd_lens.{found.name}")
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    {
+        "Subcomponents": "core.subcomponents",
+        "SiteMask": "core.masks",
+        "DecomposedWeight": "core.decomposed_weight",
+        "Decomposition": "core.decomposition",
+        "Unit": "core.units",
+        "Checkpoint": "training.checkpoint",
+        "Circuit": "circuits.circuit",
+        "AttributionGraph": "graphs.graph",
+        "Task": "tasks.task",
+        "Recovery": "toys.recovery",
+        "Host": "hosts.host",
+        "Site": "hosts.site",
+    }.items(),
+)
+def test_a_class_stands_in_the_file_of_its_name(name: str, module: str) -> None:
+    face = importlib.import_module(f"spd_lens.{module.split('.')[0]}")
+    assert getattr(face, name).__module__ == f"spd_lens.{module}"
+
+
+def _readers() -> Iterator[tuple[Path, str]]:
+    """What readers and users see: tutorials, examples in pages, and all programs beside the package."""
+    for folder in ("tests", "benchmarks", "experiments", "scripts", "tutorials"):
+        for path in (ROOT / folder).rglob("*.py"):
+            yield path, path.read_text()
+    for path in (ROOT / "tutorials").glob("*.ipynb"):
+        cells = json.loads(path.read_text())["cells"]
+        yield path, "\n".join("".join(cell["source"]) for cell in cells)
+    for path in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
+        yield path, path.read_text()
+
+
+def test_readers_are_shown_faces_only() -> None:
+    deep = re.compile(r"^\s*(?:from|import) spd_lens\.\w+\.\w+", re.MULTILINE)
+    shown = [f"{path}: {found.group()}" for path, text in _readers() for found in deep.finditer(text)]
+    assert shown == []
+
+
+def test_only_hosts_and_models_import_transformer_lens() -> None:
+    allowed_anywhere = {"HookPoint", "FactoredMatrix", "PatchingResult"}
+    for path in SOURCES:
+        if _package_of(_module_name(path)) in {"hosts", "models", "toys"}:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("transformer_lens"):
+                assert {a.name for a in node.names} <= allowed_anywhere, path
+
+
+def test_no_module_imports_what_only_one_major_has_at_import_time() -> None:
+    for path in SOURCES:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ImportFrom):
+                assert "HookedTransformer" not in {a.name for a in node.names}, path
+
+
+def test_importing_costs_little_more_than_transformer_lens() -> None:
+    code = (
+        "import time, warnings; warnings.simplefilter('ignore'); import transformer_lens; "
+        "t = time.process_time(); import spd_lens; print(time.process_time() - t)"
+    )
+    seconds = min(
+        float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+        for _ in range(3)
+    )
+    assert seconds < 0.3
