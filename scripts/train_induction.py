@@ -1,7 +1,7 @@
-"""Train the induction model that ships in `spd_lens/toys/induction/`.
+"""Train the induction model that ships in `spd_lens/models/shipped/induction/`.
 
 What it does: trains a 2-layer attention-only HookedTransformer on repeated random sequences
-(`spd_lens.toys.induction.RepeatedSequences`) to give the next token where it is predictable and the uniform
+(`spd_lens.models.RepeatedSequences`) to give the next token where it is predictable and the uniform
 distribution elsewhere, with a penalty that makes heads vanish; reads off which head is the previous-token head and
 which the induction head; keeps these two alone and trains on under strong weight decay, which takes away directions
 that nothing needs; writes weights, config and `recipe.json`.

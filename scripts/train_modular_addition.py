@@ -1,4 +1,4 @@
-"""Train the modular addition model that ships in `spd_lens/toys/modular_addition/`.
+"""Train the modular addition model that ships in `spd_lens/models/shipped/modular_addition/`.
 
 What it does: trains a 1-block HookedTransformer on 40 % of all sums `a + b mod 53`, full batch, AdamW with weight
 decay 1, far past the point where the training set is learned, until the test set is right too (grokking); reads off

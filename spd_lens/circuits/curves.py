@@ -10,7 +10,7 @@ by the trapezoidal rule, as in the circuit track of the Mechanistic Interpretabi
 2025), from which the default fractions are; here size 0 is measured too, and |1 - f| only at the measured sizes. Both
 depend on the units: a fraction of 8 heads is not one of 200 subcomponents, so compare sizes in parameters as well.
 
-Left-out units hold the corrupted prompt's values, or 0; neither is an adversary (see `spd_lens.circuit_checks`).
+Left-out units hold the corrupted prompt's values, or 0; neither is an adversary (see `spd_lens.circuits.check`).
 
 Cost: one pass over the clean prompts per size, from the first decomposed block on.
 """

@@ -1,7 +1,7 @@
 """Masks and routing as pure functions of importances and a generator (K1, K2, K5, K6).
 
 Every mask has the form `m = g + (1 - g) r` with a source `r` in [0, 1]: random for training, chosen by an
-adversary (`spd_lens.adversary`) in the worst case, 0 for "importance itself". The delta mask has no importance and
+adversary (`spd_lens.objective`) in the worst case, 0 for "importance itself". The delta mask has no importance and
 is the source itself. The same generator state gives the same masks on every device: numbers are drawn on the
 generator's device and moved.
 """

@@ -12,7 +12,7 @@ A *source* is what an attribution can come from:
 `direct_pass` runs the target with every source made a constant plus a leaf that collects gradients (C1): the gradient
 of an activation stops at the first subcomponents that it meets.
 
-What the direct path contains is as in `spd_lens.path_patching`: the residual stream, non-linearities inside an MLP,
+What the direct path contains is as in `spd_lens.patching.path`: the residual stream, non-linearities inside an MLP,
 attention between positions, and all matrices that are not decomposed.
 """
 

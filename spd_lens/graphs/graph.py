@@ -55,7 +55,7 @@ class AttributionGraph:
         return node["label"] if node["position"] is None else f"{node['label']} @{node['position']}"
 
     def prune(self, node_threshold: float = 0.8, edge_threshold: float = 0.98) -> AttributionGraph:
-        """The part of the graph that has these shares of all influence on the targets (see `spd_lens.graph_pruning`).
+        """The part of the graph that has these shares of all influence on the targets (see `spd_lens.graphs.pruning`).
 
         What a kept receiver had from dropped subcomponents is added to its `from_unshown`. The check stays that of the
         whole graph, which was sampled from edges that may have gone. Raises ValueError for a graph without targets.
@@ -83,7 +83,7 @@ class AttributionGraph:
         return AttributionGraph(graph, self.check, self.tokens, settings)
 
     def influence(self) -> dict[str, float]:
-        """Every node's influence on the targets (see `spd_lens.graph_pruning`)."""
+        """Every node's influence on the targets (see `spd_lens.graphs.pruning`)."""
         names, weights, target_weights = self._matrix()
         return dict(zip(names, influences(weights, target_weights).tolist(), strict=True))
 
@@ -103,7 +103,7 @@ class AttributionGraph:
     # -- files ---------------------------------------------------------------------------------------------------------
 
     def to_json(self, path: str | Path, *, slug: str | None = None) -> Path:
-        """Write the JSON that circuit-tracer's viewer and Neuronpedia read (see `spd_lens.graph_json`)."""
+        """Write the JSON that circuit-tracer's viewer and Neuronpedia read (see `spd_lens.graphs.viewer_json`)."""
         path = Path(path)
         content = GraphFile(self.graph, self.tokens, self.settings, _check_dict(self.check))
         cumulative = {}
@@ -140,7 +140,7 @@ class AttributionGraph:
     ) -> Path:
         """Write a page that needs nothing else: the graph by site and position, to pan, zoom and click.
 
-        `contexts[site, c]` are texts in which subcomponent c is important (`spd_lens.graph_page.Context`); they are
+        `contexts[site, c]` are texts in which subcomponent c is important (`spd_lens.graphs.Context`); they are
         shown when one of its nodes is clicked.
         """
         page = graph_page(self.graph, self.tokens, check=self.check.summary(), title=title, contexts=contexts or {})

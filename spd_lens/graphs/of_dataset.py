@@ -10,7 +10,7 @@ over all positions of all prompts (those of the position mask, where there is on
 `|weight|`, the sign depends on the text. |B| is of a sum over the receiver's positions, so opposite effects of one
 sender on two positions cancel in both.
 
-What is frozen, and what the direct path contains, is as in `spd_lens.attribution_graph`.
+What is frozen, and what the direct path contains, is as in `spd_lens.graphs.of_prompt`.
 Cost: one clean pass, one pass with gradients, and one backward pass for every receiver, for every batch.
 """
 

@@ -1,6 +1,6 @@
 """C2: passes in which one source of attributions is really taken away, and what falls by it.
 
-Shares with `spd_lens.direct_pass` what the sources are and what is frozen; no gradient is taken here.
+Shares with `spd_lens.graphs.direct_pass` what the sources are and what is frozen; no gradient is taken here.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ reconstruction term, and Adam. Cost: about `1 + 3 R` forward passes of the decom
 passes, plus the gates; with adversaries also 3 more per ascent. Nothing in a step waits for the device: losses are
 fetched every `log_every` steps.
 
-Left out on purpose: learning-rate searches, early stopping, evaluation (see `spd_lens.evaluate`).
+Left out on purpose: learning-rate searches, early stopping, evaluation (see `spd_lens.evaluation.evaluating`).
 """
 
 from __future__ import annotations
@@ -64,11 +64,11 @@ def train(
 ) -> TrainResult:
     """Train subcomponents and gates with SPD; the target is frozen meanwhile and gets its `requires_grad` back.
 
-    - `batches`: any iterable of token batches `[batch pos]`, inputs, `Batch`es or dicts (see `spd_lens.data`);
+    - `batches`: any iterable of token batches `[batch pos]`, inputs, `Batch`es or dicts (see `spd_lens.data.batches`);
       repeated when it ends, if it can be.
     - `config` and `changes`: the choices, and fields to change in them: `train(d, batches, steps=5_000)`.
     - `out_dir`: the run's directory (log and checkpoints), by default `runs/<date>-<time>`.
-    - `loggers`: functions `(step, values)` that get every log line as well; `spd_lens.run_files.wandb_logger` and
+    - `loggers`: functions `(step, values)` that get every log line as well; `spd_lens.training.wandb_logger` and
       `tensorboard_logger` make them.
     - `resume_from`: a run's directory or one of its checkpoints; the decomposition must have been made with the
       same arguments. The resumed run equals the uninterrupted one bit for bit on the same machine.
