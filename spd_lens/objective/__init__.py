@@ -1,7 +1,7 @@
 """What is minimised, and who attacks: losses, divergences, reconstruction, adversaries."""
 
 from spd_lens.objective.adversary import PGD, PersistentSources, Scope, Sources, ascend, random_sources
-from spd_lens.objective.divergences import Divergence, divergence, log_probs
+from spd_lens.objective.divergences import Divergence, divergence, divergence_per_position, log_probs
 from spd_lens.objective.losses import (
     EPSILON,
     faithfulness_loss,
@@ -21,6 +21,7 @@ __all__ = [
     "Sources",
     "ascend",
     "divergence",
+    "divergence_per_position",
     "faithfulness_loss",
     "frequency_loss",
     "hidden_reconstruction_loss",

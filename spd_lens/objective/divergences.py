@@ -43,17 +43,32 @@ def divergence(
     been through `log_softmax` already, which saves doing so for every term. `mse`: squared error summed over the
     outputs and divided by their number.
     """
+    per_position = divergence_per_position(clean, masked, kind=kind, clean_is_log_probs=clean_is_log_probs)
+    return mean_over_positions(per_position, position_mask)
+
+
+def divergence_per_position(
+    clean: Float[Tensor, "*batch d_out"],
+    masked: Float[Tensor, "*batch d_out"],
+    *,
+    kind: Divergence = "kl",
+    clean_is_log_probs: bool = False,
+) -> Float[Tensor, "*batch"]:
+    """`divergence` before the mean over positions.
+
+    Vocabulary entries that both outputs hold at minus infinity count 0; an entry that only the masked output excludes
+    makes the KL practically infinite, as it should.
+    """
     match kind:
         case "kl":
             clean = clean.detach()
             log_p = clean if clean_is_log_probs else log_probs(clean)
             # Not `masked.requires_grad`, which is hidden inside `vmap`.
             per_position, _ = _KLFromFrozen.apply(masked, log_p, torch.is_grad_enabled())  # pyright: ignore[reportGeneralTypeIssues]
+            return per_position
         case "mse":
-            per_position = (at_least_float32(clean) - at_least_float32(masked)).square().mean(-1)
-        case _:
-            raise ValueError(f"divergence={kind!r}; expected 'kl' or 'mse'")
-    return mean_over_positions(per_position, position_mask)
+            return (at_least_float32(clean) - at_least_float32(masked)).square().mean(-1)
+    raise ValueError(f"divergence={kind!r}; expected 'kl' or 'mse'")
 
 
 class _KLFromFrozen(torch.autograd.Function):
@@ -72,7 +87,9 @@ class _KLFromFrozen(torch.autograd.Function):
         for q, log_p, out in zip(_row_blocks(masked), _row_blocks(clean_log_probs), gradient_rows, strict=True):
             log_q, log_p = at_least_float32(q).log_softmax(-1), at_least_float32(log_p)
             p = log_p.exp()
-            difference = log_p - log_q
+            # Finite ends instead of minus infinity, or 0 * infinity would make the sum NaN; nothing else changes.
+            lowest = torch.finfo(torch.float32).min
+            difference = log_p.clamp_min(lowest) - log_q.clamp_min(lowest)
             rows.append(torch.linalg.vecdot(p, difference))
             if gradient is not None:
                 out.copy_(torch.sub(log_q.exp_(), p, out=difference))

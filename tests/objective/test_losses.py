@@ -19,6 +19,7 @@ from spd_lens.objective import (
     Divergence,
     Scope,
     divergence,
+    divergence_per_position,
     faithfulness_loss,
     frequency_loss,
     hidden_reconstruction_loss,
@@ -321,6 +322,20 @@ def test_l4_kl_on_two_outcomes() -> None:
     masked = torch.zeros(1, 2, dtype=torch.float64)
     expected = 0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5)
     assert value(divergence(clean, masked)) == close(expected)
+
+
+def test_l4_vocabulary_entries_at_minus_infinity_in_both_outputs_count_nothing() -> None:
+    clean, masked = randn(4, 7), randn(4, 7, seed=1).requires_grad_(True)
+    excluded = torch.cat([torch.ones(4, 2, dtype=torch.bool), torch.zeros(4, 5, dtype=torch.bool)], dim=1)
+    per_position = divergence_per_position(
+        clean.masked_fill(excluded, -torch.inf), masked.masked_fill(excluded, -torch.inf)
+    )
+    kept = divergence_per_position(clean[:, 2:], masked[:, 2:])
+    assert torch.allclose(per_position, kept, atol=1e-12)
+    (gradient,) = torch.autograd.grad(per_position.sum(), masked)
+    assert torch.allclose(gradient[:, 2:], masked[:, 2:].softmax(-1) - clean[:, 2:].softmax(-1), atol=1e-12)
+    only_masked = divergence(clean, masked.masked_fill(excluded, -torch.inf))
+    assert float(only_masked) > 1e30
 
 
 @pytest.mark.parametrize(("offset", "scale"), [(0.0, 10.0), (3e4, 3.0), (-3e4, 3.0), (0.0, 1e4)])
