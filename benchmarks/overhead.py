@@ -14,6 +14,7 @@ import platform
 import statistics
 import time
 import warnings
+from typing import Any
 
 import torch
 
@@ -21,7 +22,7 @@ from spd_lens import decompose
 from spd_lens.support import library_versions
 
 
-def paired_times(rounds: int, batch: int, pos: int, **sizes: int) -> tuple[list[float], list[float]]:
+def paired_times(rounds: int, batch: int, pos: int, **sizes: Any) -> tuple[list[float], list[float]]:
     """CPU seconds of the plain and the swapped model's forward, alternating which goes first."""
     from transformer_lens import HookedTransformer, HookedTransformerConfig
 

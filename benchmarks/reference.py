@@ -25,6 +25,11 @@ from torch.nn import functional as F
 class ReferenceGate(nn.Module):
     """Pre-activations `[... C]`; parameters by the library's names, those of vector gates as `[d_in C h]`."""
 
+    w_in: Tensor
+    b_in: Tensor
+    w_out: Tensor
+    b_out: Tensor
+
     def __init__(self, kind: str, parameters: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.kind = kind
@@ -89,6 +94,7 @@ class ReferenceLinear(nn.Module):
         activations = einops.einsum(x, V, "... d_in, d_in C -> ... C")
         y = einops.einsum(activations * self.masks.mask, U, "... C, C d_out -> ... d_out")
         if self.masks.delta is not None:
+            assert self.delta is not None
             unexplained = einops.einsum(x, self.delta, "... d_in, d_in d_out -> ... d_out")
             y = y + self.masks.delta.unsqueeze(-1) * unexplained
         if self.bias is not None:
@@ -207,7 +213,7 @@ class ReferenceStep:
             site.masks = masks.get(name)
 
     def _faithfulness(self) -> Tensor:
-        deltas = [site.delta for site in self.sites.values() if not site.tied]
+        deltas = [site.delta for site in self.sites.values() if not site.tied and site.delta is not None]
         return torch.stack([delta.square().sum() for delta in deltas]).sum() / sum(delta.numel() for delta in deltas)
 
     def _reconstruction(self, term: Any, inputs: Tensor, clean: Tensor, lower: Mapping[str, Tensor]) -> Tensor:
@@ -317,7 +323,8 @@ def replace_linears(model: nn.Module, paths: Mapping[str, str], decomposition: A
             V, U = nn.Parameter(start[f"{name}.V"].clone()), nn.Parameter(start[f"{name}.U"].clone())
         else:
             V, U = sites[tied_to].V, sites[tied_to].U
-        sites[name] = ReferenceLinear(model.get_submodule(path), V, U, gate, tied=tied_to is not None)
+        original: Any = model.get_submodule(path)
+        sites[name] = ReferenceLinear(original, V, U, gate, tied=tied_to is not None)
         parent, _, attribute = path.rpartition(".")
         setattr(model.get_submodule(parent), attribute, sites[name])
     return sites

@@ -62,6 +62,9 @@ class ReferenceBlock(nn.Module):
 class ReferenceTransformer(nn.Module):
     """What a HookedTransformer of the same weights computes; its modules have the names of the library's sites."""
 
+    W_E: Tensor
+    W_pos: Tensor
+
     def __init__(self, model: Any) -> None:
         super().__init__()
         cfg = model.cfg

@@ -24,7 +24,16 @@ if __package__ in (None, ""):  # run as a script
 
 from experiments.paper import EXPERIMENTS, Experiment, Report, Stage
 from experiments.reproduce import read_run, train_group
-from experiments.runs import RESULTS, WORK, accepted_targets, read_record, run_name, settings_hash, write_at_once
+from experiments.runs import (
+    RESULTS,
+    WORK,
+    accepted_targets,
+    has_tensors,
+    read_record,
+    run_name,
+    settings_hash,
+    write_at_once,
+)
 from spd_lens.support import format_table, library_versions
 from spd_lens.toys import TMSReport
 
@@ -150,8 +159,10 @@ def ablate(name: str, runs: int, *, results: Path, work: Path, reproduced: Path 
 
 
 def _finished(experiment: Experiment, settings: Mapping[str, Any], runs: int, directory: Path) -> list[Report]:
-    """The reports on the first `runs` runs in `directory`, if all of them are there and have these settings."""
+    """The reports on the first `runs` runs in `directory`, if all are there with their tensors and these settings."""
     paths = [directory / f"{run_name(i)}.json" for i in range(runs)]
+    if not all(has_tensors(directory, i) for i in range(runs)):
+        return []
     if not all(path.is_file() and read_record(path)["settings"] == settings for path in paths):
         return []
     return [experiment.report(read_run(experiment, directory, i)) for i in range(runs)]

@@ -29,6 +29,7 @@ from experiments.runs import (
     check_settings,
     cpu_hours,
     finished_runs,
+    has_tensors,
     measured_cpu,
     read_record,
     run_name,
@@ -37,6 +38,7 @@ from experiments.runs import (
     summary_of,
     write_at_once,
 )
+from experiments.tensor_files import read_run_tensors, write_run_tensors
 from spd_lens.baselines import (
     APD,
     APD_RESID_MLP_1,
@@ -47,7 +49,7 @@ from spd_lens.baselines import (
     apd_report,
     train_apd,
 )
-from spd_lens.support import format_table, library_versions, read_tensors, write_json, write_tensors
+from spd_lens.support import format_table, library_versions, write_json
 
 CRITERION = (
     "over alive components MMCS >= 0.99 and 0.95 <= ML2R <= 1.05, and exactly one active component per feature, of "
@@ -108,7 +110,7 @@ def run_apd(
     directory = results / name
     if not recompute:
         reproduce_apd(experiment, experiment.runs if seeds is None else seeds, results=directory, work=work)
-    return summarise_apd(experiment, directory)
+    return summarise_apd(experiment, directory, recompute=recompute)
 
 
 # -- training --------------------------------------------------------------------------------------------------------
@@ -146,7 +148,7 @@ def reproduce_apd(experiment: APDExperiment, runs: int, *, results: Path, work: 
                 "versions": library_versions(),
                 "command": " ".join(["python", *sys.argv]),
             }
-            write_tensors(results / f"{run_name(i)}.safetensors", tensors_of(apd))
+            write_run_tensors(results / f"{run_name(i)}.safetensors", tensors_of(apd))
             write_run(results, i, apd_report(apd), provenance)
 
 
@@ -175,7 +177,7 @@ def write_run(results: Path, i: int, report: APDReport, provenance: Mapping[str,
 def read_apd(experiment: APDExperiment, results: Path, i: int) -> APD:
     """The trained APD of run i, from its tensors and its seed."""
     seed = read_record(results / f"{run_name(i)}.json")["decomposition_seed"]
-    tensors = read_tensors(results / f"{run_name(i)}.safetensors")
+    tensors = read_run_tensors(results / f"{run_name(i)}.safetensors")
     model: Any = load_target(experiment.targets, below(tensors, "target|"))
     return APD(model, experiment.config.changed(seed=seed), below(tensors, "V|"), below(tensors, "U|"), [])
 
@@ -183,10 +185,11 @@ def read_apd(experiment: APDExperiment, results: Path, i: int) -> APD:
 # -- the table -------------------------------------------------------------------------------------------------------
 
 
-def summarise_apd(experiment: APDExperiment, results: Path) -> dict[str, Any]:
+def summarise_apd(experiment: APDExperiment, results: Path, *, recompute: bool = False) -> dict[str, Any]:
     """Recompute every run's metrics from its tensors, and write and return `summary.json`.
 
-    Means and standard deviations (over runs, with n - 1) are over all runs, failed ones too, and `..._of_found` over
+    Where the tensors of a run are not there its record counts as it stands; with `recompute` that is an error. Means
+    and standard deviations (over runs, with n - 1) are over all runs, failed ones too, and `..._of_found` over
     those that succeed but for length, with all c, which is what the published numbers seem to be. Raises ValueError if
     there is no run, or if the runs were made with other settings.
     """
@@ -194,8 +197,9 @@ def summarise_apd(experiment: APDExperiment, results: Path) -> dict[str, Any]:
     records = []
     for path in finished_runs(results):
         record = read_record(path)
-        report = apd_report(read_apd(experiment, results, record["run"]))
-        write_run(results, record["run"], report, {key: record[key] for key in PROVENANCE})
+        if recompute or has_tensors(results, record["run"]):
+            report = apd_report(read_apd(experiment, results, record["run"]))
+            write_run(results, record["run"], report, {key: record[key] for key in PROVENANCE})
         records.append(read_record(path))
     found = [record for record in records if record["success_but_for_length"]]
 

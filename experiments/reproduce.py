@@ -4,13 +4,14 @@ Run i decomposes the i-th accepted target (target seeds 0, 1, 2, ... in order; t
 with masks, data and initialisation from decomposition seed 1000 + i. Nothing is chosen by hand.
 
     runs/reproduce/            checkpoints and trained targets; a run that was killed continues from here
-    experiments/results/NAME/   run-000.json and run-000.safetensors for every run, summary.json, pictures
+    experiments/results/NAME/   run-000.json for every run, summary.json, pictures; run-000.safetensors and tensors.json
 
 MMCS and ML2R of a residual MLP are those of its `W_in`s over features, the mean over blocks; the summary also counts
-what is alive in every block. `spd_lens/known_solution.py` says what a success is.
+what is alive in every block. `spd_lens.toys` (`TMSReport`, `ResidMLPReport`) says what a success is.
 
 `--recompute` rebuilds every JSON, the table and the pictures from the safetensors alone: they hold the target's
-weights, U and V, the gates, and the importances on one-hot inputs.
+weights, U and V, the gates, and the importances on one-hot inputs. The repository keeps few of these files
+(`experiments/tensor_files.py`); the others are made again with `--results runs/again`.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from experiments.runs import (
     check_settings,
     cpu_hours,
     finished_runs,
+    has_tensors,
     measured_cpu,
     read_record,
     run_name,
@@ -51,8 +53,9 @@ from experiments.runs import (
     summary_of,
     write_at_once,
 )
+from experiments.tensor_files import read_run_tensors, write_run_tensors
 from spd_lens import Decomposition, train
-from spd_lens.support import format_table, library_versions, read_tensors, write_json, write_tensors
+from spd_lens.support import format_table, library_versions, write_json
 from spd_lens.toys import one_hot_inputs
 from spd_lens.training import train_many
 
@@ -80,8 +83,11 @@ def main(
     directory = results / experiment.name
     if not recompute:
         reproduce(experiment, experiment.runs if seeds is None else seeds, results=directory, work=work)
-    summary = summarise(experiment, directory)
-    save_figures(directory, read_run(experiment, directory, 0))
+    summary = summarise(experiment, directory, recompute=recompute)
+    if has_tensors(directory, 0) or recompute:
+        save_figures(directory, read_run(experiment, directory, 0))
+    else:
+        print(f"the pictures in {directory} are as they were: the tensors of run 0 are not there")
     print(table(summary))
 
 
@@ -183,7 +189,7 @@ def write_run(
     tensors = {f"target|{key}": tensor for key, tensor in target_tensors(target).items()}
     tensors |= {f"decomposition|{key}": t for key, t in decomposition.tensors().items()}
     tensors |= {f"importance|{key}": g for key, g in importances.items()}
-    write_tensors(results / f"{run_name(i)}.safetensors", tensors)
+    write_run_tensors(results / f"{run_name(i)}.safetensors", tensors)
     write_record(experiment, results, i, decomposition, provenance)
 
 
@@ -199,10 +205,11 @@ def write_record(
 def read_run(experiment: Experiment, results: Path, i: int) -> Decomposition:
     """The trained decomposition of run i, from its tensors alone.
 
-    Raises ValueError if the importances on one-hot inputs are no longer what was saved.
+    Raises ValueError if the importances on one-hot inputs are no longer what was saved, FileNotFoundError where the
+    tensors are not kept.
     """
     path = results / f"{run_name(i)}.safetensors"
-    tensors = read_tensors(path)
+    tensors = read_run_tensors(path)
     decomposition = experiment.decompose(load_target(experiment, below(tensors, "target|")), 0)
     decomposition.load_tensors(below(tensors, "decomposition|"))
     saved = below(tensors, "importance|")
@@ -216,16 +223,18 @@ def read_run(experiment: Experiment, results: Path, i: int) -> Decomposition:
 # -- the table -------------------------------------------------------------------------------------------------------
 
 
-def summarise(experiment: Experiment, results: Path) -> dict[str, Any]:
+def summarise(experiment: Experiment, results: Path, *, recompute: bool = False) -> dict[str, Any]:
     """Recompute every run's metrics from its tensors, and write and return `summary.json`.
 
-    Means and standard deviations (over runs, with n - 1) are over all runs, failed ones too.
+    Where the tensors of a run are not there its record counts as it stands; with `recompute` that is an error. Means
+    and standard deviations (over runs, with n - 1) are over all runs, failed ones too.
     """
     records = []
     for path in finished_runs(results):
         record = read_record(path)
-        provenance = {key: record[key] for key in PROVENANCE}
-        write_record(experiment, results, record["run"], read_run(experiment, results, record["run"]), provenance)
+        if recompute or has_tensors(results, record["run"]):
+            provenance = {key: record[key] for key in PROVENANCE}
+            write_record(experiment, results, record["run"], read_run(experiment, results, record["run"]), provenance)
         records.append(read_record(path))
     targets = json.loads((results / "targets.json").read_text(encoding="utf-8"))
     summary = summary_of(

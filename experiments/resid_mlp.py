@@ -158,7 +158,8 @@ def recruit(decomposition: Decomposition, data: SparseFeatures, seed: int) -> No
         chosen = unused[: len(taken)]
         weight.V[:, chosen] = unit[taken].T
         weight.U[chosen] = error[taken] / rows[taken].norm(dim=1, keepdim=True)
-        fresh = ScalarGate(*gate.w_in.shape, torch.Generator().manual_seed(seed + number))
+        C, width = gate.w_in.shape
+        fresh = ScalarGate(C, width, torch.Generator().manual_seed(seed + number))
         for own, first in zip(gate.parameters(), fresh.parameters(), strict=True):
             own[chosen] = first[chosen].to(own)
 

@@ -114,6 +114,11 @@ def run_name(i: int) -> str:
     return f"run-{i:03d}"
 
 
+def has_tensors(results: Path, i: int) -> bool:
+    """Whether the tensors of run i are there; few of them are kept in the repository."""
+    return (results / f"{run_name(i)}.safetensors").is_file()
+
+
 def read_record(path: Path) -> dict[str, Any]:
     """A run's JSON."""
     return json.loads(path.read_text(encoding="utf-8"))

@@ -21,6 +21,7 @@ import importlib.metadata
 import json
 import platform
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,9 @@ def fan_in(name: str, p: Tensor) -> int:
     return p.shape[0] * p.shape[1] if name == "W_O" else p.shape[-2]
 
 
-def last_logits(w: dict[str, Tensor], a: Int[Tensor, " batch"], b: Int[Tensor, " batch"]) -> Float[Tensor, "batch p"]:
+def last_logits(
+    w: Mapping[str, Tensor], a: Int[Tensor, " batch"], b: Int[Tensor, " batch"]
+) -> Float[Tensor, "batch p"]:
     """Return the logits at the last position of `[a, b, p]`."""
     equals = w["W_E"][P] + w["W_pos"][2]
     numbers = [w["W_E"][:P] + w["W_pos"][0], w["W_E"][:P] + w["W_pos"][1], equals[None]]
@@ -105,7 +108,7 @@ def last_logits(w: dict[str, Tensor], a: Int[Tensor, " batch"], b: Int[Tensor, "
         scores.append((torch.einsum("nd,hde,he->nh", x, w["W_K"], q) / q.shape[-1] ** 0.5)[row])
         values.append(torch.einsum("nd,hde->nhe", x, w["W_V"])[row])
     pattern = torch.stack(scores).softmax(0)
-    z = sum(share[..., None] * value for share, value in zip(pattern, values, strict=True))
+    z = (pattern[..., None] * torch.stack(values)).sum(0)
     residual = equals + z.flatten(1) @ w["W_O"].flatten(0, 1)
     residual = residual + torch.relu(residual @ w["W_in"] + w["b_in"]) @ w["W_out"]
     return residual @ w["W_U"]

@@ -15,14 +15,16 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 from torch import Tensor
 
 from spd_lens import (
+    Batch,
     Decomposition,
+    EvaluationReport,
     TokenBatches,
     cache_residuals,
     decompose_layer,
@@ -52,7 +54,7 @@ def main(
     run_directory = out / time.strftime("run-%Y%m%d-%H%M%S")
     heading("1. A real model and real text")
     # A bridge multiplies with the weights as they are stored; a HookedTransformer transposes them in every pass.
-    model = load_smollm2(host="bridge")
+    model: Any = load_smollm2(host="bridge")
     training = windows_of(model, load_moby_dick("train"), windows)
     held_out = windows_of(model, load_moby_dick("held_out"), 16)
     print(
@@ -120,7 +122,7 @@ def heading(text: str) -> None:
     print(f"\n=== {text}", flush=True)
 
 
-def windows_of(model: object, text: str, count: int) -> Tensor:
+def windows_of(model: Any, text: str, count: int) -> Tensor:
     """`count` windows of `CONTEXT` tokens, taken evenly over the text."""
     rows = pack_tokens([text], model.tokenizer, CONTEXT)
     return rows[torch.linspace(0, len(rows) - 1, count).long()]
@@ -129,12 +131,13 @@ def windows_of(model: object, text: str, count: int) -> Tensor:
 def without_first_position(batches: TokenBatches) -> Iterator[Batch]:
     """Hundreds of subcomponents fire on the first token of any window, which this model uses as an attention sink."""
     for batch in batches.once():
+        assert batch.tokens is not None
         counts = torch.ones_like(batch.tokens, dtype=torch.bool)
         counts[:, 0] = False
         yield replace(batch, position_mask=counts)
 
 
-def to_tokens(model: object, text: str) -> Tensor:
+def to_tokens(model: Any, text: str) -> Tensor:
     """Tokens `[1 pos]` without BOS: SmolLM2 was trained without one."""
     return model.to_tokens(text, prepend_bos=False)
 
@@ -144,15 +147,15 @@ def faster_precision() -> str:
     seconds = {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         a, b = torch.ones(256, 576, dtype=dtype), torch.ones(576, 4096, dtype=dtype)
-        a @ b
+        torch.mm(a, b)
         begun = time.perf_counter()
         for _ in range(10):
-            a @ b
+            torch.mm(a, b)
         seconds[name] = time.perf_counter() - begun
     return min(seconds, key=lambda name: seconds[name])
 
 
-def print_aims(report: object) -> None:
+def print_aims(report: EvaluationReport) -> None:
     """The three aims of this demo, reached or not."""
     worst = max(site.relative_faithfulness for site in report.sites.values())
     share = max(site.l0[0.01] / site.rank_bound for site in report.sites.values())
@@ -165,14 +168,14 @@ def print_aims(report: object) -> None:
         print(f"{'reached    ' if value < aim else 'not reached'}  {text}: {value:.3g} (aim: under {aim:g})")
 
 
-def print_contexts(model: object, site: str, harvested: SiteHarvest, ids: list[int]) -> None:
+def print_contexts(model: Any, site: str, harvested: SiteHarvest, ids: list[int]) -> None:
     for c in ids:
         print(f"{site} {c}: on at {harvested.firing_rate[c]:.1%} of positions")
         for example in harvested.examples(c)[:3]:
             print("   ", context(model, example))
 
 
-def context(model: object, example: Example) -> str:
+def context(model: Any, example: Example) -> str:
     """The tokens around an example on one line, with the one it fires on in [[brackets]]."""
     words = [model.tokenizer.decode([token]) for token in example.tokens]
     words[example.at] = f"[[{words[example.at]}]]"
