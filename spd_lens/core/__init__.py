@@ -25,14 +25,16 @@ from spd_lens.core.routing import Routing, route, sample_routing
 from spd_lens.core.saving import CONFIG, TENSORS
 from spd_lens.core.squashings import importance_of, lower_squash, upper_squash
 from spd_lens.core.subcomponents import InitKind, Subcomponents, relative_faithfulness
-from spd_lens.core.units import ALIVE_ABOVE, Unit, units_of
+from spd_lens.core.units import ALIVE_ABOVE, DELTA, WHOLE, Ids, Unit, unit_hooks, units_of
 
 __all__ = [
     "ALIVE_ABOVE",
     "CONFIG",
     "DEFAULT_WIDTH",
+    "DELTA",
     "MAX_OFFSET",
     "TENSORS",
+    "WHOLE",
     "AttentionGate",
     "CleanPass",
     "DecomposedWeight",
@@ -40,6 +42,7 @@ __all__ = [
     "Gate",
     "GateKind",
     "GlobalGate",
+    "Ids",
     "InitKind",
     "MaskKind",
     "ReadPoint",
@@ -63,6 +66,7 @@ __all__ = [
     "route",
     "sample_masks",
     "sample_routing",
+    "unit_hooks",
     "units_of",
     "upper_squash",
 ]

@@ -269,7 +269,7 @@ class DecomposedWeight(ReadPoint):
             coefficients = ((one if mask is None else mask) - (one if kept is None else kept)) * a
         else:
             coefficients = (patched if mask is None else mask * patched) - (a if kept is None else kept * a)
-        change = self._through_U(coefficients, y0)
+        change = self.through_U(coefficients, y0)
         if delta is not None:
             dense = self._dense_part(y0, x)
             weight = (1 - delta).expand(a.shape[:-1])
@@ -277,7 +277,7 @@ class DecomposedWeight(ReadPoint):
             change = change - weight * dense
         return change
 
-    def _through_U(self, coefficients: Float[Tensor, "*batch C"], y0: Tensor) -> Tensor:
+    def through_U(self, coefficients: Float[Tensor, "*batch C"], y0: Tensor) -> Tensor:
         """`coefficients @ U` in the shape of `y0`, which may have a head axis and repeat grouped heads."""
         U = self.U
         split_input = coefficients.ndim == y0.ndim

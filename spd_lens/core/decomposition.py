@@ -26,7 +26,7 @@ from spd_lens.core.saving import check_same_weights, read_decomposition, upload,
 from spd_lens.core.squashings import importance_of
 from spd_lens.core.subcomponents import relative_faithfulness, smallest_relative_error
 from spd_lens.core.swap import check_sites, swap_out, swap_sites
-from spd_lens.core.units import ALIVE_ABOVE
+from spd_lens.core.units import ALIVE_ABOVE, Unit, unit_hooks
 from spd_lens.hosts.host import Host
 from spd_lens.hosts.opening import open_host
 from spd_lens.support.names import near_names
@@ -202,16 +202,20 @@ class Decomposition(Mapping[str, DecomposedWeight]):
 
     # -- interventions: lists of TransformerLens hooks -----------------------------------------------------------
 
-    def ablate(self, subcomponents: Mapping[str, Iterable[int]]) -> HookList:
-        """Hooks that remove the named subcomponents: their mask is 0, all else (also the delta) stays.
+    def ablate(self, subcomponents: Mapping[str, Iterable[int] | int] | Unit | Sequence[Unit]) -> HookList:
+        """Hooks that remove the named subcomponents, or units: their mask is 0, all else (also the delta) stays.
 
         Use with `model.hooks(fwd_hooks=...)`; lists compose by addition, because every hook multiplies the mask
         that it receives.
         """
+        if not isinstance(subcomponents, Mapping):
+            return unit_hooks(self, subcomponents, keep=False)
         return [hook for name, ids in subcomponents.items() for hook in ablation_hooks(self[name], ids)]
 
-    def keep(self, subcomponents: Mapping[str, Iterable[int]]) -> HookList:
-        """Hooks that keep only the named subcomponents of each named site: all others and the delta are 0."""
+    def keep(self, subcomponents: Mapping[str, Iterable[int] | int] | Unit | Sequence[Unit]) -> HookList:
+        """Hooks that keep only the named subcomponents, or units, of each named site: all else there is 0."""
+        if not isinstance(subcomponents, Mapping):
+            return unit_hooks(self, subcomponents, keep=True)
         return [hook for name, ids in subcomponents.items() for hook in keeping_hooks(self[name], ids)]
 
     def mask(

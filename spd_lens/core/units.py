@@ -1,30 +1,62 @@
 """Units: "these subcomponents", the one vocabulary of masks, ablation, patching, circuits, graphs and edits.
 
-A *unit* is one subcomponent, or a group of them (over any sites) that is changed together."""
+A *unit* is one subcomponent, or a group of them (over any sites) that is changed together, everywhere or at some
+positions. Its label is `str(unit)`: `"blocks.0.mlp.W_in[3, 17] @5"`, or the name that it was given.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 from spd_lens.core.decomposed_weight import DecomposedWeight
-from spd_lens.core.interventions import checked_ids
+from spd_lens.core.interventions import HookList, checked_ids, delta_hooks
+from spd_lens.support.names import near_names
 
 # Importance above which a subcomponent counts as active.
 ALIVE_ABOVE = 0.01
 
-# What the public functions accept as `ids`; see `units_of`.
-Ids: TypeAlias = Mapping[str, Iterable[Any] | None] | Sequence[Mapping[str, Iterable[int]]] | None
+# Numbers of members that are no subcomponents: a site's delta `W - V U`, and a whole embedding or residual stream.
+# Attributions come from these too; they cannot be ablated or patched as subcomponents.
+DELTA = -1
+WHOLE = -2
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Subcomponents that are changed together, as `(site, id)` pairs; usually one."""
+    """Subcomponents that are changed together; usually one.
+
+    - `members`: `(site, id)` pairs.
+    - `positions`: where in the sequence; None: everywhere.
+    - `name`: what people call it. Units of equal members and positions are equal, whatever their names.
+
+    >>> str(Unit((("blocks.0.mlp.W_in", 3),), (5,)))
+    'blocks.0.mlp.W_in[3] @5'
+    """
 
     members: tuple[tuple[str, int], ...]
+    positions: tuple[int, ...] | None = None
+    name: str | None = field(default=None, compare=False)
+
+    @property
+    def site(self) -> str:
+        """The (first) member's site."""
+        return self.members[0][0]
+
+    @property
+    def id(self) -> int:
+        """The (first) member's id."""
+        return self.members[0][1]
+
+    @property
+    def position(self) -> int | None:
+        """The (first) position; None: everywhere."""
+        return None if self.positions is None else self.positions[0]
 
     def ids_at(self, site: str) -> list[int]:
         """Ids of this unit's subcomponents at `site`."""
@@ -35,63 +67,88 @@ class Unit:
         """The sites that this unit has subcomponents at, each once."""
         return tuple(dict.fromkeys(name for name, _ in self.members))
 
+    def at(self, *positions: int) -> Unit:
+        """The same subcomponents at these positions; `unit.at()` is everywhere."""
+        return replace(self, positions=positions or None)
+
+    @property
+    def label(self) -> str:
+        """The name, or the members, without positions."""
+        return self.name or " + ".join(_site_label(site, self.ids_at(site)) for site in self.sites)
+
     def __str__(self) -> str:
-        return " + ".join(f"{site}[{', '.join(map(str, self.ids_at(site)))}]" for site in self.sites)
+        where = "" if self.positions is None else f" @{', '.join(map(str, self.positions))}"
+        return self.label + where
+
+
+def _site_label(site: str, ids: Sequence[int]) -> str:
+    return site if WHOLE in ids else f"{site}[{', '.join('delta' if c == DELTA else str(c) for c in ids)}]"
+
+
+# What the public functions accept as `ids`; see `units_of`.
+Ids: TypeAlias = Mapping[str, Any] | Unit | Sequence[Unit | Mapping[str, Iterable[int] | int]] | None
 
 
 def units_of(decomposition: Mapping[str, DecomposedWeight], ids: Ids) -> tuple[Unit, ...]:
     """The units that `ids` names.
 
     - None: every subcomponent of every site, one by one.
-    - `{site: [3, 17]}`: these, one by one; `{site: None}`: all of that site, one by one.
+    - `{site: [3, 17]}`: these, one by one; `{site: 3}`: this one; `{site: None}`: all of that site, one by one.
     - `{site: [[3, 4], [17]]}`: groups at one site.
     - `[{site: [3, 4], other: [0]}, ...]`: groups over sites.
+    - a `Unit`, or a list of units (a circuit's `units`, for example), also mixed with groups.
 
     Raises ValueError for unknown sites (near names), ids outside 0..C-1, empty and repeated units; TypeError for ids
     that are not integers.
     """
     if ids is None:
         ids = dict.fromkeys(decomposition)
-    groups: list[list[tuple[str, int]]] = []
+    units: list[Unit] = []
     if isinstance(ids, Mapping):
         for site, chosen in ids.items():
             check_site(decomposition, site)
             count = decomposition[site].n_subcomponents
             for item in range(count) if chosen is None else _listed(site, chosen):
                 single = not isinstance(item, Iterable) or (isinstance(item, Tensor) and item.ndim == 0)
-                group: Any = [item] if single else item
-                groups.append(_members(decomposition, {site: group}))
+                units.append(Unit(_members(decomposition, {site: [item] if single else item})))
+    elif isinstance(ids, (str, int, Tensor)) or not isinstance(ids, (Unit, Iterable)):
+        raise TypeError(f"ids is {ids!r}; expected {{site: ids}}, a Unit, or a list of units or groups {{site: ids}}")
     else:
-        for group in ids:
-            if not isinstance(group, Mapping):
-                raise TypeError(
-                    f"ids holds a {type(group).__name__}; expected {{site: ids}}, or a list of such groups "
-                    "{site: ids, other site: ids}"
-                )
-            groups.append(_members(decomposition, group))
-    if not groups:
+        units = [_unit(decomposition, group) for group in ([ids] if isinstance(ids, Unit) else ids)]
+    if not units:
         raise ValueError("ids names no subcomponent at all; give at least one, or None for all of them")
-    units = [Unit(tuple(group)) for group in groups]
-    seen: set[frozenset[tuple[str, int]]] = set()
+    seen: set[Any] = set()
     for unit in units:
-        if frozenset(unit.members) in seen:
+        key = (frozenset(unit.members), unit.positions)
+        if key in seen:
             raise ValueError(f"{unit} is named twice; name every unit once")
-        seen.add(frozenset(unit.members))
+        seen.add(key)
     return tuple(units)
 
 
+def _unit(decomposition: Mapping[str, DecomposedWeight], group: Any) -> Unit:
+    if isinstance(group, Unit):
+        members = _members(decomposition, {site: group.ids_at(site) for site in group.sites})
+        return replace(group, members=members)
+    if isinstance(group, Mapping):
+        return Unit(_members(decomposition, group))
+    raise TypeError(
+        f"ids holds a {type(group).__name__}; expected {{site: ids}}, or a list of units or of groups "
+        "{site: ids, other site: ids}"
+    )
+
+
 def _listed(site: str, chosen: Any) -> list[Any]:
-    if isinstance(chosen, (str, Mapping)) or not isinstance(chosen, Iterable):
+    if isinstance(chosen, (str, Mapping)):
         raise TypeError(
-            f"ids[{site!r}] is {chosen!r}; expected a list of integers (one unit each), a list of lists (groups), or "
-            "None for all"
+            f"ids[{site!r}] is {chosen!r}; expected integers (one unit each), a list of lists (groups), or None for all"
         )
+    if not isinstance(chosen, Iterable) or (isinstance(chosen, Tensor) and chosen.ndim == 0):
+        return [chosen]
     return list(chosen)
 
 
-def _members(
-    decomposition: Mapping[str, DecomposedWeight], group: Mapping[str, Iterable[int]]
-) -> list[tuple[str, int]]:
+def _members(decomposition: Mapping[str, DecomposedWeight], group: Mapping[str, Any]) -> tuple[tuple[str, int], ...]:
     members = []
     for site, chosen in group.items():
         check_site(decomposition, site)
@@ -101,11 +158,42 @@ def _members(
         members += [(site, c) for c in sorted(checked)]
     if not members:
         raise ValueError("a group of ids is empty; a unit needs at least one subcomponent")
-    return members
+    return tuple(members)
 
 
 def check_site(decomposition: Mapping[str, DecomposedWeight], site: Any) -> None:
+    """Raise ValueError, with near names, unless `site` is decomposed."""
     if site not in decomposition:
-        from spd_lens.support.names import near_names
-
         raise ValueError(f"no decomposed site {site!r}; near: {near_names(str(site), decomposition)}")
+
+
+# -- masks -----------------------------------------------------------------------------------------------------------
+
+
+def unit_hooks(decomposition: Mapping[str, DecomposedWeight], units: Unit | Sequence[Unit], *, keep: bool) -> HookList:
+    """Hooks whose masks are 0 for the units (`keep`: for everything but them at their sites, the deltas included)."""
+    checked = units_of(decomposition, units)
+    hooks: HookList = []
+    for site in dict.fromkeys(site for unit in checked for site in unit.sites):
+        cells = [(unit.positions, unit.ids_at(site)) for unit in checked if site in unit.sites]
+        weight = decomposition[site]
+        hooks.append((weight.site.point_names()[2], partial(_mask_cells, cells=cells, keep=keep)))
+        hooks += delta_hooks(weight, 0.0) if keep else []
+    return hooks
+
+
+def _mask_cells(mask: Tensor, hook: Any, *, cells: Sequence[tuple[Any, list[int]]], keep: bool) -> Tensor:
+    """Hook: the mask `[batch pos .. C]` times 0 (1 with `keep`) at the cells, times the other elsewhere."""
+    factor = torch.zeros_like(mask) if keep else torch.ones_like(mask)
+    for positions, ids in cells:
+        if positions is None:
+            factor[..., ids] = float(keep)
+            continue
+        if mask.ndim < 3 or max(positions) >= mask.shape[1] or min(positions) < -mask.shape[1]:
+            raise ValueError(
+                f"a unit at positions {list(positions)}, but {hook.name} is {tuple(mask.shape)} in this pass; expected "
+                "[batch pos C] with these positions (generation with a key-value cache sees one position at a time)"
+            )
+        for position in positions:
+            factor[:, position, ..., ids] = float(keep)
+    return mask * factor

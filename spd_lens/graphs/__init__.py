@@ -6,13 +6,13 @@ from spd_lens.graphs.of_dataset import dataset_graph
 from spd_lens.graphs.of_prompt import attribution_graph
 from spd_lens.graphs.page import Context
 from spd_lens.graphs.pruning import influences, prune
-from spd_lens.graphs.readouts import Target
+from spd_lens.graphs.readouts import Readout
 
 __all__ = [
     "AttributionCheck",
     "AttributionGraph",
     "Context",
-    "Target",
+    "Readout",
     "attribution_graph",
     "dataset_graph",
     "influences",

@@ -1,6 +1,6 @@
 """One forward pass through which gradients take direct paths only.
 
-A *source* is what an attribution can come from:
+An *origin* is what an attribution can come from:
 
 - `("subcomponent", site)`: the activations `a [pos C]` of a site's subcomponents;
 - `("delta", site)`: the site's delta output `x @ (W - V U)`, one vector per position (where the delta is frozen);
@@ -9,7 +9,9 @@ A *source* is what an attribution can come from:
   one: "blocks.L input", the residual stream that enters it; no block before it is run, so that what is not decomposed
   there bends no path.
 
-`direct_pass` runs the target with every source made a constant plus a leaf that collects gradients (C1): the gradient
+A *sender* is one entry of an origin, a `Unit` at a position: a subcomponent, a site's `DELTA`, or a `WHOLE` embedding.
+
+`direct_pass` runs the target with every origin made a constant plus a leaf that collects gradients (C1): the gradient
 of an activation stops at the first subcomponents that it meets.
 
 What the direct path contains is as in `spd_lens.patching.path`: the residual stream, non-linearities inside an MLP,
@@ -21,25 +23,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
 from spd_lens.core.decomposition import Decomposition
-from spd_lens.patching.frozen import Frozen, output_names
+from spd_lens.core.interventions import HookList
+from spd_lens.core.units import DELTA, WHOLE, Unit
+from spd_lens.patching.frozen import Frozen, in_output_shape, output_names
+from spd_lens.patching.hooks import detach, probe
 
-Source: TypeAlias = tuple[str, str]
+Origin: TypeAlias = tuple[str, str]
 
 
-class Place(NamedTuple):
-    """One source at one position; `subcomponent` is -1 for a delta or an embedding."""
+def origin_of(sender: Unit) -> Origin:
+    """The origin that a sender is an entry of."""
+    return ({DELTA: "delta", WHOLE: "embedding"}.get(sender.id, "subcomponent"), sender.site)
 
-    source: Source
-    subcomponent: int
-    position: int
+
+def sender_of(origin: Origin, subcomponent: int, position: int | None) -> Unit:
+    """The sender at a position (None: whatever the position); `subcomponent` counts for subcomponents alone."""
+    kind, site = origin
+    number = {"delta": DELTA, "embedding": WHOLE}.get(kind, subcomponent)
+    return Unit(((site, number),), None if position is None else (position,))
 
 
 @dataclass
@@ -54,29 +62,29 @@ class DirectPass:
     n_copies: int
     activations: dict[str, Tensor] = field(default_factory=dict)
     clean: dict[str, Tensor] = field(default_factory=dict)
-    leaves: dict[Source, Tensor] = field(default_factory=dict)
+    leaves: dict[Origin, Tensor] = field(default_factory=dict)
     output: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def copies(self, value: Tensor) -> Tensor:
         """`[(copy batch) ...]` as `[copy batch ...]`."""
         return value.unflatten(0, (self.n_copies, -1))
 
-    def attributions(self, values: Sequence[Tensor]) -> dict[Source, Tensor]:
-        """`(d values[i] / d s) * s` for every source s, from one backward pass.
+    def attributions(self, values: Sequence[Tensor]) -> dict[Origin, Tensor]:
+        """`(d values[i] / d s) * s` for every origin s, from one backward pass.
 
         `values[i]` is a scalar that was computed from copy i alone. Result: `[copy batch pos C]` for subcomponents,
-        `[copy batch pos]` for deltas and embeddings; sources that reach none of the values are left out.
+        `[copy batch pos]` for deltas and embeddings; origins that reach none of the values are left out.
         """
         total = torch.stack([value.sum() for value in values]).sum()
         if not total.requires_grad:
             return {}
         gradients = torch.autograd.grad(total, list(self.leaves.values()), retain_graph=True, allow_unused=True)
         found = {}
-        for source, gradient in zip(self.leaves, gradients, strict=True):
+        for origin, gradient in zip(self.leaves, gradients, strict=True):
             if gradient is not None:
-                kind, site = source
+                kind, site = origin
                 product = self.copies(gradient)
-                found[source] = product * self.clean[site] if kind == "subcomponent" else product
+                found[origin] = product * self.clean[site] if kind == "subcomponent" else product
         return found
 
 
@@ -93,20 +101,24 @@ def direct_pass(
     host, found, start = decomposition.host, DirectPass(n_copies), start_of(decomposition, tokens)
     deltas = {} if total or not frozen.delta else delta_outputs(decomposition, tokens)
     outputs = output_names(decomposition)
-    hooks: list[tuple[str, Any]] = []
+    hooks: HookList = []
     for site, weight in decomposition.items():
-        cut = "through" if total else "output" if frozen.delta else "activation"
-        hooks.append((weight.site.point_names()[0], partial(_read_acts, site=site, found=found, cut=cut)))
+        acts = weight.site.point_names()[0]
+        hooks.append((acts, partial(_read_acts, site=site, found=found)))
         if site in deltas:
             writes = partial(_write_output, site=site, found=found, U=weight.U.detach(), delta=deltas[site])
             hooks.append((outputs[site], writes))
+            continue
+        # With the activation cut alone, M2 lets the gradient by x pass through W - V U: the delta is live.
+        hooks += [] if total else [(acts, detach())]
+        hooks.append((acts, probe(found.leaves, ("subcomponent", site))))
     for what, name in start.points.items():
-        hooks.append((name, partial(_scale_leaf, source=("embedding", what), found=found)))
-    hooks += [(name, _detach) for name in host.frozen_points(attention=frozen.attention, norms=frozen.norms)]
+        hooks.append((name, partial(_scale_leaf, origin=("embedding", what), found=found)))
+    hooks += [(name, detach()) for name in host.frozen_points(attention=frozen.attention, norms=frozen.norms)]
     with torch.enable_grad(), host.quiet_edits(), decomposition.model.hooks(fwd_hooks=hooks):
         rows = start.rows(n_copies)
         if start.block is not None:
-            rows = _scale_leaf(rows, None, source=("embedding", start.name), found=found)
+            rows = _scale_leaf(rows, None, origin=("embedding", start.name), found=found)
         found.output = start.run(decomposition, rows)
     return found
 
@@ -125,7 +137,7 @@ class Start:
 
     @property
     def name(self) -> str:
-        """What the residual stream is called as a source."""
+        """What the residual stream is called as an origin."""
         return f"blocks.{self.block} input"
 
     def rows(self, n_copies: int) -> Tensor:
@@ -171,28 +183,13 @@ def check_whole_input(site: str, x: Tensor) -> None:
         )
 
 
-def in_output_shape(flat: Float[Tensor, "*batch d_out"], y: Tensor) -> Tensor:
-    """A flat output in the shape of `y`, which may have a head axis and repeat grouped heads."""
-    if flat.shape[-1] == y.shape[-1] and flat.ndim == y.ndim:
-        return flat
-    by_head = rearrange(flat, "... (head d_head) -> ... head d_head", d_head=y.shape[-1])
-    repeats = y.shape[-2] // by_head.shape[-2]
-    return by_head if repeats == 1 else by_head.repeat_interleave(repeats, dim=-2)
-
-
 # -- hooks of the direct pass -----------------------------------------------------------------------------------------
 
 
-def _read_acts(acts: Tensor, hook: Any, *, site: str, found: DirectPass, cut: str) -> Tensor | None:
+def _read_acts(acts: Tensor, hook: Any, *, site: str, found: DirectPass) -> None:
     check_whole_input(site, acts)
     found.activations[site] = acts
     found.clean[site] = found.copies(acts.detach())[0]
-    if cut == "output":
-        return None
-    leaf = torch.zeros_like(acts, requires_grad=True)
-    found.leaves["subcomponent", site] = leaf
-    # With the activation cut alone, M2 lets the gradient by x pass through W - V U: the delta is live.
-    return (acts if cut == "through" else acts.detach()) + leaf
 
 
 def _write_output(y: Tensor, hook: Any, *, site: str, found: DirectPass, U: Tensor, delta: Tensor) -> Tensor:
@@ -204,11 +201,7 @@ def _write_output(y: Tensor, hook: Any, *, site: str, found: DirectPass, U: Tens
     return y.detach() + in_output_shape(leaf @ U + own, y).to(y.dtype)
 
 
-def _scale_leaf(value: Tensor, hook: Any, *, source: Source, found: DirectPass) -> Tensor:
+def _scale_leaf(value: Tensor, hook: Any, *, origin: Origin, found: DirectPass) -> Tensor:
     share = value.new_zeros(value.shape[:2], requires_grad=True)
-    found.leaves[source] = share
+    found.leaves[origin] = share
     return value.detach() * (1 + share.unsqueeze(-1))
-
-
-def _detach(value: Tensor, hook: Any) -> Tensor:
-    return value.detach()

@@ -29,8 +29,8 @@ class AttributionGraph:
     """An attribution graph with its check.
 
     - `graph`: a `networkx.DiGraph` with plain strings and numbers as attributes. Edges have `weight` (signed), and in
-      data-set graphs `absolute`. Nodes have `kind` ("subcomponent", "delta", "embedding", "target"), `label`, `site`,
-      `subcomponent`, `position`, `token`, `row` (0 embeddings, then sites in running order, last targets),
+      data-set graphs `absolute`. Nodes have `kind` ("subcomponent", "delta", "embedding", "readout"), `label`, `site`,
+      `subcomponent`, `position`, `token`, `row` (0 embeddings, then sites in running order, last readouts),
       `activation`, `importance`, and as receivers `from_unshown`: the sum of attributions from subcomponents that are
       not in the graph.
     - `tokens`: the prompt as strings (empty for data-set graphs). `settings`: what the graph was made with.
@@ -55,17 +55,17 @@ class AttributionGraph:
         return node["label"] if node["position"] is None else f"{node['label']} @{node['position']}"
 
     def prune(self, node_threshold: float = 0.8, edge_threshold: float = 0.98) -> AttributionGraph:
-        """The part of the graph that has these shares of all influence on the targets (see `spd_lens.graphs.pruning`).
+        """The part of the graph that has these shares of all influence on the readouts (see `spd_lens.graphs.pruning`).
 
         What a kept receiver had from dropped subcomponents is added to its `from_unshown`. The check stays that of the
-        whole graph, which was sampled from edges that may have gone. Raises ValueError for a graph without targets.
+        whole graph, which was sampled from edges that may have gone. Raises ValueError for a graph without readouts.
         """
-        names, weights, target_weights = self._matrix()
+        names, weights, readout_weights = self._matrix()
         kinds = [self.graph.nodes[name]["kind"] for name in names]
         pruned = prune(
             weights,
-            target_weights,
-            always_kept=np.array([kind in ("target", "embedding") for kind in kinds]),
+            readout_weights,
+            always_kept=np.array([kind in ("readout", "embedding") for kind in kinds]),
             needs_input=np.array([kind == "subcomponent" for kind in kinds]),
             node_threshold=node_threshold,
             edge_threshold=edge_threshold,
@@ -83,9 +83,9 @@ class AttributionGraph:
         return AttributionGraph(graph, self.check, self.tokens, settings)
 
     def influence(self) -> dict[str, float]:
-        """Every node's influence on the targets (see `spd_lens.graphs.pruning`)."""
-        names, weights, target_weights = self._matrix()
-        return dict(zip(names, influences(weights, target_weights).tolist(), strict=True))
+        """Every node's influence on the readouts (see `spd_lens.graphs.pruning`)."""
+        names, weights, readout_weights = self._matrix()
+        return dict(zip(names, influences(weights, readout_weights).tolist(), strict=True))
 
     def _matrix(self) -> tuple[list[str], np.ndarray, np.ndarray]:
         names = list(self.graph.nodes)
@@ -93,12 +93,12 @@ class AttributionGraph:
         weights = np.zeros((len(names), len(names)))
         for s, t, data in self.graph.edges(data=True):
             weights[order[t], order[s]] = edge_size(data)
-        target_weights = np.array([self.graph.nodes[name].get("target_weight") or 0.0 for name in names])
-        if not target_weights.any():
+        readout_weights = np.array([self.graph.nodes[name].get("readout_weight") or 0.0 for name in names])
+        if not readout_weights.any():
             raise ValueError(
-                "this graph has no target, so nothing has influence on one; give targets (or a metric) when it is made"
+                "this graph has no readout, so nothing has influence on one; give readouts (or a metric) when making it"
             )
-        return names, weights, target_weights
+        return names, weights, readout_weights
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
@@ -107,11 +107,16 @@ class AttributionGraph:
         path = Path(path)
         content = GraphFile(self.graph, self.tokens, self.settings, _check_dict(self.check))
         cumulative = {}
-        if any(data["kind"] == "target" for _, data in self.graph.nodes(data=True)):
-            names, weights, target_weights = self._matrix()
+        if any(data["kind"] == "readout" for _, data in self.graph.nodes(data=True)):
+            names, weights, readout_weights = self._matrix()
             nobody = np.zeros(len(names), dtype=bool)
             everything = prune(
-                weights, target_weights, always_kept=~nobody, needs_input=nobody, node_threshold=1.0, edge_threshold=1.0
+                weights,
+                readout_weights,
+                always_kept=~nobody,
+                needs_input=nobody,
+                node_threshold=1.0,
+                edge_threshold=1.0,
             )
             cumulative = dict(zip(names, everything.cumulative.tolist(), strict=True))
         return write_graph(path, content, slug=slug or path.stem, cumulative=cumulative)

@@ -8,6 +8,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from spd_lens.core.decomposition import Decomposition
+from spd_lens.core.units import Unit
+from spd_lens.graphs.direct_pass import origin_of
 
 # Entries of the activations, outputs and logits of one pass over several copies: 128 MB in float32.
 _ENTRIES_PER_PASS = 2**25
@@ -32,32 +34,37 @@ def above_rounding(weights: Float[Tensor, "receiver sender"], eps: float) -> Boo
     return weights.abs() > 16 * eps * weights.abs().sum(1, keepdim=True)
 
 
-def node_name(kind: str, site: str, subcomponent: int, position: int | None) -> str:
-    """The key of a node: `"blocks.0.mlp.W_in[3] @5"`, `"blocks.0.mlp.W_in delta @5"`, `"embed @5"`."""
-    what = {"subcomponent": f"{site}[{subcomponent}]", "delta": f"{site} delta"}.get(kind, site)
-    return what if position is None else f"{what} @{position}"
+def node_attributes(sender: Unit, row: int, token: str | None) -> dict[str, Any]:
+    """The attributes of the node of a sender, whose name is `str(sender)`; those that do not apply are None."""
+    (kind, site), below = origin_of(sender), {"embed": "token embedding", "pos_embed": "position embedding"}
+    label = sender.label
+    if kind == "embedding":
+        label = below.get(site, f"residual stream into {site.removesuffix(' input')}")
+    number = sender.id if kind == "subcomponent" else -2 if site == "pos_embed" else -1
+    return _attributes(kind, label, site, number, sender.position, row, token)
 
 
-def node_attributes(
-    kind: str, site: str, subcomponent: int, position: int | None, row: int, token: str | None
+def readout_attributes(number: int, position: int | None, row: int, token: str | None) -> dict[str, Any]:
+    """The attributes of the node of a readout; its label is still to be given."""
+    return _attributes("readout", "", "", number, position, row, token)
+
+
+def _attributes(
+    kind: str, label: str, site: str, number: int, position: int | None, row: int, token: str | None
 ) -> dict[str, Any]:
-    """The attributes that every node has; those that do not apply are None."""
-    labels = {"subcomponent": f"{site} {subcomponent}", "delta": f"delta of {site}"}
-    below = {"embed": "token embedding", "pos_embed": "position embedding"}
-    label = labels.get(kind, below.get(site, f"residual stream into {site.removesuffix(' input')}"))
     return {
         "kind": kind,
         "label": label,
         "site": site,
-        "subcomponent": subcomponent if kind == "subcomponent" else -1,
-        # Keeps public ids apart: the token of a target, -1 for a delta, -2 for the position embedding.
-        "number": {"subcomponent": subcomponent, "target": subcomponent}.get(kind, -2 if site == "pos_embed" else -1),
+        "subcomponent": number if kind == "subcomponent" else -1,
+        # Keeps public ids apart: the token of a readout, -1 for a delta, -2 for the position embedding.
+        "number": number,
         "position": position,
         "token": token,
         "row": row,
         "activation": None,
         "importance": None,
         "probability": None,
-        "target_weight": None,
+        "readout_weight": None,
         "from_unshown": None,
     }

@@ -27,12 +27,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from spd_lens.core.decomposition import Decomposition
+from spd_lens.core.units import Unit
 from spd_lens.data.batches import as_batch
-from spd_lens.graphs.check import AttributionCheck, Reading, measured, sampled
-from spd_lens.graphs.direct_pass import DirectPass, Place, Source, direct_pass
+from spd_lens.graphs.check import AttributionCheck, Reading, measured
+from spd_lens.graphs.direct_pass import DirectPass, Origin, direct_pass, origin_of, sender_of
 from spd_lens.graphs.graph import AttributionGraph
-from spd_lens.graphs.nodes import above_rounding, copies_per_pass, node_attributes, node_name
-from spd_lens.graphs.removals import Drop, Targets
+from spd_lens.graphs.nodes import above_rounding, copies_per_pass, node_attributes, readout_attributes
+from spd_lens.graphs.removals import Drop, Readouts
+from spd_lens.patching.agreement import sampled
 from spd_lens.patching.arguments import Metric, check_input
 from spd_lens.patching.frozen import Frozen
 
@@ -68,7 +70,7 @@ def dataset_graph(
     the sum of `|a_c| |U_c|` over positions where their importance is above `importance_above` (None: over all
     positions), divided by that of the site. `settings["left_out"]` counts the others that are active. Besides
     them one node for the delta of every site, one for every kind of embedding that is not decomposed, and with
-    `metric` (logits -> one number per row, `[batch]`) one target.
+    `metric` (logits -> one number per row, `[batch]`) one readout.
 
     The check samples edges, and for each of them one prompt and position in the first batch at which the sender is
     important; there the sender is removed for real, and the fall of the receiver's important activations is compared
@@ -81,19 +83,19 @@ def dataset_graph(
         raise ValueError(f"max_nodes={max_nodes}; expected at least 1")
     data = _read(decomposition, batches, max_batches, importance_above)
     kept, left_out = _largest_writers(decomposition, data, max_nodes)
-    targets = [] if metric is None else [_summed(metric)]
+    readouts = [] if metric is None else [_summed(metric)]
     sums = None
-    n_receivers = sum(map(len, kept.values())) + len(targets)
+    n_receivers = sum(map(len, kept.values())) + len(readouts)
     with tqdm(total=len(data) * n_receivers, desc="data-set graph", leave=False, delay=2) as progress:
         for batch in data:
             n_copies = copies_per_pass(decomposition, batch.tokens, per_pass, n_receivers)
             whole = direct_pass(decomposition, batch.tokens, n_copies, frozen)
-            sums = sums or _Sums(whole, kept, len(targets))
-            sums.add(whole, batch, targets, progress)
+            sums = sums or _Sums(whole, kept, len(readouts))
+            sums.add(whole, batch, readouts, progress)
     assert sums is not None
     n_positions = sum(int(batch.counts.sum()) for batch in data)
     graph, edges, strengths = sums.graph(decomposition, data, n_positions)
-    check = _check(decomposition, data[0], sums, edges, strengths, targets, frozen, n_checked, generator)
+    check = _check(decomposition, data[0], sums, edges, strengths, readouts, frozen, n_checked, generator)
     settings = {
         "model": decomposition.host.provenance().model_name,
         "importance_above": importance_above,
@@ -109,8 +111,8 @@ def dataset_graph(
 
 def _read(decomposition: Decomposition, batches: Iterable[Any], max_batches: int, above: float | None) -> list[_Batch]:
     found = []
-    source = batches.once() if hasattr(batches, "once") else batches  # pyright: ignore[reportAttributeAccessIssue]
-    for item in islice(source, max_batches):
+    once = batches.once() if hasattr(batches, "once") else batches  # pyright: ignore[reportAttributeAccessIssue]
+    for item in islice(once, max_batches):
         batch = as_batch(item).to(decomposition.device)
         tokens = batch.inputs
         if batch.start_at is not None or tokens.is_floating_point() or tokens.ndim != 2:
@@ -176,46 +178,45 @@ def _summed(metric: Metric) -> Any:
 class _Sums:
     """Sums of B and |B| over positions, `[receiver sender]`."""
 
-    def __init__(self, whole: DirectPass, kept: Kept, n_targets: int) -> None:
+    def __init__(self, whole: DirectPass, kept: Kept, n_readouts: int) -> None:
         self.sites = list(whole.activations)
         self.receivers = [(site, c) for site in self.sites for c in kept[site]]
-        fixed = [source for source in whole.leaves if source[0] != "subcomponent"]
-        self.senders: list[tuple[Source, int]] = [(("subcomponent", site), c) for site, c in self.receivers]
-        self.senders += [(source, -1) for source in fixed]
-        self.n_targets = n_targets
+        self.senders = [Unit(((site, c),)) for site, c in self.receivers]
+        self.senders += [sender_of(origin, 0, None) for origin in whole.leaves if origin[0] != "subcomponent"]
+        self.n_readouts = n_readouts
         self.eps = max(torch.finfo(a.dtype).eps for a in whole.activations.values())
-        shape = (len(self.receivers) + n_targets, len(self.senders))
+        shape = (len(self.receivers) + n_readouts, len(self.senders))
         self.signed, self.absolute = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
 
-    def add(self, whole: DirectPass, batch: _Batch, targets: Targets, progress: tqdm) -> None:
+    def add(self, whole: DirectPass, batch: _Batch, readouts: Readouts, progress: tqdm) -> None:
         """Add one batch."""
-        n = len(self.receivers) + self.n_targets
+        n = len(self.receivers) + self.n_readouts
         for first in range(0, n, whole.n_copies):
             numbers = range(first, min(first + whole.n_copies, n))
-            values = [self.value(whole, batch, targets, r, k) for k, r in enumerate(numbers)]
+            values = [self.value(whole, batch, readouts, r, k) for k, r in enumerate(numbers)]
             for columns, terms in self.terms(whole.attributions(values), batch):
                 rows = slice(first, numbers.stop)
                 self.signed[rows, columns] += terms[: len(numbers)].double().sum((1, 2)).cpu()
                 self.absolute[rows, columns] += terms[: len(numbers)].double().abs().sum((1, 2)).cpu()
             progress.update(len(numbers))
 
-    def value(self, whole: DirectPass, batch: _Batch, targets: Targets, receiver: int, copy: int) -> Tensor:
+    def value(self, whole: DirectPass, batch: _Batch, readouts: Readouts, receiver: int, copy: int) -> Tensor:
         """The receiver's important activations, summed over prompts and positions, in one copy of the batch."""
         if receiver >= len(self.receivers):
-            return targets[receiver - len(self.receivers)](whole.copies(whole.output)[copy])
+            return readouts[receiver - len(self.receivers)](whole.copies(whole.output)[copy])
         site, c = self.receivers[receiver]
         return (whole.copies(whole.activations[site])[copy, ..., c] * batch.important[site][..., c]).sum()
 
-    def terms(self, found: dict[Source, Tensor], batch: _Batch) -> list[tuple[list[int], Tensor]]:
-        """B as `[copy batch pos sender]`, with the numbers of these senders, for every source."""
+    def terms(self, found: dict[Origin, Tensor], batch: _Batch) -> list[tuple[list[int], Tensor]]:
+        """B as `[copy batch pos sender]`, with the numbers of these senders, for every origin."""
         result = []
-        for source, values in found.items():
-            columns = [i for i, sender in enumerate(self.senders) if sender[0] == source]
+        for origin, values in found.items():
+            columns = [i for i, sender in enumerate(self.senders) if origin_of(sender) == origin]
             if not columns:
                 continue
-            if source[0] == "subcomponent":
-                ids = [self.senders[i][1] for i in columns]
-                result.append((columns, (values * batch.important[source[1]])[..., ids]))
+            if origin[0] == "subcomponent":
+                ids = [self.senders[i].id for i in columns]
+                result.append((columns, (values * batch.important[origin[1]])[..., ids]))
             else:
                 result.append((columns, (values * batch.counts).unsqueeze(-1)))
         return result
@@ -228,17 +229,17 @@ class _Sums:
 
         graph, row = nx.DiGraph(), {site: i + 1 for i, site in enumerate(self.sites)}
         names = []
-        for (kind, site), c in self.senders:
-            node = node_attributes(kind, site, c, None, row.get(site, 0), None)
-            if kind == "subcomponent":
-                fires = sum(int(batch.important[site][..., c].sum()) for batch in data)
+        for sender in self.senders:
+            node = node_attributes(sender, row.get(sender.site, 0), None)
+            if node["kind"] == "subcomponent":
+                fires = sum(int(batch.important[sender.site][..., sender.id].sum()) for batch in data)
                 node["firing_rate"] = fires / n_positions
-            names.append(node_name(kind, site, c, None))
+            names.append(str(sender))
             graph.add_node(names[-1], **node)
-        for j in range(self.n_targets):
-            node = node_attributes("target", "", -1 - j, None, len(row) + 1, None)
-            graph.add_node("target", **{**node, "label": "metric", "target_weight": 1.0})
-        receivers = names[: len(self.receivers)] + ["target"] * self.n_targets
+        for j in range(self.n_readouts):
+            node = readout_attributes(-1 - j, None, len(row) + 1, None)
+            graph.add_node("readout", **{**node, "label": "metric", "readout_weight": 1.0})
+        receivers = names[: len(self.receivers)] + ["readout"] * self.n_readouts
         signed, absolute = self.signed / n_positions, self.absolute / n_positions
         edges = [(r, s) for r, s in above_rounding(absolute, self.eps).nonzero().tolist()]
         for r, s in edges:
@@ -254,7 +255,7 @@ def _check(
     sums: _Sums,
     edges: Sequence[tuple[int, int]],
     strengths: Float[Tensor, " edge"],
-    targets: Targets,
+    readouts: Readouts,
     frozen: Frozen,
     n_checked: int,
     generator: torch.Generator | None,
@@ -264,8 +265,9 @@ def _check(
     chosen, n_strongest = sampled(strengths, n_checked, generator)
     by_prompt: dict[int, list[tuple[int, int]]] = {}
     for i in chosen:
-        source, c = sums.senders[edges[i][1]]
-        where = (batch.important[source[1]][..., c] if source[0] == "subcomponent" else batch.counts).nonzero()
+        sender = sums.senders[edges[i][1]]
+        is_subcomponent = origin_of(sender)[0] == "subcomponent"
+        where = (batch.important[sender.site][..., sender.id] if is_subcomponent else batch.counts).nonzero()
         if len(where):
             row, position = where[int(torch.randint(len(where), (), generator=generator))].tolist()
             by_prompt.setdefault(row, []).append((i, position))
@@ -276,9 +278,9 @@ def _check(
             batch.counts[row : row + 1],
             {site: mask[row : row + 1] for site, mask in batch.important.items()},
         )
-        predicted = _predicted(decomposition, one, sums, [(*edges[i], t) for i, t in items], targets, frozen)
-        pairs = [(Place(*sums.senders[edges[i][1]], t), _reading(sums, one, edges[i][0])) for i, t in items]
-        direct, total = measured(decomposition, one.tokens, pairs, targets, frozen)
+        predicted = _predicted(decomposition, one, sums, [(*edges[i], t) for i, t in items], readouts, frozen)
+        pairs = [(sums.senders[edges[i][1]].at(t), _reading(sums, one, edges[i][0])) for i, t in items]
+        direct, total = measured(decomposition, one.tokens, pairs, readouts, frozen)
         found |= {i: values for (i, _), values in zip(items, zip(predicted, direct, total, strict=True), strict=True)}
     order = [i for i in chosen if i in found]
     return AttributionCheck(
@@ -296,12 +298,12 @@ def _predicted(
     one: _Batch,
     sums: _Sums,
     items: Sequence[tuple[int, int, int]],
-    targets: Targets,
+    readouts: Readouts,
     frozen: Frozen,
 ) -> list[float]:
     """B of `(receiver, sender, position)` on one prompt."""
     whole = direct_pass(decomposition, one.tokens, len(items), frozen)
-    values = [sums.value(whole, one, targets, r, k) for k, (r, _, _) in enumerate(items)]
+    values = [sums.value(whole, one, readouts, r, k) for k, (r, _, _) in enumerate(items)]
     terms = sums.terms(whole.attributions(values), one)
     found = [0.0] * len(items)
     for columns, term in terms:
@@ -313,7 +315,7 @@ def _predicted(
 
 def _reading(sums: _Sums, one: _Batch, receiver: int) -> Reading:
     if receiver >= len(sums.receivers):
-        return lambda drop: drop.targets[receiver - len(sums.receivers)]
+        return lambda drop: drop.readouts[receiver - len(sums.receivers)]
     site, c = sums.receivers[receiver]
     return lambda drop: _fallen(drop, site, c, one.important[site][0, :, c])
 

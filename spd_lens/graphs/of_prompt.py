@@ -26,11 +26,12 @@ from tqdm.auto import tqdm
 
 from spd_lens.circuits.circuit import Circuit
 from spd_lens.core.decomposition import Decomposition
+from spd_lens.core.units import Unit
 from spd_lens.graphs.check import Reading, prompt_check
-from spd_lens.graphs.direct_pass import DirectPass, Place, direct_pass
+from spd_lens.graphs.direct_pass import DirectPass, direct_pass, origin_of, sender_of
 from spd_lens.graphs.graph import AttributionGraph
-from spd_lens.graphs.nodes import above_rounding, copies_per_pass, node_attributes, node_name
-from spd_lens.graphs.readouts import Target, TargetsGiven, chosen_targets, token_strings
+from spd_lens.graphs.nodes import above_rounding, copies_per_pass, node_attributes, readout_attributes
+from spd_lens.graphs.readouts import Readout, ReadoutsGiven, chosen_readouts, token_strings
 from spd_lens.graphs.removals import Drop
 from spd_lens.patching.arguments import check_input, checked_positions
 from spd_lens.patching.frozen import Frozen
@@ -41,7 +42,7 @@ def attribution_graph(
     decomposition: Decomposition,
     tokens: Int[Tensor, "1 pos"],
     *,
-    targets: TargetsGiven = None,
+    readouts: ReadoutsGiven = None,
     position: int = -1,
     importance_above: float | None = 0.1,
     circuit: Circuit | None = None,
@@ -56,14 +57,14 @@ def attribution_graph(
     Nodes:
 
     - subcomponents at positions where their importance is above `importance_above` (None: wherever they are) and whose
-      linearised total effect on the targets is not 0, at most the `max_nodes` with the largest (summed over targets,
-      `sum |gradient * a| * target weight`; `settings["left_out"]` counts the rest). With a `circuit` its nodes instead,
+      linearised total effect on the readouts is not 0, at most the `max_nodes` with the largest (summed over readouts,
+      `sum |gradient * a| * readout weight`; `settings["left_out"]` counts the rest). With a `circuit` its nodes,
       whatever their importance: found by `find_circuit`, then `.prune(1.0, 0.9)` prunes its edges;
     - the delta of every site at every position, unless `frozen.delta` is False;
     - token and position embeddings that are not decomposed, at every position; or, where the first decomposed block is
       a later one, the residual stream that enters it;
-    - targets: with None the likeliest next tokens at `position` (at most 10, until they have 95 % of the probability),
-      or the tokens with the given ids; both as logit minus mean logit, `target_weight` their probability. Or
+    - readouts: with None the likeliest next tokens at `position` (at most 10, until they have 95 % of the probability),
+      or the tokens with the given ids; both as logit minus mean logit, `readout_weight` their probability. Or
       `{"he - she": lambda logits: logits[0, -1, 5] - logits[0, -1, 7]}`: functions of the logits `[1 pos d_vocab]`
       that return one number, of equal weight.
 
@@ -76,8 +77,8 @@ def attribution_graph(
     Cost: one backward pass for every receiver, `per_pass` at a time as copies of the prompt (None: as many as 128 MB of
     activations allow), and two passes for every sender that is checked.
 
-    Raises ValueError for more than one prompt, unknown targets and positions, `n_checked` < 1, inputs split by head, or
-    if nothing is important; TypeError for wrong types.
+    Raises ValueError for more than one prompt, unknown readouts and positions, `n_checked` < 1, inputs split by head,
+    or if nothing is important; TypeError for wrong types.
 
     >>> from spd_lens import decompose
     >>> from spd_lens.toys import load_tiny_lm
@@ -92,14 +93,14 @@ def attribution_graph(
     (position,) = checked_positions([position], tokens) or [0]
     if isinstance(max_nodes, bool) or max_nodes < 1:
         raise ValueError(f"max_nodes={max_nodes}; expected at least 1")
-    wanted = chosen_targets(decomposition, tokens, targets, position)
+    wanted = chosen_readouts(decomposition, tokens, readouts, position)
     importances = None if importance_above is None else decomposition.importance(tokens)
     eligible = _eligible(decomposition, tokens, importances, importance_above, circuit)
     chosen, left_out = _important(decomposition, tokens, wanted, eligible, max_nodes, frozen)
     n_receivers = len(chosen) + len(wanted)
     whole = direct_pass(decomposition, tokens, copies_per_pass(decomposition, tokens, per_pass, n_receivers), frozen)
     order = list(whole.activations)
-    chosen.sort(key=lambda place: (order.index(place.source[1]), place.position, place.subcomponent))
+    chosen.sort(key=lambda unit: (order.index(unit.site), unit.position, unit.id))
     senders = chosen + _fixed_senders(whole, tokens.shape[1])
     weights, from_unshown = _weights(whole, chosen, senders, wanted)
 
@@ -113,7 +114,7 @@ def attribution_graph(
     strengths = weights[rows, columns]
     graph.add_edges_from((s, t, {"weight": w}) for (s, t), w in zip(edges, strengths.tolist(), strict=True))
     pairs = [(senders[s], _reading(chosen, r)) for r, s in zip(rows.tolist(), columns.tolist(), strict=True)]
-    values = [target.value for target in wanted]
+    values = [readout.value for readout in wanted]
     check = prompt_check(decomposition, tokens, edges, strengths, pairs, values, frozen, n_checked, generator)
     idle = [n for n, data in graph.nodes(data=True) if data["kind"] == "delta" and not graph.degree(n)]
     graph.remove_nodes_from(idle)
@@ -123,7 +124,7 @@ def attribution_graph(
         "max_nodes": max_nodes,
         "left_out": left_out,
         "frozen": str(frozen),
-        "target_position": position,
+        "readout_position": position,
         "sites": order,
     }
     return AttributionGraph(graph, check, tuple(strings), settings)
@@ -167,16 +168,16 @@ def _eligible(
 def _important(
     decomposition: Decomposition,
     tokens: Tensor,
-    targets: Sequence[Target],
+    readouts: Sequence[Readout],
     eligible: Mapping[str, Bool[Tensor, "pos C"]],
     max_nodes: int,
     frozen: Frozen,
-) -> tuple[list[Place], int]:
+) -> tuple[list[Unit], int]:
     """The subcomponents worth a node, and how many more would have been."""
-    whole = direct_pass(decomposition, tokens, len(targets), frozen, total=True)
-    effects = whole.attributions([t.value(whole.output[i : i + 1]) for i, t in enumerate(targets)])
-    importance = torch.tensor([t.weight for t in targets], device=decomposition.device)
-    places, scores = [], []
+    whole = direct_pass(decomposition, tokens, len(readouts), frozen, total=True)
+    effects = whole.attributions([t.value(whole.output[i : i + 1]) for i, t in enumerate(readouts)])
+    importance = torch.tensor([t.weight for t in readouts], device=decomposition.device)
+    units, scores = [], []
     for (kind, site), effect in effects.items():
         if kind != "subcomponent":
             continue
@@ -185,68 +186,69 @@ def _important(
         if site in eligible:
             keep &= eligible[site]
         for t, c in keep.nonzero().tolist():
-            places.append(Place(("subcomponent", site), c, t))
+            units.append(Unit(((site, c),), (t,)))
         scores.append(score[keep].float().cpu())
-    if not places:
+    if not units:
         raise ValueError(
-            "no subcomponent that may be a node has an effect on the targets on this prompt; lower importance_above "
-            "(None: take all), give a larger circuit, or decompose sites that the targets depend on"
+            "no subcomponent that may be a node has an effect on the readouts on this prompt; lower importance_above "
+            "(None: take all), give a larger circuit, or decompose sites that the readouts depend on"
         )
     order = torch.cat(scores).argsort(descending=True, stable=True)[:max_nodes]
-    return [places[i] for i in order.tolist()], len(places) - len(order)
+    return [units[i] for i in order.tolist()], len(units) - len(order)
 
 
-def _fixed_senders(whole: DirectPass, n_positions: int) -> list[Place]:
+def _fixed_senders(whole: DirectPass, n_positions: int) -> list[Unit]:
     """Deltas and embeddings at every position."""
-    return [Place(source, -1, t) for source in whole.leaves if source[0] != "subcomponent" for t in range(n_positions)]
+    fixed = [origin for origin in whole.leaves if origin[0] != "subcomponent"]
+    return [sender_of(origin, 0, t) for origin in fixed for t in range(n_positions)]
 
 
 # -- edges ------------------------------------------------------------------------------------------------------------
 
 
 def _weights(
-    whole: DirectPass, chosen: Sequence[Place], senders: Sequence[Place], targets: Sequence[Target]
+    whole: DirectPass, chosen: Sequence[Unit], senders: Sequence[Unit], readouts: Sequence[Readout]
 ) -> tuple[Float[Tensor, "receiver sender"], Float[Tensor, " receiver"]]:
-    """C1 for every receiver (subcomponents, then targets) and sender, and what each has from those not shown."""
-    n = len(chosen) + len(targets)
+    """C1 for every receiver (subcomponents, then readouts) and sender, and what each has from those not shown."""
+    n = len(chosen) + len(readouts)
     weights, unshown = torch.zeros(n, len(senders), dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
-    by_source: dict[tuple[str, str], list[int]] = {}
-    for i, place in enumerate(senders):
-        by_source.setdefault(place.source, []).append(i)
+    by_origin: dict[tuple[str, str], list[int]] = {}
+    for i, sender in enumerate(senders):
+        by_origin.setdefault(origin_of(sender), []).append(i)
     with tqdm(total=n, desc="attribution graph", leave=False, delay=2) as progress:
         for first in range(0, n, whole.n_copies):
             numbers = range(first, min(first + whole.n_copies, n))
-            found = whole.attributions([_receiver_value(whole, chosen, targets, r, k) for k, r in enumerate(numbers)])
-            for source, values in found.items():
-                here = by_source.get(source, [])
+            found = whole.attributions([_receiver_value(whole, chosen, readouts, r, k) for k, r in enumerate(numbers)])
+            for origin, values in found.items():
+                here = by_origin.get(origin, [])
                 t = torch.tensor([senders[i].position for i in here], dtype=torch.long, device=values.device)
-                c = torch.tensor([senders[i].subcomponent for i in here], dtype=torch.long, device=values.device)
+                c = torch.tensor([senders[i].id for i in here], dtype=torch.long, device=values.device)
                 at = values[: len(numbers), 0]
-                shown = (at[:, t, c] if source[0] == "subcomponent" else at[:, t]).double().cpu()
+                shown = (at[:, t, c] if origin[0] == "subcomponent" else at[:, t]).double().cpu()
                 weights[first : numbers.stop, here] = shown
-                if source[0] == "subcomponent":
+                if origin[0] == "subcomponent":
                     unshown[first : numbers.stop] += at.double().sum((1, 2)).cpu() - shown.sum(1)
             progress.update(len(numbers))
     return weights, unshown
 
 
 def _receiver_value(
-    whole: DirectPass, chosen: Sequence[Place], targets: Sequence[Target], receiver: int, copy: int
+    whole: DirectPass, chosen: Sequence[Unit], readouts: Sequence[Readout], receiver: int, copy: int
 ) -> Tensor:
     if receiver >= len(chosen):
-        return targets[receiver - len(chosen)].value(whole.output[copy : copy + 1])
-    place = chosen[receiver]
-    return whole.activations[place.source[1]][copy, place.position, place.subcomponent]
+        return readouts[receiver - len(chosen)].value(whole.output[copy : copy + 1])
+    unit = chosen[receiver]
+    return whole.activations[unit.site][copy, unit.position, unit.id]
 
 
-def _reading(chosen: Sequence[Place], receiver: int) -> Reading:
+def _reading(chosen: Sequence[Unit], receiver: int) -> Reading:
     if receiver >= len(chosen):
-        return lambda drop: drop.targets[receiver - len(chosen)]
+        return lambda drop: drop.readouts[receiver - len(chosen)]
     return lambda drop: _fallen(drop, chosen[receiver])
 
 
-def _fallen(drop: Drop, place: Place) -> float:
-    return float(drop.activations[place.source[1]][place.position, place.subcomponent])
+def _fallen(drop: Drop, unit: Unit) -> float:
+    return float(drop.activations[unit.site][unit.position, unit.id])
 
 
 # -- the networkx graph -----------------------------------------------------------------------------------------------
@@ -254,31 +256,32 @@ def _fallen(drop: Drop, place: Place) -> float:
 
 def _with_nodes(
     whole: DirectPass,
-    chosen: Sequence[Place],
-    senders: Sequence[Place],
-    targets: Sequence[Target],
+    chosen: Sequence[Unit],
+    senders: Sequence[Unit],
+    readouts: Sequence[Readout],
     strings: Sequence[str],
     position: int,
     importances: Mapping[str, Tensor] | None,
     from_unshown: Tensor,
 ) -> Any:
-    """A graph with a node for every sender and then every target, in order."""
+    """A graph with a node for every sender and then every readout, in order."""
     import networkx as nx
 
     graph, row = nx.DiGraph(), {site: i + 1 for i, site in enumerate(whole.activations)}
-    for i, place in enumerate(senders):
-        (kind, site), c, t = place
-        node = node_attributes(kind, site, c, t, row.get(site, 0), strings[t])
+    for i, sender in enumerate(senders):
+        (kind, site), c, t = origin_of(sender), sender.id, sender.position
+        assert t is not None
+        node = node_attributes(sender, row.get(site, 0), strings[t])
         if kind == "subcomponent":
             node["activation"] = float(whole.clean[site][0, t, c])
             node["importance"] = None if importances is None else float(importances[site][0, t, c])
             node["from_unshown"] = float(from_unshown[i])
-        graph.add_node(node_name(kind, site, c, t), **node)
-    for j, target in enumerate(targets):
-        node = node_attributes("target", "", target.number, position, len(row) + 1, strings[position])
+        graph.add_node(str(sender), **node)
+    for j, readout in enumerate(readouts):
+        node = readout_attributes(readout.number, position, len(row) + 1, strings[position])
         with torch.no_grad():
-            node["activation"] = float(target.value(whole.output[:1]))
-        node |= {"label": target.label, "target_weight": target.weight, "probability": target.probability}
+            node["activation"] = float(readout.value(whole.output[:1]))
+        node |= {"label": readout.label, "readout_weight": readout.weight, "probability": readout.probability}
         node["from_unshown"] = float(from_unshown[len(chosen) + j])
-        graph.add_node(f"target {target.number}", **node)
+        graph.add_node(f"readout {readout.number}", **node)
     return graph

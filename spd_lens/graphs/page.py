@@ -64,7 +64,7 @@ def _row_names(graph: nx.DiGraph) -> list[str]:
     """What stands at each row, from the bottom; rows without nodes are empty strings."""
     found: dict[int, str] = {}
     for _, data in graph.nodes(data=True):
-        found[data["row"]] = {"embedding": "embeddings", "target": "targets"}.get(data["kind"], str(data["site"]))
+        found[data["row"]] = {"embedding": "embeddings", "readout": "readouts"}.get(data["kind"], str(data["site"]))
     return [found.get(row, "") for row in range(max(found, default=-1) + 1)]
 
 

@@ -1,13 +1,14 @@
-"""Pruning of an attribution graph by cumulative influence on its targets, the definition of circuit-tracer.
+"""Pruning of an attribution graph by cumulative influence on its readouts, the definition of circuit-tracer.
 
-With `A[t, s] = |weight of s -> t|`, every row divided by its sum (`N`, rows of 0 stay 0), and `w` the targets' weights:
+With `A[t, s] = |weight of s -> t|`, every row divided by its sum (`N`, rows of 0 stay 0), and `w` the weights of
+readouts:
 
     influence(s)   = sum over k >= 1 of (w N^k)[s]                      indirect paths included, signs ignored
     influence(s,t) = N[t, s] * (influence(t) + w[t])                    of an edge, in the graph of the kept nodes
 
 Nodes are kept from the largest influence down until their sum reaches `node_threshold` of the total (ties are kept);
-embeddings and targets always are. Then edges likewise with `edge_threshold`. Last, whatever was left without an
-outgoing edge goes (targets and embeddings stay), and subcomponents without an incoming one, until nothing changes.
+embeddings and readouts always are. Then edges likewise with `edge_threshold`. Last, whatever was left without an
+outgoing edge goes (readouts and embeddings stay), and subcomponents without an incoming one, until nothing changes.
 
 The sum over k ends, because a graph of direct effects has no cycle. Plain arrays; cost `nodes^2` times the longest
 path.
@@ -27,19 +28,19 @@ class Pruned:
     """What is kept, and for every node the share of all influence that it and the more influential ones have."""
 
     nodes: Bool[np.ndarray, " node"]
-    edges: Bool[np.ndarray, "target source"]
+    edges: Bool[np.ndarray, "receiver sender"]
     cumulative: Float[np.ndarray, " node"]
 
 
 def influences(
-    weights: Float[np.ndarray, "target source"], target_weights: Float[np.ndarray, " node"]
+    weights: Float[np.ndarray, "receiver sender"], readout_weights: Float[np.ndarray, " node"]
 ) -> Float[np.ndarray, " node"]:
-    """`influence(s)` of every node; 0 for nodes from which no target is reached.
+    """`influence(s)` of every node; 0 for nodes from which no readout is reached.
 
     Raises ValueError if the graph has a cycle.
     """
     normalised = _rows_to_one(weights)
-    current, total = target_weights @ normalised, np.zeros(len(weights))
+    current, total = readout_weights @ normalised, np.zeros(len(weights))
     for _ in range(len(weights) + 1):
         if not current.any():
             return total
@@ -49,8 +50,8 @@ def influences(
 
 
 def prune(
-    weights: Float[np.ndarray, "target source"],
-    target_weights: Float[np.ndarray, " node"],
+    weights: Float[np.ndarray, "receiver sender"],
+    readout_weights: Float[np.ndarray, " node"],
     *,
     always_kept: Bool[np.ndarray, " node"],
     needs_input: Bool[np.ndarray, " node"],
@@ -61,10 +62,10 @@ def prune(
     for name, value in (("node_threshold", node_threshold), ("edge_threshold", edge_threshold)):
         if not 0 <= value <= 1:
             raise ValueError(f"{name}={value}; expected a share of all influence, 0 to 1")
-    influence = influences(weights, target_weights)
+    influence = influences(weights, readout_weights)
     nodes = _largest(influence, node_threshold) | always_kept
     left = np.where(nodes[:, None] & nodes[None, :], weights, 0.0)
-    scores = _rows_to_one(left) * (influences(left, target_weights) + target_weights)[:, None]
+    scores = _rows_to_one(left) * (influences(left, readout_weights) + readout_weights)[:, None]
     edges = _largest(scores.ravel(), edge_threshold).reshape(scores.shape)
     while True:
         kept = nodes & (always_kept | edges.any(0)) & (~needs_input | always_kept | edges.any(1))

@@ -14,11 +14,11 @@ from spd_lens.core.decomposition import Decomposition
 from spd_lens.patching.arguments import Metric
 
 # None: the likeliest tokens; token ids; or functions of the logits by name.
-TargetsGiven: TypeAlias = Sequence[int] | Mapping[str, Metric] | None
+ReadoutsGiven: TypeAlias = Sequence[int] | Mapping[str, Metric] | None
 
 
 @dataclass(frozen=True)
-class Target:
+class Readout:
     """A number that is read off the logits `[1 pos d_vocab]`; `number` is a token id, or negative."""
 
     label: str
@@ -28,16 +28,16 @@ class Target:
     value: Callable[[Tensor], Tensor]
 
 
-def chosen_targets(decomposition: Decomposition, tokens: Tensor, given: TargetsGiven, position: int) -> list[Target]:
+def chosen_readouts(decomposition: Decomposition, tokens: Tensor, given: ReadoutsGiven, position: int) -> list[Readout]:
     """What `given` says of the prompt `[1 pos]` (see `attribution_graph`).
 
     Raises ValueError for ids outside the vocabulary, and for functions that return no number or give no gradient.
     """
     if isinstance(given, Mapping):
         if not given:
-            raise ValueError("targets is empty; give at least one {name: function of the logits}")
+            raise ValueError("readouts is empty; give at least one {name: function of the logits}")
         return [
-            Target(str(name), -1 - i, 1 / len(given), None, _checked_metric(str(name), metric))
+            Readout(str(name), -1 - i, 1 / len(given), None, _checked_metric(str(name), metric))
             for i, (name, metric) in enumerate(given.items())
         ]
     with torch.no_grad():
@@ -51,12 +51,12 @@ def chosen_targets(decomposition: Decomposition, tokens: Tensor, given: TargetsG
         wrong = [i for i in ids if not 0 <= i < len(probabilities)]
         if wrong or not ids or len(set(ids)) != len(ids):
             raise ValueError(
-                f"targets={ids}; expected different token ids in 0..{len(probabilities) - 1}, at least one (or None "
+                f"readouts={ids}; expected different token ids in 0..{len(probabilities) - 1}, at least one (or None "
                 "for the likeliest, or {name: function of the logits})"
             )
     texts = token_strings(decomposition, torch.tensor(ids))
     return [
-        Target(f"logit of {text!r}", i, float(probabilities[i]), float(probabilities[i]), _centred_logit(i, position))
+        Readout(f"logit of {text!r}", i, float(probabilities[i]), float(probabilities[i]), _centred_logit(i, position))
         for i, text in zip(ids, texts, strict=True)
     ]
 
@@ -71,9 +71,9 @@ def _checked_metric(name: str, metric: Metric) -> Callable[[Tensor], Tensor]:
         found = metric(logits)
         if not isinstance(found, Tensor) or found.numel() != 1:
             shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-            raise ValueError(f"the target {name!r} returned {shape}; expected one number, as a tensor")
+            raise ValueError(f"the readout {name!r} returned {shape}; expected one number, as a tensor")
         if torch.is_grad_enabled() and not found.requires_grad:
-            raise ValueError(f"the target {name!r} gives no gradient (it detaches or rounds); an attribution needs one")
+            raise ValueError(f"the readout {name!r} gives no gradient (it detaches or rounds); attributions need one")
         return found.reshape(())
 
     return value

@@ -27,7 +27,7 @@ _PUBLIC_TYPES = {
     "subcomponent": "cross layer transcoder",
     "delta": "mlp reconstruction error",
     "embedding": "embedding",
-    "target": "logit",
+    "readout": "logit",
 }
 
 
@@ -91,7 +91,7 @@ def _node(
 ) -> dict[str, Any]:
     position = 0 if data["position"] is None else data["position"]
     number, layer = _public_number(data), _layer(data)
-    is_target = data["kind"] == "target"
+    is_target = data["kind"] == "readout"
     # Viewers read layer and id of a transcoder node back out of this number (Cantor's pairing).
     paired = (data["row"] + number) * (data["row"] + number + 1) // 2 + number
     return {

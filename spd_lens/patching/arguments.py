@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spd_lens.core.decomposition import Decomposition
+from spd_lens.core.units import Unit
 from spd_lens.hosts.host import token_arguments_error
 
 # logits -> a scalar, or one number per row of the batch.
@@ -57,6 +58,21 @@ def checked_positions(positions: Positions, tokens: Tensor) -> list[int] | None:
     if len(set(chosen)) != len(chosen):
         raise ValueError(f"positions {chosen} name a position twice")
     return chosen
+
+
+def unit_positions(units: Sequence[Unit], positions: Positions, tokens: Tensor) -> list[int] | None:
+    """`checked_positions`; units that have positions of their own are tested there, all at once.
+
+    `"each"` then stands for None. Raises ValueError where both name positions.
+    """
+    own = [unit for unit in units if unit.positions is not None]
+    for unit in own:
+        checked_positions(unit.positions, tokens)
+    if own and positions is not None and positions != "each":
+        raise ValueError(f"{own[0]} has positions of its own, and positions={positions!r} is given; leave one out")
+    if own and len(own) < len(units) and positions == "each":
+        raise ValueError(f"{own[0]} has positions of its own and other units have none; give positions=None")
+    return None if own else checked_positions(positions, tokens)
 
 
 def metric_values(metric: Metric, output: Tensor, batch: int) -> Float[Tensor, " example"]:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from spd_lens.core.decomposition import Decomposition
-from spd_lens.core.units import Ids
+from spd_lens.core.units import Ids, Unit
 from spd_lens.patching.activation import Clean, prepared
-from spd_lens.patching.agreement import Agreement, sampled_cells
-from spd_lens.patching.arguments import Metric, Positions, checked_positions, metric_values
+from spd_lens.patching.agreement import Agreement, sampled
+from spd_lens.patching.arguments import Metric, Positions, metric_values, unit_positions
 from spd_lens.patching.effects import Effects
+from spd_lens.patching.hooks import probe
 from spd_lens.patching.runner import Replacement, effects_of
 
 
@@ -56,14 +56,14 @@ def attribution_patching(
     With a metric that returns `[batch]`, row i's number must depend on row i alone.
     """
     units, values, target = prepared(decomposition, corrupted_tokens, clean, metric, ids)
-    chosen = checked_positions(positions, corrupted_tokens)
+    chosen = unit_positions(units, positions, corrupted_tokens)
     output, gradients, corrupted = _gradients(decomposition, corrupted_tokens, metric, list(values))
     baseline = metric_values(metric, output, len(corrupted_tokens))
     products = {}
     for site, gradient in gradients.items():
         product = gradient * (values[site].to(gradient) - corrupted[site])
         products[site] = (product.sum(2) if product.ndim == 4 else product).cpu()
-    rows = [torch.stack([products[site][..., c] for site, c in unit.members]).sum(0) for unit in units]
+    rows = [_over_members(products, unit) for unit in units]
     estimate = torch.stack(rows)  # [unit batch pos]
     if chosen is not None:
         estimate = estimate[..., chosen]
@@ -80,9 +80,21 @@ def attribution_patching(
     effects = Effects("attribution patching", units, where, estimate + baseline, baseline, target)
     agreement = None
     if n_checked:
-        cells = sampled_cells(effects.effects, n_checked, generator)
-        agreement = _agreement(decomposition, corrupted_tokens, metric, effects, values, cells, per_pass)
+        cells, n_strongest = sampled(effects.effects, n_checked, generator)
+        exact = _exact(decomposition, corrupted_tokens, metric, effects, values, cells, per_pass)
+        predicted = effects.effects.flatten()[cells].tolist()
+        agreement = Agreement(predicted=tuple(predicted), measured=tuple(exact), n_strongest=n_strongest)
     return AttributionPatching(effects, agreement)
+
+
+def _over_members(products: Mapping[str, Tensor], unit: Unit) -> Float[Tensor, "*batch"]:
+    """The sum over a unit's members, `[batch pos]`, 0 where the unit is not."""
+    total = torch.stack([products[site][..., c] for site, c in unit.members]).sum(0)
+    if unit.positions is None:
+        return total
+    own = torch.zeros_like(total)
+    own[:, list(unit.positions)] = total[:, list(unit.positions)]
+    return own
 
 
 def _gradients(
@@ -91,10 +103,7 @@ def _gradients(
     """The output on `tokens`, and for every site the gradient of the (summed) metric by `a'`, and `a` itself."""
     probes: dict[str, Tensor] = {}
     acts: dict[str, Tensor] = {}
-    hooks = [
-        (decomposition[site].site.point_names()[0], partial(_probe, site=site, probes=probes, acts=acts))
-        for site in sites
-    ]
+    hooks = [(decomposition[site].site.point_names()[0], probe(probes, site, acts)) for site in sites]
     with torch.enable_grad(), decomposition.model.hooks(fwd_hooks=hooks):
         output = decomposition.host.forward(tokens)
         value = metric(output)
@@ -107,14 +116,7 @@ def _gradients(
     return output.detach(), dict(zip(sites, gradients, strict=True)), acts
 
 
-def _probe(value: Tensor, hook: Any, *, site: str, probes: dict[str, Tensor], acts: dict[str, Tensor]) -> Tensor:
-    """Hook: `a + 0`, the 0 a leaf that collects the gradient and lets the gradient to `a` through."""
-    acts[site] = value.detach()
-    probes[site] = torch.zeros_like(value, requires_grad=True)
-    return value + probes[site]
-
-
-def _agreement(
+def _exact(
     decomposition: Decomposition,
     tokens: Tensor,
     metric: Metric,
@@ -122,8 +124,8 @@ def _agreement(
     values: Mapping[str, Tensor],
     cells: Sequence[int],
     per_pass: int | None,
-) -> Agreement:
-    """Patch the cells exactly, those of the same position together."""
+) -> list[float]:
+    """The effects of the cells, patched exactly, those of the same position together."""
     n_positions = effects.values.shape[1]
     exact: dict[int, float] = {}
     for column in sorted({cell % n_positions for cell in cells}):
@@ -139,5 +141,4 @@ def _agreement(
             per_pass=per_pass,
         )
         exact |= dict(zip(here, measured.effects[:, 0].tolist(), strict=True))
-    estimated = effects.effects.flatten()[list(cells)]
-    return Agreement(estimated, estimated.new_tensor([exact[cell] for cell in cells]), (len(cells) + 1) // 2)
+    return [exact[cell] for cell in cells]

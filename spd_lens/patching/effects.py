@@ -1,7 +1,7 @@
 """What an experiment on subcomponents measured: one number per unit and position, with labels.
 
-A *unit* is one subcomponent, or a group of them (over any sites) that an experiment changes together. `Effects` is
-what ablation and patching return. Nothing here runs a model.
+A `Unit` is one subcomponent, or a group of them, that an experiment changes together. `Effects` is what ablation and
+patching return. Nothing here runs a model.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ class Effect:
     @property
     def site(self) -> str:
         """The unit's (first) site."""
-        return self.unit.members[0][0]
+        return self.unit.site
 
     @property
     def id(self) -> int:
         """The (first) subcomponent's id."""
-        return self.unit.members[0][1]
+        return self.unit.id
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -34,8 +32,9 @@ from spd_lens.core.units import Ids, Unit, units_of
 from spd_lens.patching.activation import Clean, clean_activations
 from spd_lens.patching.arguments import Metric, check_input, checked_positions, metric_values
 from spd_lens.patching.effects import Effects
-from spd_lens.patching.frozen import Frozen, output_names
-from spd_lens.patching.runner import Replacement, Runner, effects_of, replace_acts
+from spd_lens.patching.frozen import Change, Frozen, Held
+from spd_lens.patching.hooks import add, store
+from spd_lens.patching.runner import Replacement, Runner, effects_of
 from spd_lens.support.tables import format_table
 
 
@@ -159,24 +158,17 @@ def direct_changes(
     All else is held at its value on `tokens`. Result `[sender receiver batch pos]`.
     """
     frozen = frozen or Frozen()
-    held = _record(decomposition, tokens, frozen)
+    held = Held(decomposition, frozen, lambda: decomposition.host.forward(tokens))
     _check_order(held.order, senders, receivers)
     runner = Runner(decomposition, tokens, {site for unit in senders for site in unit.sites})
-    found: dict[str, Tensor] = {}
     # The same pass with nobody sending: rounding differences between held and plain passes cancel.
-    _held_pass(runner, [None], position, values, held, receivers, found)
-    base = [found[r.sites[0]][..., r.members[0][1]] for r in receivers]
+    base = _received(runner, held, [None], position, values, receivers)[0]
     size = runner.copies_per_pass(per_pass)
     changes = []
     with tqdm(total=len(senders), desc="direct paths", leave=False, delay=2) as progress:
         for group in _same_start(senders, runner, size):
-            _held_pass(runner, group, position, values, held, receivers, found)
-            for k in range(len(group)):
-                moved = [
-                    found[r.sites[0]].unflatten(0, (len(group), -1))[k, ..., r.members[0][1]] - b
-                    for r, b in zip(receivers, base, strict=True)
-                ]
-                changes.append((senders.index(group[k]), torch.stack(moved)))
+            received = _received(runner, held, group, position, values, receivers)
+            changes += [(senders.index(unit), moved - base) for unit, moved in zip(group, received, strict=True)]
             progress.update(len(group))
     return torch.stack([change for _, change in sorted(changes, key=lambda pair: pair[0])])
 
@@ -191,34 +183,6 @@ def _same_start(units: Sequence[Unit], runner: Runner, size: int) -> Iterator[li
             yield group[k : k + size]
 
 
-@dataclass(frozen=True)
-class _Held:
-    """The corrupted run: what points returned, by hook name; the hook names of sites' outputs; the sites as they ran;
-    and the names of the points that are frozen besides."""
-
-    values: dict[str, Tensor]
-    outputs: dict[str, str]
-    order: list[str]
-    points: list[str]
-    frozen: Frozen
-
-
-def _record(decomposition: Decomposition, tokens: Tensor, frozen: Frozen) -> _Held:
-    outputs = output_names(decomposition)
-    acts = {weight.site.point_names()[0]: site for site, weight in decomposition.items()}
-    points = decomposition.host.frozen_points(attention=frozen.attention, norms=frozen.norms)
-    values: dict[str, Tensor] = {}
-    hooks = [(name, partial(_store, found=values, name=name)) for name in (*outputs.values(), *acts, *points)]
-    with decomposition.model.hooks(fwd_hooks=hooks):
-        decomposition.host.forward(tokens)
-    order = [acts[name] for name in values if name in acts]
-    return _Held(values, outputs, order, points, frozen)
-
-
-def _store(value: Tensor, hook: Any, *, found: dict[str, Tensor], name: str) -> None:
-    found[name] = value.detach().clone()
-
-
 def _check_order(order: Sequence[str], senders: Sequence[Unit], receivers: Sequence[Unit]) -> None:
     rank = {site: i for i, site in enumerate(order)}
     for sender in senders:
@@ -229,48 +193,26 @@ def _check_order(order: Sequence[str], senders: Sequence[Unit], receivers: Seque
                 )
 
 
-def _held_pass(
+def _received(
     runner: Runner,
+    held: Held,
     group: Sequence[Unit | None],
     position: int | None,
     values: Mapping[str, Tensor],
-    held: _Held,
     receivers: Sequence[Unit],
-    found: dict[str, Tensor],
-) -> None:
-    """One pass over a copy of the batch per sender (None: nobody sends); `found[site]` are the receivers' `a`."""
-    decomposition, n = runner.decomposition, len(group)
-    empty = Unit(())
+) -> Float[Tensor, "copy receiver *batch"]:
+    """The receivers' activations in a held pass over a copy of the batch per sender (None: nobody sends)."""
+    decomposition, empty, found = runner.decomposition, Unit(()), {}
     cells = [(unit or empty, position) for unit in group]
-    reading = {receiver.sites[0] for receiver in receivers}
-    own = {site for unit in group if unit is not None for site in unit.sites}
-    start = runner.first_block([site for unit in group if unit is not None for site in unit.sites])
-    hooks = []
-    for site, weight in decomposition.items():
-        acts_name = weight.site.point_names()[0]
-        if site in reading:
-            hooks.append((acts_name, partial(_store, found=found, name=site)))
-        if not held.frozen.delta:
-            hooks.append((acts_name, partial(_hold, to=held.values[acts_name], copies=n)))
-        if site in own:
-            chosen, _ = runner.where(cells, site, weight.n_subcomponents)
-            hooks.append((acts_name, partial(replace_acts, where=chosen, by=values[site], times=False)))
-        if held.frozen.delta:
-            sends = torch.tensor([unit is not None and site in unit.sites for unit in group])
-            name = held.outputs[site]
-            hooks.append((name, partial(_hold, to=held.values[name], copies=n, live=sends)))
-    hooks += [(name, partial(_hold, to=held.values[name], copies=n)) for name in held.points if name in held.values]
+    own = list(dict.fromkeys(site for unit, _ in cells for site in unit.sites))
+    changes = {s: Change(runner.where(cells, s, decomposition[s].n_subcomponents)[0], values[s]) for s in own}
+    reading = dict.fromkeys(receiver.sites[0] for receiver in receivers)
+    hooks = [(held.acts[site], store(found, site)) for site in reading] + held.hooks(changes)
     # The unpatched pass computes edited normalisations the same way, so rounding cancels.
     with decomposition.host.quiet_edits():
-        runner.run_hooked(n, hooks, start)
-
-
-def _hold(value: Tensor, hook: Any, *, to: Tensor, copies: int, live: Tensor | None = None) -> Tensor:
-    """Hook: what the corrupted run had here, for every copy that is not `live [copy]`."""
-    held = to.repeat(copies, *[1] * (to.ndim - 1))
-    if live is None or not bool(live.any()):
-        return held
-    return torch.where(live.to(value.device).repeat_interleave(len(to)).view(-1, *[1] * (to.ndim - 1)), value, held)
+        runner.run_hooked(len(group), hooks, runner.first_block(own))
+    per_receiver = [found[r.sites[0]].unflatten(0, (len(group), -1))[..., r.members[0][1]] for r in receivers]
+    return torch.stack(per_receiver, dim=1)
 
 
 def _onwards(
@@ -294,15 +236,9 @@ def _onwards(
             for first in range(0, n_senders, size):
                 senders = range(first, min(first + size, n_senders))
                 moved = change[senders.start : senders.stop, r]
-                output = runner.run_hooked(len(senders), [(name, partial(_add, c=c, change=moved))], start)
+                output = runner.run_hooked(len(senders), [(name, add(moved.flatten(0, 1), at=c))], start)
                 for s, logits in zip(senders, output, strict=True):
                     rows[s, r] = metric_values(metric, logits, len(tokens))
                 progress.update(len(senders))
     values = torch.stack([rows[s, r] for s in range(len(change)) for r in range(len(receivers))])
     return values.unflatten(0, (len(change), len(receivers))), baseline
-
-
-def _add(acts: Tensor, hook: Any, *, c: int, change: Tensor) -> Tensor:
-    """Hook: move subcomponent `c` by `change [copy batch pos]`."""
-    acts[..., c] += change.flatten(0, 1).to(acts)
-    return acts

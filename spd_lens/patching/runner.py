@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -26,8 +25,9 @@ from tqdm.auto import tqdm
 
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.units import Unit
-from spd_lens.patching.arguments import Metric, Positions, check_input, checked_positions, metric_values
+from spd_lens.patching.arguments import Metric, Positions, check_input, metric_values, unit_positions
 from spd_lens.patching.effects import Effects
+from spd_lens.patching.hooks import put_per_copy
 from spd_lens.support.names import near_names
 
 # Entries of the output of one pass over several copies of the batch: 128 MB in float32.
@@ -63,7 +63,7 @@ def effects_of(
     target: Float[Tensor, " example"] | None = None,
 ) -> Effects:
     """Run every unit at every position as a cell of its own; see `Effects` for what comes back."""
-    chosen = checked_positions(positions, tokens)
+    chosen = unit_positions(units, positions, tokens)
     cells = [(unit, where) for unit in units for where in ([None] if chosen is None else chosen)]
     runner = Runner(decomposition, tokens, {site for unit in units for site in unit.sites})
     baseline = metric_values(metric, runner.output, len(tokens))
@@ -130,14 +130,10 @@ class Runner:
             chosen, touched = self.where(cells, name, weight.n_subcomponents)
             acts_name, _, _, delta_name = weight.site.point_names()
             replaced = touched.unsqueeze(-1) & ~chosen if replacement.others else chosen
-            hooks.append(
-                (
-                    acts_name,
-                    partial(replace_acts, where=replaced, by=replacement.values[name], times=replacement.multiply),
-                )
-            )
+            by, times = replacement.values[name], replacement.multiply
+            hooks.append((acts_name, put_per_copy(replaced, by, times=times)))
             if replacement.others:
-                hooks.append((delta_name, partial(_replace_delta, where=touched)))
+                hooks.append((delta_name, put_per_copy(touched, torch.zeros(()), trailing=0)))
         return self.run_hooked(len(cells), hooks, self.first_block([s for u, _ in cells for s in u.sites]))
 
     def run_hooked(self, n_copies: int, hooks: Sequence[tuple[str, Any]], start_at: int | None) -> Tensor:
@@ -155,41 +151,18 @@ class Runner:
 
         The position axis has length 1 if no cell has a position.
         """
-        by_position = any(where is not None for _, where in cells)
+        by_position = any(where is not None or unit.positions is not None for unit, where in cells)
         length = self.tokens.shape[1] if by_position else 1
         chosen = torch.zeros(len(cells), length, count, dtype=torch.bool)
         touched = torch.zeros(len(cells), length, dtype=torch.bool)
         for k, (unit, where) in enumerate(cells):
-            ids, at = unit.ids_at(site), slice(None) if where is None else slice(where, where + 1)
-            if ids:
-                chosen[k, at, ids] = True
-                touched[k, at] = True
+            ids = unit.ids_at(site)
+            for at in unit.positions or (where,):
+                if ids:
+                    chosen[k, slice(None) if at is None else at, ids] = True
+                    touched[k, slice(None) if at is None else at] = True
         device = self.decomposition[site].V.device
         return chosen.to(device), touched.to(device)
-
-
-def _over_copies(where: Tensor, n_axes: int, trailing: int) -> Tensor:
-    """`[cell pos *C]` as `[cell 1 pos 1.. *C]`, for activations `[cell batch pos head.. C]` with `n_axes` axes."""
-    if n_axes == 2 + trailing:  # a model without positions: [cell batch C]
-        return where
-    middle = n_axes - 3 - trailing
-    where = where.unsqueeze(1)
-    for _ in range(middle):
-        where = where.unsqueeze(3)
-    return where
-
-
-def replace_acts(acts: Tensor, hook: Any, *, where: Tensor, by: Tensor, times: bool) -> Tensor:
-    """Hook: `by` (or `by * a`) in place of `a`, where the copy of each cell says so."""
-    copies = acts.unflatten(0, (len(where), -1))
-    new = by.to(acts) if not times else by.to(acts) * copies
-    return torch.where(_over_copies(where, copies.ndim, 1), new, copies).flatten(0, 1)
-
-
-def _replace_delta(delta: Tensor, hook: Any, *, where: Tensor) -> Tensor:
-    """Hook: a delta mask of 0 where the copy of each cell says so."""
-    copies = delta.unflatten(0, (len(where), -1))
-    return torch.where(_over_copies(where, copies.ndim, 0), 0.0, copies).flatten(0, 1)
 
 
 def activations_of(decomposition: Decomposition, tokens: Tensor, sites: Sequence[str]) -> dict[str, Tensor]:

@@ -109,26 +109,28 @@ def graph() -> AttributionGraph:
     sites = {"blocks.*.mlp.W_*": 4, "blocks.*.attn.W_[VO]": 3}
     decomposition = decompose(tiny_transformer(), sites, gate="shared", gate_width=8)
     return attribution_graph(
-        decomposition, tokens(1, seed=1, length=6), targets=[3, 7], importance_above=0.0, n_checked=8, max_nodes=60
+        decomposition, tokens(1, seed=1, length=6), readouts=[3, 7], importance_above=0.0, n_checked=8, max_nodes=60
     )
 
 
 def hostile_graph() -> AttributionGraph:
     """Three nodes and two edges, every string a trap."""
     inner = nx.DiGraph()
-    common = {"importance": 0.5, "probability": None, "target_weight": None, "from_unshown": 0.25, "activation": 1.5}
+    common = {"importance": 0.5, "probability": None, "readout_weight": None, "from_unshown": 0.25, "activation": 1.5}
     inner.add_node("e", **{**common, "kind": "embedding", "label": HOSTILE, "site": "embed", "subcomponent": -1,
                            "number": -1, "position": 0, "token": HOSTILE, "row": 0, "importance": None})  # fmt: skip
     inner.add_node("s", **{**common, "kind": "subcomponent", "label": f"{SITE} 3 {HOSTILE}", "site": SITE,
                            "subcomponent": 3, "number": 3, "position": 1, "token": "<!--<script>",
                            "row": 1})  # fmt: skip
-    inner.add_node("t", **{**common, "kind": "target", "label": "logit of '<b>'", "site": "", "subcomponent": -1,
+    inner.add_node("t", **{**common, "kind": "readout", "label": "logit of '<b>'", "site": "", "subcomponent": -1,
                            "number": 9, "position": 1, "token": "a&amp;b", "row": 2, "importance": None,
-                           "target_weight": 1.0, "probability": 0.5})  # fmt: skip
+                           "readout_weight": 1.0, "probability": 0.5})  # fmt: skip
     inner.add_edge("e", "s", weight=2.0)
     inner.add_edge("s", "t", weight=-0.5)
     inner.add_edge("e", "t", weight=0.001)
-    check = AttributionCheck((("e", "s"),), (2.0,), (2.0,), (1.0,), 1, "frozen: everything <i>")
+    check = AttributionCheck(
+        edges=(("e", "s"),), predicted=(2.0,), measured=(2.0,), total=(1.0,), n_strongest=1, frozen="everything <i>"
+    )
     return AttributionGraph(inner, check, (HOSTILE, "<!--<script>"), {"model": HOSTILE})
 
 
@@ -165,9 +167,9 @@ def test_public_fields_say_what_the_nodes_are(graph: AttributionGraph, tmp_path:
     # Cantor's pairing, by enumerating the diagonals.
     diagonal = [(x, d - x) for d in range(40) for x in range(d, -1, -1)]
     assert diagonal[node["feature"]] == (layer, c)
-    logit = found["target 3"]
+    logit = found["readout 3"]
     assert (logit["node_id"], logit["is_target_logit"]) == (f"{len(sites) + 1}_3_5", True)
-    assert logit["token_prob"] == pytest.approx(graph.graph.nodes["target 3"]["probability"])
+    assert logit["token_prob"] == pytest.approx(graph.graph.nodes["readout 3"]["probability"])
     assert found["embed @2"]["layer"] == "E"
     # Dynamic pruning in a viewer keeps nodes up to a cumulative share: the most influential node has the smallest.
     influence = graph.influence()

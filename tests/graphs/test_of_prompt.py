@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import networkx as nx
@@ -63,7 +64,7 @@ def test_edges_of_a_linear_model_are_products_of_matrices_and_patterns() -> None
     v, o, v1, o1 = "blocks.0.attn.W_V", "blocks.0.attn.W_O", "blocks.1.attn.W_V", "blocks.1.attn.W_O"
     decomposition = decompose(copy.deepcopy(target), dict.fromkeys((v, o, v1, o1), 5))
     prompt = oracle.tokens_for(target, batch=1)
-    got = attribution_graph(decomposition, prompt, targets={"d": difference}, importance_above=None)
+    got = attribution_graph(decomposition, prompt, readouts={"d": difference}, importance_above=None)
     with torch.no_grad():
         _, cache = target.run_with_cache(prompt)
     inputs = {site: x[0] for site, x in oracle.site_inputs(target, prompt).items()}
@@ -89,10 +90,10 @@ def test_edges_of_a_linear_model_are_products_of_matrices_and_patterns() -> None
         )
         unexplained = (oracle.weight_of(target, o) - decomposition[o].weight).detach()
         expected = inputs[o][t] @ unexplained @ V
-        assert weight(got, f"{o} delta @{t}", f"{v1}[{c}] @{t}") == pytest.approx(float(expected), abs=1e-12)
+        assert weight(got, f"{o}[delta] @{t}", f"{v1}[{c}] @{t}") == pytest.approx(float(expected), abs=1e-12)
         if t == 4:
             expected = a[o1][4, c] * (U @ (W_U[:, 3] - W_U[:, 5]))
-            assert weight(got, f"{o1}[{c}] @4", "target -1") == pytest.approx(float(expected), abs=1e-12)
+            assert weight(got, f"{o1}[{c}] @4", "readout -1") == pytest.approx(float(expected), abs=1e-12)
     # Completeness: all that acts on a receiver, and the biases on the way, are its activation.
     for c in range(5):
         name = f"{v1}[{c}] @4"
@@ -164,7 +165,7 @@ def by_hand(
 )
 def test_edges_are_the_slopes_of_held_forwards(double: Decomposition, frozen: Frozen) -> None:
     got = attribution_graph(
-        double, PROMPT, targets={"d": difference, "s": lambda x: spread(x)[0]}, importance_above=None, frozen=frozen
+        double, PROMPT, readouts={"d": difference, "s": lambda x: spread(x)[0]}, importance_above=None, frozen=frozen
     )
     with torch.no_grad():
         _, clean = double.model.run_with_cache(PROMPT)
@@ -186,7 +187,7 @@ def test_edges_are_the_slopes_of_held_forwards(double: Decomposition, frozen: Fr
             if data["kind"] == "subcomponent":
                 at = (0, data["position"], data["subcomponent"])
                 slope = float(up[data["site"]][at] - down[data["site"]][at]) * size
-            elif data["kind"] == "target":
+            elif data["kind"] == "readout":
                 metric = difference if data["number"] == -1 else lambda x: spread(x)[0]
                 slope = float(metric(up_logits) - metric(down_logits)) * size
             else:
@@ -199,7 +200,7 @@ def test_edges_are_the_slopes_of_held_forwards(double: Decomposition, frozen: Fr
 
 
 def test_live_attention_and_norms_change_edges(double: Decomposition) -> None:
-    arguments: Any = {"targets": {"s": lambda x: spread(x)[0]}, "importance_above": None}
+    arguments: Any = {"readouts": {"s": lambda x: spread(x)[0]}, "importance_above": None}
     frozen = attribution_graph(double, PROMPT, **arguments)
     for other in (Frozen(attention=False), Frozen(norms=False), Frozen(delta=False)):
         live = attribution_graph(double, PROMPT, frozen=other, **arguments)
@@ -209,13 +210,13 @@ def test_live_attention_and_norms_change_edges(double: Decomposition) -> None:
         assert moved > 1e-3 or new
         assert str(other) == live.check.frozen == live.settings["frozen"]
     kinds = {data["kind"] for _, data in live.graph.nodes(data=True)}
-    assert kinds == {"subcomponent", "embedding", "target"}  # a live delta is no node
+    assert kinds == {"subcomponent", "embedding", "readout"}  # a live delta is no node
 
 
 def test_queries_act_only_when_attention_is_live() -> None:
     sites = {"blocks.*.attn.W_*": 4}
     decomposition = decompose(tiny_transformer(), sites)
-    arguments: Any = {"targets": {"s": lambda x: spread(x)[0]}, "importance_above": None}
+    arguments: Any = {"readouts": {"s": lambda x: spread(x)[0]}, "importance_above": None}
     frozen = attribution_graph(decomposition, PROMPT, **arguments)
     live = attribution_graph(decomposition, PROMPT, frozen=Frozen(attention=False), **arguments)
     for graph, expected in ((frozen, False), (live, True)):
@@ -226,13 +227,13 @@ def test_queries_act_only_when_attention_is_live() -> None:
 
 
 def test_a_graph_has_no_cycle_and_no_edge_to_an_earlier_position(double: Decomposition) -> None:
-    got = attribution_graph(double, PROMPT, targets={"s": lambda x: spread(x)[0]}, importance_above=None)
+    got = attribution_graph(double, PROMPT, readouts={"s": lambda x: spread(x)[0]}, importance_above=None)
     assert nx.is_directed_acyclic_graph(got.graph)
     crossing = 0
     for s, t in got.graph.edges:
         sender, receiver = got.graph.nodes[s], got.graph.nodes[t]
         assert sender["row"] < receiver["row"]
-        if receiver["kind"] != "target":
+        if receiver["kind"] != "readout":
             assert sender["position"] <= receiver["position"]
             crossing += sender["position"] < receiver["position"]
     assert crossing > 50
@@ -248,7 +249,7 @@ def test_edges_of_other_architectures_are_their_ablations_where_paths_are_linear
     decomposition = decompose(copy.deepcopy(target), dict.fromkeys(sites, 5))
     prompt = oracle.tokens_for(target, batch=1)
     got = attribution_graph(
-        decomposition, prompt, targets={"d": difference}, importance_above=None, n_checked=400, max_nodes=1000
+        decomposition, prompt, readouts={"d": difference}, importance_above=None, n_checked=400, max_nodes=1000
     )
     # In float64 what is left is rounding.
     _assert_linear_edges_agree(got, tolerance=1e-10)
@@ -263,20 +264,20 @@ def test_edges_on_bridges_are_their_ablations_where_paths_are_linear(family: str
     sites = [s for s in bridge_models.all_sites(family) if s[-3:] not in ("W_Q", "W_K", "W_E", "pos")]
     decomposition = bridge_models.swapped(family, mode, sites)
     got = attribution_graph(
-        decomposition, bridge_models.random_tokens(1), targets={"d": difference}, importance_above=None, n_checked=200
+        decomposition, bridge_models.random_tokens(1), readouts={"d": difference}, importance_above=None, n_checked=200
     )
     _assert_linear_edges_agree(got, tolerance=bridge_models.TOLERANCE)
 
 
 def _assert_linear_edges_agree(graph: AttributionGraph, tolerance: float) -> None:
-    """Only W_out reads through a non-linearity (and the target through a soft cap, where there is one)."""
+    """Only W_out reads through a non-linearity (and the readout through a soft cap, where there is one)."""
     compared, bent = 0, 0.0
     scale = max(abs(m) for m in graph.check.measured)
     for (sender, receiver), p, m in zip(graph.check.edges, graph.check.predicted, graph.check.measured, strict=True):
         into_out = "W_out" in receiver and ("W_in" in sender or "W_gate" in sender)
         if into_out:
             bent = max(bent, abs(m - p))
-        elif not receiver.startswith("target"):
+        elif not receiver.startswith("readout"):
             assert m == pytest.approx(p, abs=tolerance * scale), (sender, receiver)
             compared += 1
     assert compared > 60
@@ -286,10 +287,25 @@ def _assert_linear_edges_agree(graph: AttributionGraph, tolerance: float) -> Non
 # -- C2 ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_check_is_path_patching_with_an_ablated_sender() -> None:
-    """`direct_changes` holds and ablates by code of its own; the total effect is one hook by hand."""
+def held_without(
+    decomposition: Decomposition, clean: Any, sender: dict[str, Any]
+) -> list[tuple[str, Callable[[Tensor, Any], Tensor]]]:
+    """C2 by hand: every output, attention pattern and scale as in the clean run, the sender's own without its part."""
+    outputs = {"mlp.W_in": "mlp.hook_pre", "mlp.W_out": "hook_mlp_out", "attn.W_O": "hook_attn_out"}
+    values = {name: clean[name] for name in clean if name.endswith(("hook_pattern", "hook_scale"))}
+    for site in decomposition:
+        block, matrix = f"blocks.{site.split('.')[1]}.", site.split(".", 2)[2]
+        values[block + outputs[matrix]] = value = clean[block + outputs[matrix]].clone()
+        if site == sender["site"]:
+            a = clean[f"{block}hook_{matrix.split('.')[1]}_acts"][0, sender["position"], sender["subcomponent"]]
+            value[0, sender["position"]] -= a * decomposition[site].U[sender["subcomponent"]].detach()
+    return [(name, lambda y, hook, held=value: held) for name, value in values.items()]
+
+
+def test_the_check_is_an_ablation_with_everything_else_held() -> None:
+    """Held, and removed, by hooks of the test's own; `direct_changes` of path patching says the same."""
     double = decompose(tiny_transformer(dtype=torch.float64), {"blocks.*.mlp.W_*": 4, "blocks.*.attn.W_O": 2})
-    got = attribution_graph(double, PROMPT, targets={"d": difference}, importance_above=None, n_checked=60)
+    got = attribution_graph(double, PROMPT, readouts={"d": difference}, importance_above=None, n_checked=60)
     with torch.no_grad():
         _, clean = double.model.run_with_cache(PROMPT)
     compared = bent = 0
@@ -304,15 +320,17 @@ def test_the_check_is_path_patching_with_an_ablated_sender() -> None:
         units = [units_of(double, {node["site"]: [node["subcomponent"]]}) for node in (sender, receiver)]
         change = direct_changes(double, PROMPT, {sender["site"]: torch.zeros(())}, *units, position=sender["position"])
         assert measured == pytest.approx(-float(change[0, 0, 0, receiver["position"]]), abs=1e-10)
+        name, at = double[receiver["site"]].site.point_names()[0], (0, receiver["position"], receiver["subcomponent"])
+        with torch.no_grad(), double.model.hooks(fwd_hooks=held_without(double, clean, sender)):
+            _, held = double.model.run_with_cache(PROMPT, names_filter=name)
+        assert measured == pytest.approx(float(clean[name][at] - held[name][at]), abs=1e-10)
 
         def ablate(acts: Tensor, hook: Any, node: dict[str, Any] = sender) -> Tensor:
             acts[0, node["position"], node["subcomponent"]] = 0
             return acts
 
-        name = double[receiver["site"]].site.point_names()[0]
         with torch.no_grad(), double.model.hooks(fwd_hooks=[(double[sender["site"]].site.point_names()[0], ablate)]):
             _, after = double.model.run_with_cache(PROMPT, names_filter=name)
-        at = (0, receiver["position"], receiver["subcomponent"])
         assert total == pytest.approx(float(clean[name][at] - after[name][at]), abs=1e-10)
         compared += 1
         bent += abs(measured - predicted) > 1e-3 * abs(measured)
@@ -323,15 +341,25 @@ def test_the_check_is_path_patching_with_an_ablated_sender() -> None:
     assert sorted((abs(p) for p in check.predicted[:30]), reverse=True) == pytest.approx(strongest)
 
 
+def made_check(predicted: tuple[float, ...], measured: tuple[float, ...], n_strongest: int = 2) -> AttributionCheck:
+    n = len(predicted)
+    return AttributionCheck(
+        edges=(("a", "b"),) * n, predicted=predicted, measured=measured, total=(9.0,) * n, n_strongest=n_strongest,
+        frozen="frozen: x",
+    )  # fmt: skip
+
+
 def test_the_numbers_of_a_check_are_the_textbook_ones() -> None:
     p, m = (1.0, -2.0, 0.5, 3.0), (1.1, -1.5, 0.4, 2.0)
-    check = AttributionCheck((("a", "b"),) * 4, p, m, (9.0,) * 4, 2, "frozen: x")
+    check = made_check(p, m)
     assert check.correlation == pytest.approx(np.corrcoef(p, m)[0, 1])
     assert check.slope == pytest.approx(np.linalg.lstsq(np.array(p)[:, None], np.array(m), rcond=None)[0][0])
     assert check.max_error == pytest.approx(1.0)
     assert check.relative_error == pytest.approx(0.5)
-    assert check.not_finite == 0
-    broken = AttributionCheck((("a", "b"),) * 5, (*p, 7.0), (*m, float("nan")), (9.0,) * 5, 2, "frozen: x")
+    assert (check.not_finite, check.same_sign) == (0, 1)
+    assert made_check((1.0, -2.0, 0.0, 3.0), (1.1, 1.5, -4.0, 2.0)).same_sign == pytest.approx(2 / 3)
+    assert math.isnan(made_check((1.0, 1.0), (1.0, 2.0)).correlation)
+    broken = made_check((*p, 7.0), (*m, float("nan")))
     assert (broken.correlation, broken.slope, broken.max_error) == (check.correlation, check.slope, check.max_error)
     assert "1 of the ablations left no finite number" in str(broken)
     assert "4 edges ablated" in str(check)
@@ -340,7 +368,7 @@ def test_the_numbers_of_a_check_are_the_textbook_ones() -> None:
 
 def test_deltas_and_embeddings_are_really_removed(double: Decomposition) -> None:
     """Removing the delta of `W_O` at a position: what `W_V` of the next block loses, by arithmetic in float64."""
-    got = attribution_graph(double, PROMPT, targets={"d": difference}, importance_above=None, n_checked=5000)
+    got = attribution_graph(double, PROMPT, readouts={"d": difference}, importance_above=None, n_checked=5000)
     found = {edge: i for i, edge in enumerate(got.check.edges)}
     assert len(found) == got.graph.number_of_edges()
     kinds = {got.graph.nodes[s]["kind"] for s, _ in found}
@@ -355,7 +383,7 @@ def test_a_later_block_alone_is_fed_by_the_residual_stream(frozen: Frozen) -> No
     """What is not decomposed below bends no path: every edge but those through the MLP is its ablation."""
     decomposition = decompose(tiny_transformer(dtype=torch.float64), {"blocks.1.*.W_*": 4})
     got = attribution_graph(
-        decomposition, PROMPT, targets={"d": difference}, importance_above=None, n_checked=400, frozen=frozen
+        decomposition, PROMPT, readouts={"d": difference}, importance_above=None, n_checked=400, frozen=frozen
     )
     below = {data["label"] for _, data in got.graph.nodes(data=True) if data["kind"] == "embedding"}
     assert below == {"residual stream into blocks.1"}
@@ -370,7 +398,7 @@ def test_a_later_block_alone_is_fed_by_the_residual_stream(frozen: Frozen) -> No
     assert weight(got, "blocks.1 input @5", name) == pytest.approx(expected, abs=1e-9)
     compared = 0
     for (s, r), p, m in zip(got.check.edges, got.check.predicted, got.check.measured, strict=True):
-        if "mlp.W_out" not in r and not (not frozen.delta and r.startswith("target")):
+        if "mlp.W_out" not in r and not (not frozen.delta and r.startswith("readout")):
             assert m == pytest.approx(p, abs=1e-9), (s, r)
             compared += s.startswith("blocks.1 input")
     assert compared > 5
@@ -380,7 +408,7 @@ def test_a_later_block_alone_is_fed_by_the_residual_stream(frozen: Frozen) -> No
 
 
 def test_nodes_are_important_and_the_rest_is_accounted_for(double: Decomposition) -> None:
-    arguments: Any = {"targets": {"s": lambda x: spread(x)[0]}, "max_nodes": 1000}
+    arguments: Any = {"readouts": {"s": lambda x: spread(x)[0]}, "max_nodes": 1000}
     importance = double.importance(PROMPT)
     middle = float(torch.cat([g.flatten() for g in importance.values()]).median())
     whole = attribution_graph(double, PROMPT, importance_above=None, **arguments)
@@ -392,7 +420,7 @@ def test_nodes_are_important_and_the_rest_is_accounted_for(double: Decomposition
     assert 10 < some.graph.number_of_nodes() < whole.graph.number_of_nodes()
     checked = 0
     for name, data in some.graph.nodes(data=True):
-        if data["kind"] in ("subcomponent", "target"):
+        if data["kind"] in ("subcomponent", "readout"):
             missing = [d["weight"] for s, _, d in whole.graph.in_edges(name, data=True) if s not in some.graph]
             assert data["from_unshown"] == pytest.approx(sum(missing), abs=1e-10)
             checked += bool(missing)
@@ -412,8 +440,8 @@ def test_a_circuits_graph_has_its_nodes_and_the_edges_of_the_whole_graph(
     kept = {name: torch.zeros(n if by_position else 1, 4, dtype=torch.bool) for name in (site, later)}
     kept[site][-1, 1] = kept[later][-1, [0, 2]] = True
     circuit = Circuit(kept, {name: k.double() for name, k in kept.items()})
-    whole = attribution_graph(double, PROMPT, targets={"s": spread}, importance_above=None)
-    own = attribution_graph(double, PROMPT, targets={"s": spread}, circuit=circuit)
+    whole = attribution_graph(double, PROMPT, readouts={"s": spread}, importance_above=None)
+    own = attribution_graph(double, PROMPT, readouts={"s": spread}, circuit=circuit)
     positions = [n - 1] if by_position else range(n)
     expected = {(s, c, t) for s, c in ((site, 1), (later, 0), (later, 2)) for t in positions}
     nodes = [data for _, data in own.graph.nodes(data=True) if data["kind"] == "subcomponent"]
@@ -432,8 +460,8 @@ def test_a_circuits_graph_has_its_nodes_and_the_edges_of_the_whole_graph(
 def test_the_largest_linearised_effects_are_kept(double: Decomposition) -> None:
     """Against gradients of the whole frozen pass by hand: one leaf per activation, nothing stopped."""
     metric = {"d": difference}
-    got = attribution_graph(double, PROMPT, targets=metric, importance_above=None, max_nodes=9)
-    whole = attribution_graph(double, PROMPT, targets=metric, importance_above=None, max_nodes=1000)
+    got = attribution_graph(double, PROMPT, readouts=metric, importance_above=None, max_nodes=9)
+    whole = attribution_graph(double, PROMPT, readouts=metric, importance_above=None, max_nodes=1000)
     leaves: dict[str, Tensor] = {}
 
     def leaf(acts: Tensor, hook: Any) -> Tensor:
@@ -463,32 +491,32 @@ def test_the_largest_linearised_effects_are_kept(double: Decomposition) -> None:
     assert f"{n_whole - 9} important subcomponents left out" in str(got)
 
 
-def test_targets_are_centred_logits_of_the_likeliest_or_given_tokens(double: Decomposition) -> None:
+def test_readouts_are_centred_logits_of_the_likeliest_or_given_tokens(double: Decomposition) -> None:
     with torch.no_grad():
         logits = double.model(PROMPT)[0, 3]
-    given = attribution_graph(double, PROMPT, targets=[7, 2], position=3, importance_above=None)
+    given = attribution_graph(double, PROMPT, readouts=[7, 2], position=3, importance_above=None)
     for i in (7, 2):
-        node = given.graph.nodes[f"target {i}"]
+        node = given.graph.nodes[f"readout {i}"]
         assert node["activation"] == pytest.approx(float(logits[i] - logits.mean()), abs=1e-9)
         assert node["probability"] == pytest.approx(float(logits.softmax(-1)[i]), rel=1e-5)
         assert node["position"] == 3
     likeliest = attribution_graph(double, PROMPT, position=3, importance_above=None)
-    found = [d["number"] for _, d in likeliest.graph.nodes(data=True) if d["kind"] == "target"]
+    found = [d["number"] for _, d in likeliest.graph.nodes(data=True) if d["kind"] == "readout"]
     assert found == logits.sort(descending=True).indices[: len(found)].tolist()
     shares = logits.softmax(-1).sort(descending=True).values.cumsum(0)
     assert len(found) == 10 or shares[len(found) - 1] >= 0.95 > shares[len(found) - 2]
     # Two centred logits and their difference.
-    both = attribution_graph(double, PROMPT, targets=[3, 5], importance_above=None)
-    one = attribution_graph(double, PROMPT, targets={"d": difference}, importance_above=None)
+    both = attribution_graph(double, PROMPT, readouts=[3, 5], importance_above=None)
+    one = attribution_graph(double, PROMPT, readouts={"d": difference}, importance_above=None)
     name = "unembed.W_U[1] @5"
-    assert weight(one, name, "target -1") == pytest.approx(
-        weight(both, name, "target 3") - weight(both, name, "target 5"), abs=1e-12
+    assert weight(one, name, "readout -1") == pytest.approx(
+        weight(both, name, "readout 3") - weight(both, name, "readout 5"), abs=1e-12
     )
 
 
 @pytest.mark.parametrize("per_pass", [1, 7])
 def test_receivers_together_equal_receivers_alone(double: Decomposition, per_pass: int) -> None:
-    arguments: Any = {"targets": {"d": difference}, "importance_above": None}
+    arguments: Any = {"readouts": {"d": difference}, "importance_above": None}
     alone = attribution_graph(double, PROMPT, per_pass=per_pass, **arguments)
     together = attribution_graph(double, PROMPT, **arguments)
     assert set(alone.graph.edges) == set(together.graph.edges)
@@ -509,7 +537,7 @@ def test_the_model_is_left_as_it_was_also_after_an_error(double: Decomposition) 
         return difference(logits)
 
     with pytest.raises(KeyboardInterrupt):
-        attribution_graph(double, PROMPT, targets={"b": breaks}, importance_above=None, max_nodes=20)
+        attribution_graph(double, PROMPT, readouts={"b": breaks}, importance_above=None, max_nodes=20)
     assert all(p.grad is None for p in double.model.parameters())
     assert not any(weight_.is_watched() for weight_ in double.values())
     assert not any(point._forward_hooks for name, point in double.model.hook_dict.items() if "hook_scale" in name)
@@ -530,11 +558,11 @@ def test_a_data_set_graph_is_the_mean_of_prompt_graphs(double: Decomposition, ab
     signed: dict[tuple[str, str], float] = {}
     absolute: dict[tuple[str, str], float] = {}
     for row in data:
-        one = attribution_graph(double, row[None], targets={"s": lambda x: spread(x)[0]}, **arguments)
+        one = attribution_graph(double, row[None], readouts={"s": lambda x: spread(x)[0]}, **arguments)
         sums: dict[tuple[str, str, int], float] = {}
         for s, r, d in one.graph.edges(data=True):
             sender, receiver = (n.split(" @")[0] for n in (s, r))
-            key = (sender, "target" if receiver.startswith("target") else receiver, one.graph.nodes[s]["position"])
+            key = (sender, "readout" if receiver.startswith("readout") else receiver, one.graph.nodes[s]["position"])
             sums[key] = sums.get(key, 0.0) + d["weight"]
         for (s, r, _), value in sums.items():
             signed[s, r] = signed.get((s, r), 0.0) + value / 18
@@ -561,13 +589,13 @@ def test_masked_positions_do_not_count(double: Decomposition) -> None:
     got = dataset_graph(double, [{"tokens": data, "attention_mask": mask}], importance_above=None, n_checked=4)
     assert got.settings["n_positions"] == 8
     # From a position on, under causal attention, to itself and later ones: the sum of a single row by hand.
-    one = attribution_graph(double, data[:1], targets={"s": lambda x: spread(x)[0]}, importance_above=None)
-    two = attribution_graph(double, data[1:], targets={"s": lambda x: spread(x)[0]}, importance_above=None)
+    one = attribution_graph(double, data[:1], readouts={"s": lambda x: spread(x)[0]}, importance_above=None)
+    two = attribution_graph(double, data[1:], readouts={"s": lambda x: spread(x)[0]}, importance_above=None)
     s, r = "blocks.0.mlp.W_out[1]", "blocks.1.mlp.W_in[2]"
     total = sum(weight(g, f"{s} @{t}", f"{r} @{t}") for g in (one, two) for t in range(2, 6))
     assert got.graph.edges[s, r]["weight"] == pytest.approx(total / 8, abs=1e-10)
     # A delta reaches later positions through frozen attention: masked positions do not count as senders either.
-    s, r = "blocks.0.attn.W_V delta", "blocks.0.attn.W_O[1]"
+    s, r = "blocks.0.attn.W_V[delta]", "blocks.0.attn.W_O[1]"
     pairs = [(t, u) for t in range(6) for u in range(t, 6)]
     each = {(t, u): sum(weight(g, f"{s} @{t}", f"{r} @{u}") for g in (one, two)) for t, u in pairs}
     total = sum(value for (t, _), value in each.items() if t >= 2)
@@ -579,21 +607,21 @@ def test_masked_positions_do_not_count(double: Decomposition) -> None:
 
 
 def random_dag(n: int, seed: int) -> np.ndarray:
-    """`[target source]`, edges from lower to higher numbers."""
+    """`[receiver sender]`, edges from lower to higher numbers."""
     random = np.random.default_rng(seed)
     return np.tril(random.normal(size=(n, n)) * (random.random((n, n)) < 0.5), -1)
 
 
 def test_influence_is_the_sum_over_all_paths() -> None:
     weights = random_dag(7, seed=0)
-    target_weights = np.array([0, 0, 0, 0, 0, 0.3, 0.7])
+    readout_weights = np.array([0, 0, 0, 0, 0, 0.3, 0.7])
     expected = np.zeros(7)
     shares = np.abs(weights) / np.maximum(np.abs(weights).sum(1, keepdims=True), 1e-300)
     for length in range(2, 8):
         for path in itertools.combinations(range(7), length):
             product = np.prod([shares[b, a] for a, b in itertools.pairwise(path)])
-            expected[path[0]] += target_weights[path[-1]] * product
-    np.testing.assert_allclose(influences(weights, target_weights), expected, atol=1e-14)
+            expected[path[0]] += readout_weights[path[-1]] * product
+    np.testing.assert_allclose(influences(weights, readout_weights), expected, atol=1e-14)
     with pytest.raises(ValueError, match="has a cycle"):
         influences(np.array([[0.0, 1.0], [1.0, 0.0]]), np.array([0.0, 1.0]))
 
@@ -601,28 +629,28 @@ def test_influence_is_the_sum_over_all_paths() -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_pruning_keeps_the_smallest_sets_that_have_the_shares(seed: int) -> None:
     n, weights = 12, random_dag(12, seed)
-    target_weights = np.zeros(n)
-    target_weights[-2:] = 0.5
+    readout_weights = np.zeros(n)
+    readout_weights[-2:] = 0.5
     always = np.zeros(n, dtype=bool)
     always[:2] = always[-2:] = True
     needs_input = ~always
     got = prune(
-        weights, target_weights, always_kept=always, needs_input=needs_input, node_threshold=0.7, edge_threshold=0.8
+        weights, readout_weights, always_kept=always, needs_input=needs_input, node_threshold=0.7, edge_threshold=0.8
     )
     # The same by plain loops.
-    influence = influences(weights, target_weights)
+    influence = influences(weights, readout_weights)
     kept, total = set(np.flatnonzero(always)), 0.0
     for i in sorted(range(n), key=lambda i: -influence[i]):
         if total < 0.7 * influence.sum():
             kept.add(i)
             total += influence[i]
     left = np.array([[weights[t, s] if {s, t} <= kept else 0.0 for s in range(n)] for t in range(n)])
-    inside = influences(left, target_weights)
+    inside = influences(left, readout_weights)
     scores = {}
     for t in range(n):
         for s in range(n):
             if left[t, s]:
-                scores[t, s] = abs(left[t, s]) / np.abs(left[t]).sum() * (inside[t] + target_weights[t])
+                scores[t, s] = abs(left[t, s]) / np.abs(left[t]).sum() * (inside[t] + readout_weights[t])
     edges, total = set(), 0.0
     for edge in sorted(scores, key=lambda e: -scores[e]):
         if total < 0.8 * sum(scores.values()):
@@ -644,13 +672,13 @@ def test_pruning_keeps_the_smallest_sets_that_have_the_shares(seed: int) -> None
 
 
 def test_a_pruned_graph_accounts_for_what_it_drops(double: Decomposition) -> None:
-    whole = attribution_graph(double, PROMPT, targets={"d": difference}, importance_above=None)
+    whole = attribution_graph(double, PROMPT, readouts={"d": difference}, importance_above=None)
     pruned = whole.prune(0.6, 0.9)
     assert 0 < pruned.graph.number_of_edges() < whole.graph.number_of_edges()
     assert set(pruned.graph.edges) < set(whole.graph.edges)
     assert pruned.check is whole.check
     for name, data in pruned.graph.nodes(data=True):
-        if data["kind"] in ("subcomponent", "target"):
+        if data["kind"] in ("subcomponent", "readout"):
             before = [whole.graph.edges[e]["weight"] for e in whole.graph.in_edges(name)
                       if whole.graph.nodes[e[0]]["kind"] == "subcomponent"]  # fmt: skip
             after = [pruned.graph.edges[e]["weight"] for e in pruned.graph.in_edges(name)
@@ -672,12 +700,12 @@ def test_a_pruned_graph_accounts_for_what_it_drops(double: Decomposition) -> Non
     [
         ({"tokens": tokens(2)}, r"shape \(2, 12\).*expected one prompt of token ids, \[1 pos\]"),
         ({"tokens": PROMPT + 40}, "token ids run from"),
-        ({"targets": [3, 99]}, r"targets=\[3, 99\]; expected different token ids in 0..39"),
-        ({"targets": [3, 3]}, "expected different token ids"),
-        ({"targets": []}, "at least one"),
-        ({"targets": {}}, "targets is empty"),
-        ({"targets": {"all": lambda logits: logits}}, "the target 'all' returned .* expected one number"),
-        ({"targets": {"d": lambda logits: difference(logits).detach()}}, "the target 'd' gives no gradient"),
+        ({"readouts": [3, 99]}, r"readouts=\[3, 99\]; expected different token ids in 0..39"),
+        ({"readouts": [3, 3]}, "expected different token ids"),
+        ({"readouts": []}, "at least one"),
+        ({"readouts": {}}, "readouts is empty"),
+        ({"readouts": {"all": lambda logits: logits}}, "the readout 'all' returned .* expected one number"),
+        ({"readouts": {"d": lambda logits: difference(logits).detach()}}, "the readout 'd' gives no gradient"),
         ({"position": 6}, r"positions \[6\]: expected some of 0..5"),
         ({"n_checked": 0}, "n_checked=0; expected at least 1"),
         ({"max_nodes": 0}, "max_nodes=0; expected at least 1"),
@@ -714,7 +742,7 @@ def test_mistakes_with_data_sets_are_named(double: Decomposition, without_type_c
     ):
         with pytest.raises(ValueError, match=text):
             dataset_graph(double, **{"importance_above": None, **arguments})
-    with pytest.raises(ValueError, match="this graph has no target"):
+    with pytest.raises(ValueError, match="this graph has no readout"):
         dataset_graph(double, data, importance_above=None, n_checked=2).prune()
     graph = attribution_graph(double, PROMPT, importance_above=None, n_checked=2)
     with pytest.raises(ValueError, match=r"node_threshold=2; expected a share"):

@@ -341,7 +341,8 @@ def test_mistakes_are_named(
     ("arguments", "text"),
     [
         ({"ids": {IN: [1.5]}}, r"subcomponents \[1.5\] of blocks.0.mlp.W_in: expected integer ids"),
-        ({"ids": {IN: 3}}, r"ids\['blocks.0.mlp.W_in'\] is 3; expected a list of integers"),
+        ({"ids": {IN: "3"}}, r"ids\['blocks.0.mlp.W_in'\] is '3'; expected integers"),
+        ({"ids": 3}, "ids is 3; expected {site: ids}, a Unit"),
         ({"ids": [IN]}, "ids holds a str; expected {site: ids}"),
         ({"tokens": [[1, 2]]}, "tokens is a list; expected a tensor"),
         ({"metric": lambda logits: "good"}, "the metric returned a str"),

@@ -182,13 +182,13 @@ def test_the_agreement_is_measured_on_the_strongest_and_on_random_cells(decompos
     exact = activation_patching(decomposition, CORRUPTED, CLEAN, metric, {IN: None, OUT: None})
     agreement = got.agreement
     assert agreement is not None
-    assert len(agreement.exact) == 20
+    assert len(agreement.measured) == 20
     flat = {round(float(e), 9): float(x) for e, x in zip(got.effects.effects.flatten(), exact.effects.flatten())}  # noqa: B905
-    for estimate, measured in zip(agreement.estimated, agreement.exact, strict=True):
+    for estimate, measured in zip(agreement.predicted, agreement.measured, strict=True):
         assert flat[round(float(estimate), 9)] == pytest.approx(float(measured), abs=1e-5)
     largest = got.effects.effects.flatten().abs().sort(descending=True).values[:10]
-    torch.testing.assert_close(agreement.estimated[:10].abs(), largest)
-    expected = np.corrcoef(agreement.estimated.numpy(), agreement.exact.numpy())[0, 1]
+    torch.testing.assert_close(torch.tensor(agreement.predicted[:10], dtype=largest.dtype).abs(), largest)
+    expected = np.corrcoef(agreement.predicted, agreement.measured)[0, 1]
     assert agreement.correlation == pytest.approx(expected, abs=1e-6)
     assert 0.5 < agreement.correlation < 1
     assert f"correlation with exact patching {agreement.correlation:.3f} on 20 cells" in str(got)
