@@ -18,13 +18,13 @@ from torch import Tensor
 
 from spd_lens import Decomposition, evaluate
 from spd_lens.core import lower_squash, upper_squash
-from spd_lens.data import Batch, as_batch
+from spd_lens.data import as_batch
 from spd_lens.evaluation import worst_case
-from spd_lens.objective import PGD, divergence, log_probs, minimality_loss, reconstruction_loss
+from spd_lens.objective import divergence, log_probs, minimality_loss, reconstruction_loss
 from spd_lens.training import TrainConfig
 
 ON_ABOVE, USED_ABOVE = 0.1, 0.05
-ADVERSARY = PGD(steps=20, step_size=0.1, scope="batch")
+ADVERSARY_STEPS = 20
 Ids = dict[str, list[int]]
 
 
@@ -69,7 +69,7 @@ def divergence_with(decomposition: Decomposition, inputs: Tensor, hooks: list[An
 @torch.no_grad()
 def always_on(decomposition: Decomposition, ids: Ids, inputs: Tensor, seed: int = 0) -> dict[str, float]:
     """KL when `ids` are always on and all else is random, and when an adversary chooses all else."""
-    batch, generator = Batch(inputs), torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     clean = decomposition.clean_pass(inputs)
     g = {}
     for name, x in clean.inputs.items():
@@ -80,8 +80,8 @@ def always_on(decomposition: Decomposition, ids: Ids, inputs: Tensor, seed: int 
     stochastic = reconstruction_loss(
         lambda masks: decomposition.masked_forward(inputs, masks), clean.output, g, generator=generator
     )
-    adversarial = worst_case(decomposition, batch, clean, g, ADVERSARY, kind="kl", generator=generator)
-    return {"stochastic": float(stochastic), "adversarial": float(adversarial)}
+    adversarial = worst_case(decomposition, [inputs], steps=(ADVERSARY_STEPS,), importances=g, seed=seed)
+    return {"stochastic": float(stochastic), "adversarial": adversarial.divergence[ADVERSARY_STEPS]}
 
 
 @torch.no_grad()

@@ -1,6 +1,24 @@
-"""Judge a decomposition: `evaluate` measures it, `EvaluationReport` says in words what that means."""
+"""Judge a decomposition: `evaluate` measures it, `EvaluationReport` says in words what that means.
 
-from spd_lens.evaluation.evaluating import evaluate, worst_case
-from spd_lens.evaluation.report import EvaluationReport, SiteReport, failure_modes
+`worst_case` is the adversary alone; `report.verdict` is a `Verdict`."""
 
-__all__ = ["EvaluationReport", "SiteReport", "evaluate", "failure_modes", "worst_case"]
+from spd_lens.evaluation.deletion import Deletion
+from spd_lens.evaluation.evaluating import evaluate
+from spd_lens.evaluation.report import AttackReport, EvaluationReport
+from spd_lens.evaluation.site_report import SiteReport, failure_modes
+from spd_lens.evaluation.verdict import Verdict, judge
+from spd_lens.evaluation.worst_case import LADDER, WorstCase, worst_case
+
+__all__ = [
+    "LADDER",
+    "AttackReport",
+    "Deletion",
+    "EvaluationReport",
+    "SiteReport",
+    "Verdict",
+    "WorstCase",
+    "evaluate",
+    "failure_modes",
+    "judge",
+    "worst_case",
+]

@@ -1,35 +1,49 @@
-"""`evaluate`: how good a decomposition is, on the four things that count at once (E1, E2, E5).
+"""`evaluate`: how good a decomposition is, on the things that count at once (E1, E2, E5, E8 to E10).
 
-Faithfulness per site; reconstruction (cross-entropy and KL) in six mask regimes; minimality (L0 at several
-thresholds); and the worst case, a fresh PGD adversary whose budget stands beside its number. Masks set to the
-importance itself, or rounded, are for monitoring only: that they work does not make the active subcomponents a
-circuit (E3).
+Faithfulness per site; reconstruction (KL, cross-entropy, changed top tokens) in six mask regimes; minimality (L0 at
+several thresholds); the worst case, a fresh adversary whose budget and span stand beside its number; and the deletion
+test. Masks set to the importance itself, or rounded, are for monitoring only: that they work does not make the active
+subcomponents a circuit (E3).
+
+Cost: one clean pass and the gates per batch, 6 masked passes, 3 for the deletion test, and for the adversary
+`starts * max(adversary_steps)` forward and backward passes. `quick=True` leaves the last two out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from spd_lens.core.decomposition import Decomposition
-from spd_lens.core.masks import MaskKind, SiteMask, sample_masks
-from spd_lens.core.passes import CleanPass
-from spd_lens.core.squashings import importance_of
-from spd_lens.core.subcomponents import relative_faithfulness, smallest_relative_error
+from spd_lens.core.masks import MaskKind, sample_masks
 from spd_lens.data.batches import Batch, as_batch
-from spd_lens.evaluation.report import THRESHOLDS, EvaluationReport, SiteReport, failure_modes
-from spd_lens.objective.adversary import PGD, ascend, random_sources
-from spd_lens.objective.divergences import Divergence, divergence, log_probs
-from spd_lens.objective.reconstruction import reconstruction_loss
+from spd_lens.evaluation.deletion import (
+    NEVER_NEEDED,
+    OTHERS_UNION,
+    OWN_UNION,
+    Deletion,
+    Needs,
+    keeping,
+    mean_kept,
+    unions_of,
+)  # fmt: skip
+from spd_lens.evaluation.held import Held, Passes, hold
+from spd_lens.evaluation.intervals import Tally, bootstrap_intervals, mean
+from spd_lens.evaluation.report import AttackReport, EvaluationReport
+from spd_lens.evaluation.site_report import SiteSums, failure_modes
+from spd_lens.evaluation.worst_case import Attack, worst_of_starts
+from spd_lens.objective.divergences import Divergence
+from spd_lens.objective.mask_sources import masks_from_sources
 
-# E5, in the order of the table: name, kind of `sample_masks`, whether the delta takes part at random.
+# E5, in the order of the table: name, and kind of `sample_masks`.
 REGIMES: dict[str, MaskKind] = {
     "importance": "importance",
     "all on, no delta": "none",
@@ -38,9 +52,9 @@ REGIMES: dict[str, MaskKind] = {
     "random": "random",
     "all off": "off",
 }
+QUICK_BATCHES = 2
 
 
-@torch.no_grad()
 def evaluate(
     decomposition: Decomposition,
     batches: Iterable[Any],
@@ -48,147 +62,233 @@ def evaluate(
     max_batches: int = 8,
     adversary_steps: Sequence[int] = (20,),
     adversary_step_size: float = 0.1,
+    starts: int = 2,
+    span: int | None = None,
+    deletion: bool = True,
+    deletion_sample: Iterable[Any] | None = None,
+    token_counts: Int[Tensor, " d_vocab"] | None = None,
     kind: Divergence = "kl",
+    quick: bool = False,
     seed: int = 0,
 ) -> EvaluationReport:
     """Measure a decomposition on the first `max_batches` of `batches` (what `train` accepts is accepted here).
 
-    Cost per batch: 8 forward passes, and for every adversary `steps` forward and backward passes; set
-    `adversary_steps=()` to leave them out. Positions outside a batch's `position_mask` count nowhere (M5).
-    Raises ValueError if there is no batch.
+    - `adversary_steps`: budgets of the adversary, read off one climb of the longest; `()` leaves it out, `LADDER` is
+      20, 40, 80, 160. `starts`: independent climbs, of which the worst counts.
+    - `span`: how many rows share one adversarial source; None: all rows evaluated, which is the number to compare. A
+      source for fewer rows does more damage.
+    - `deletion`: whether to run the deletion test. `deletion_sample`: batches, all of them, in which a need also
+      spares a subcomponent; the larger this sample, the more the test says.
+    - `token_counts`: how often each token occurs, for the cross-entropy of frequencies alone. None: counted in the
+      evaluated tokens themselves (with one more count spread over the vocabulary), which flatters the frequencies.
+    - `quick`: at most two batches, no adversary, no deletion test: seconds, for a look during training.
+
+    Positions outside a batch's `position_mask` count nowhere (M5). The model's training mode and gradient mode are set
+    as evaluation needs them, and put back. Raises ValueError if there is no batch or no position that counts.
     """
+    attack = Attack(tuple(adversary_steps), adversary_step_size, starts, span)
+    if quick:
+        attack, deletion, max_batches = Attack(()), False, min(max_batches, QUICK_BATCHES)
+    with torch.inference_mode(False), torch.no_grad(), _in_eval_mode(decomposition):
+        chosen = _counted_batches(batches, max_batches)
+        sample = () if deletion_sample is None or not deletion else deletion_sample
+        return _Evaluation(decomposition, chosen, kind, attack, seed).run(deletion, sample, token_counts)
+
+
+def _counted_batches(batches: Iterable[Any], max_batches: int) -> list[Batch]:
+    if max_batches < 1:
+        raise ValueError(f"max_batches={max_batches}; expected at least 1")
     source = batches.once() if hasattr(batches, "once") else batches  # pyright: ignore[reportAttributeAccessIssue]
     chosen = [as_batch(item) for item in islice(source, max_batches)]
     if not chosen:
         raise ValueError("the data is empty: not one batch to evaluate on")
-    sums = _Sums(decomposition)
-    generator = torch.Generator(decomposition.device).manual_seed(seed)
-    for item in tqdm(chosen, desc="evaluate", leave=False):
-        batch = item.to(decomposition.device)
-        clean = decomposition.clean_pass(batch.inputs, start_at=batch.start_at)
-        pre = decomposition.pre_importances(clean.inputs)
-        g = {name: importance_of(p) for name, p in pre.items()}
-        count = _count(batch, clean.output)
-        sums.add_importances(g, batch.position_mask)
-        sums.add("ce", "target", _cross_entropy(clean.output, batch), count)
+    counted = [b for b in chosen if b.position_mask is None or bool(b.position_mask.any())]
+    if not counted:
+        raise ValueError(f"no position counts in any of the {len(chosen)} batches: their position masks are all False")
+    return counted
+
+
+@contextmanager
+def _in_eval_mode(decomposition: Decomposition) -> Iterator[None]:
+    """Dropout would make the target another one in every pass."""
+    training = [module for module in decomposition.model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class _Evaluation:
+    """One run of `evaluate`: what is measured on the way."""
+
+    def __init__(
+        self, decomposition: Decomposition, batches: list[Batch], kind: Divergence, attack: Attack, seed: int
+    ) -> None:
+        self.decomposition, self.attack, self.kind, self.seed = decomposition, attack, kind, seed
+        self.generator = torch.Generator(decomposition.device).manual_seed(seed)
+        self.passes = Passes(decomposition, batches, kind)
+        self.tally = Tally()
+        self.labels: list[Tensor] = []
+        self.sites = {name: SiteSums(w.n_subcomponents, decomposition.device) for name, w in decomposition.items()}
+        self.n_vocabulary = 0
+        self.attack_report: AttackReport | None = None
+        self.deletion: Deletion | None = None
+
+    def run(self, deletion: bool, deletion_sample: Iterable[Any], token_counts: Tensor | None) -> EvaluationReport:
+        needs = Needs(torch.Generator(self.decomposition.device).manual_seed(self.seed), len(self.passes))
+        for held in tqdm(self.passes, desc="evaluate", leave=False):
+            self._regimes(held)
+            if deletion:
+                needs.add(held.importances, len(held.counted))
+        if self.attack.steps:
+            self._attack()
+        if deletion:
+            for item in tqdm(deletion_sample, desc="deletion sample", leave=False):
+                sampled = hold(self.decomposition, as_batch(item), self.kind)
+                needs.add(sampled.importances, len(sampled.counted), pooled=False)
+            self._delete(needs)
+        return self._report(token_counts)
+
+    # -- what is measured ---------------------------------------------------------------------------------------
+
+    def _regimes(self, held: Held) -> None:
+        for name, g in held.importances.items():
+            self.sites[name].add(g, held.counted)
+        pairs = _next_tokens(held)
+        if pairs is not None:
+            self.labels.append(pairs[0][pairs[1]])
+            self.n_vocabulary = held.clean.shape[-1]
+            self._cross_entropy("target", held.clean, pairs)
         for regime, mask_kind in REGIMES.items():
-            masks = sample_masks(g, kind=mask_kind, generator=generator)
-            output = decomposition.masked_forward(
-                batch.inputs, masks, start_at=batch.start_at, residuals=clean.residuals
-            )
-            value = divergence(clean.output, output, kind=kind, position_mask=batch.position_mask)
-            sums.add("divergence", regime, value, count)
-            sums.add("ce", regime, _cross_entropy(output, batch), count)
-        for steps in adversary_steps:
-            pgd = PGD(steps, adversary_step_size, "batch")
-            value = worst_case(decomposition, batch, clean, g, pgd, kind=kind, generator=generator)
-            sums.add("adversarial", steps, value, count)
-    return sums.report(decomposition, kind)
+            masks = sample_masks(held.importances, kind=mask_kind, generator=self.generator)
+            self._measure(regime, held, held.forward(masks), pairs)
 
+    def _measure(self, regime: str, held: Held, output: Tensor, pairs: tuple[Tensor, Tensor] | None) -> None:
+        self.tally.add("divergence", regime, held.divergences(output), held.counted)
+        if self.kind == "kl":
+            self.tally.add("top changes", regime, output.argmax(-1) != held.clean.argmax(-1), held.counted)
+        if pairs is not None:
+            self._cross_entropy(regime, output, pairs)
 
-def worst_case(
-    decomposition: Decomposition,
-    batch: Batch,
-    clean: CleanPass,
-    importances: Mapping[str, Float[Tensor, "*batch _"]],
-    pgd: PGD,
-    *,
-    kind: Divergence,
-    generator: torch.Generator,
-) -> Float[Tensor, ""]:
-    """Divergence under masks that a fresh PGD adversary chose within the importances (K3, E1)."""
+    def _cross_entropy(self, regime: str, output: Tensor, pairs: tuple[Tensor, Tensor]) -> None:
+        labels, counted = pairs
+        losses = F.cross_entropy(output[:, :-1].flatten(0, 1).float(), labels.flatten(), reduction="none")
+        self.tally.add("cross entropy", regime, losses.view(labels.shape), counted)
 
-    clean_output = log_probs(clean.output) if kind == "kl" else clean.output
+    def _attack(self) -> None:
+        groups = self.passes.in_spans(self.attack.span)
+        total = len(groups) * self.attack.starts * max(self.attack.steps)
+        with tqdm(total=total, desc="adversary", leave=False) as bar:
+            for group in groups:
+                found = worst_of_starts(group, self.attack, self.generator, after_step=bar.update)
+                for held in group:
+                    pairs = _next_tokens(held)
+                    for steps, sources in found.sources.items():
+                        output = held.forward(masks_from_sources(held.importances, sources))
+                        self._measure(f"PGD {steps}", held, output, pairs)
+        rows = [sum(len(held.counted) for held in group) for group in groups]
+        longest = max(held.counted[0].numel() for group in groups for held in group)
+        self.attack_report = AttackReport(self.attack.step_size, self.attack.starts, min(rows), longest, len(groups))
 
-    def forward(masks: Mapping[str, SiteMask]) -> Tensor:
-        return decomposition.masked_forward(batch.inputs, masks, start_at=batch.start_at, residuals=clean.residuals)
-
-    def loss(sources: Mapping[str, Tensor]) -> Tensor:
-        return reconstruction_loss(
-            forward,
-            clean_output,
-            importances,
-            masks=sources,
-            kind=kind,
-            position_mask=batch.position_mask,
-            clean_is_log_probs=kind == "kl",
-            generator=generator,
+    def _delete(self, needs: Needs) -> None:
+        kept = {name: ever.unsqueeze(0) for name, ever in needs.ever.items()}
+        unions: dict[str, list[Mapping[str, Tensor]]] = {NEVER_NEEDED: [kept]}
+        first_text = 0
+        several_texts = sum(len(batch.inputs) for batch in self.passes.batches) > 1
+        for held in tqdm(self.passes, desc="deletion", leave=False):
+            pairs = _next_tokens(held)
+            tests: dict[str, Mapping[str, Tensor]] = {NEVER_NEEDED: kept}
+            if held.counted.ndim > 1 and several_texts:
+                own, others = unions_of(held, needs, first_text)
+                tests |= {OWN_UNION: own, OTHERS_UNION: others}
+            for name, union in tests.items():
+                self._measure(name, held, held.forward(keeping(held, union)), pairs)
+                if name != NEVER_NEEDED:
+                    unions.setdefault(name, []).append(union)
+            first_text += len(held.counted)
+        self.deletion = Deletion(
+            divergence={},
+            never_needed={name: int(never.sum()) for name, never in needs.never().items()},
+            sample_positions=needs.positions,
+            kept={name: mean_kept(own) for name, own in unions.items()},
         )
 
-    sources = ascend(loss, random_sources(importances, pgd.scope, generator), pgd)
-    return loss(sources)
+    # -- what is reported ---------------------------------------------------------------------------------------
 
-
-def _cross_entropy(output: Tensor, batch: Batch) -> Tensor | None:
-    """Mean next-token cross-entropy over positions that count; None for models that do not predict tokens."""
-    if batch.tokens is None or output.ndim != 3 or batch.tokens.shape[1] < 2:
-        return None
-    if int(batch.tokens.max()) >= output.shape[-1]:  # outputs are not over the input's vocabulary
-        return None
-    losses = F.cross_entropy(output[:, :-1].flatten(0, 1).float(), batch.tokens[:, 1:].flatten(), reduction="none")
-    if batch.position_mask is None:
-        return losses.mean()
-    kept = (batch.position_mask[:, :-1] & batch.position_mask[:, 1:]).flatten()
-    return losses[kept].mean()
-
-
-def _count(batch: Batch, output: Tensor) -> int:
-    return output.shape[:-1].numel() if batch.position_mask is None else int(batch.position_mask.sum())
-
-
-class _Sums:
-    """Running sums over batches, weighted by their number of positions."""
-
-    def __init__(self, decomposition: Decomposition) -> None:
-        self.weighted: dict[tuple[str, Any], float] = {}
-        self.weights: dict[tuple[str, Any], int] = {}
-        self.positions = 0
-        device = decomposition.device
-        self.l0 = {name: torch.zeros(len(THRESHOLDS), device=device) for name in decomposition}
-        self.l0_count = dict.fromkeys(decomposition, 0)
-        self.largest = {name: torch.zeros(w.n_subcomponents, device=device) for name, w in decomposition.items()}
-
-    def add(self, group: str, name: Any, value: Tensor | None, count: int) -> None:
-        if value is not None:
-            key = (group, name)
-            self.weighted[key] = self.weighted.get(key, 0.0) + float(value) * count
-            self.weights[key] = self.weights.get(key, 0) + count
-
-    def add_importances(
-        self, g: Mapping[str, Float[Tensor, "*batch _"]], position_mask: Bool[Tensor, "batch pos"] | None
-    ) -> None:
-        for name, importance in g.items():
-            kept = importance.flatten(0, -2) if position_mask is None else importance[position_mask].flatten(0, -2)
-            for i, threshold in enumerate(THRESHOLDS):
-                self.l0[name][i] += (kept > threshold).sum()
-            self.l0_count[name] += len(kept)
-            if len(kept):
-                self.largest[name] = torch.maximum(self.largest[name], kept.amax(0))
-        self.positions += len(kept) if g else 0
-
-    def group(self, group: str) -> dict[Any, float]:
-        return {name: v / self.weights[g, name] for (g, name), v in self.weighted.items() if g == group}
-
-    def report(self, decomposition: Decomposition, kind: Divergence) -> EvaluationReport:
-        sites = {}
-        for name, w in decomposition.items():
-            W = w.target_weight
-            per_threshold = (self.l0[name] / max(1, self.l0_count[name])).tolist()
-            sites[name] = SiteReport(
-                n_subcomponents=w.n_subcomponents,
-                rank_bound=w.rank_bound,
-                relative_faithfulness=float(relative_faithfulness(W, w.V, w.U)),
-                smallest_possible=smallest_relative_error(W, w.n_subcomponents),
-                l0=dict(zip(THRESHOLDS, per_threshold, strict=True)),
-                alive=int((self.largest[name] > 0.1).sum()),
-            )
-        values = self.group("divergence")
+    def _report(self, token_counts: Tensor | None) -> EvaluationReport:
+        per_text = self.tally.texts()
+        means = {
+            quantity: {regime: m for regime, texts in own.items() if (m := mean(texts)) is not None}
+            for quantity, own in per_text.items()
+        }
+        values = means["divergence"]
+        self._refuse_nan(values)
+        sites = {name: sums.report(self.decomposition[name]) for name, sums in self.sites.items()}
+        deletion = self.deletion
+        if deletion is not None:
+            costs = {name: values[name] for name in (NEVER_NEEDED, OWN_UNION, OTHERS_UNION) if name in values}
+            deletion = Deletion(costs, deletion.never_needed, deletion.sample_positions, deletion.kept)
+        regimes = {name: values[name] for name in REGIMES}
+        counted = per_text["divergence"]["stochastic"][1]
         return EvaluationReport(
             sites=sites,
-            divergence=values,
-            cross_entropy=self.group("ce"),
-            adversarial=self.group("adversarial"),
-            kind=kind,
-            positions=self.positions,
-            warnings=tuple(failure_modes(sites, values)),
+            divergence=regimes,
+            cross_entropy=means.get("cross entropy", {}),
+            adversarial={steps: values[f"PGD {steps}"] for steps in sorted(set(self.attack.steps))},
+            kind=self.kind,
+            positions=round(sum(counted)),
+            texts=sum(1 for count in counted if count),
+            attack=self.attack_report,
+            top_changes=means.get("top changes", {}),
+            unigram_cross_entropy=self._unigram(token_counts),
+            deletion=deletion,
+            intervals=self._intervals(per_text),
+            per_text=per_text,
+            warnings=tuple(failure_modes(sites, regimes)),
         )
+
+    def _refuse_nan(self, values: Mapping[str, float]) -> None:
+        wrong = [regime for regime, value in values.items() if value != value]
+        if not wrong:
+            return
+        tensors = {**self.decomposition.tensors(), **dict(self.decomposition.model.named_parameters())}
+        bad = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+        where = f"not finite: {', '.join(bad[:4])}" if bad else "all parameters are finite, so the data is not"
+        raise ValueError(f"the divergence is NaN under these masks: {', '.join(wrong)} ({where})")
+
+    def _unigram(self, token_counts: Tensor | None) -> float | None:
+        """Cross-entropy of the evaluated tokens under token frequencies (E9)."""
+        if not self.labels:
+            return None
+        seen = torch.cat(self.labels).bincount(minlength=self.n_vocabulary).double()
+        if not bool(seen.any()):
+            return None
+        counts = seen if token_counts is None else token_counts.to(seen)
+        if counts.shape != seen.shape or bool((counts < 0).any()):
+            raise ValueError(
+                f"token_counts has shape {tuple(counts.shape)}; expected {self.n_vocabulary} counts, one per token"
+            )
+        frequencies = (counts + 1 / self.n_vocabulary) / (counts.sum() + 1)
+        return float(-(seen * frequencies.log()).sum() / seen.sum())
+
+    def _intervals(self, per_text: Mapping[str, Any]) -> dict[str, dict[str, tuple[float, float]]]:
+        keys = [(quantity, regime) for quantity, own in per_text.items() for regime in own]
+        found = bootstrap_intervals([per_text[q][r] for q, r in keys], seed=self.seed)
+        intervals: dict[str, dict[str, tuple[float, float]]] = {}
+        for (quantity, regime), interval in zip(keys, found, strict=True):
+            if interval is not None:
+                intervals.setdefault(quantity, {})[regime] = interval
+        return intervals
+
+
+def _next_tokens(held: Held) -> tuple[Int[Tensor, "batch next"], Bool[Tensor, "batch next"]] | None:
+    """The next tokens, and which of them count; None for models that do not predict their input's tokens."""
+    tokens, shape = held.batch.tokens, held.clean.shape
+    if tokens is None or len(shape) != 3 or tokens.shape != shape[:2] or shape[1] < 2:
+        return None
+    if int(tokens.max()) >= shape[2]:
+        return None
+    return tokens[:, 1:].long(), held.counted[:, :-1] & held.counted[:, 1:]

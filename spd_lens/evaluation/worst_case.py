@@ -1,0 +1,183 @@
+"""The worst case: what an adversary who may choose all masks that the importances allow can do (K3, E1, E1b).
+
+The masks are `m = g + (1 - g) s`, delta's mask is `s` itself, with sources `s in [0, 1]` of C + 1 channels per site,
+one vector for a whole *span* of rows and positions. The adversary climbs by sign steps; what counts is the **largest
+divergence seen at any step of any start**. Steps of one size overshoot, so the size falls along the way, after
+Auto-PGD (Croce and Hein 2020): every `WINDOW` steps, if fewer than three quarters of them went up or the best value is
+still the same, the step is halved and the climb goes on from the best point.
+
+The schedule looks at what has happened, never at the budget. So one long climb serves a ladder of budgets, read off on
+its way, and the ladder rises by construction.
+
+Cost: per step and start one forward and one backward pass of everything behind the first decomposed block. Gradients
+are summed over batches, so memory is that of one batch, however large the span.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from spd_lens.core.decomposition import Decomposition
+from spd_lens.data.batches import as_batch
+from spd_lens.evaluation.held import Held, Passes
+from spd_lens.objective.adversary import Sources, random_sources
+from spd_lens.objective.divergences import Divergence
+from spd_lens.objective.mask_sources import masks_from_sources
+
+LADDER = (20, 40, 80, 160)
+WINDOW = 10
+# Auto-PGD's own numbers: the share of steps that must go up, and the weight of the new direction against the old one.
+RISING_SHARE = 0.75
+NEW_DIRECTION = 0.75
+
+
+@dataclass(frozen=True)
+class Attack:
+    """An adversary's budget: states what stands beside every number of it (E1b).
+
+    - `steps`: the budgets to report; the longest is climbed, the others are read off on the way.
+    - `step_size`: the first one; it falls. `starts`: independent climbs, of which the worst counts.
+    - `span`: how many rows share one source (at least); None: all rows there are.
+    """
+
+    steps: tuple[int, ...] = LADDER
+    step_size: float = 0.1
+    starts: int = 2
+    span: int | None = None
+
+    def __post_init__(self) -> None:
+        if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in self.steps):
+            raise ValueError(f"adversary_steps={self.steps}; expected whole numbers of at least 0, such as {LADDER}")
+        if not 0 < self.step_size <= 1:
+            raise ValueError(f"step_size={self.step_size}; expected 0 < step_size <= 1, as sources lie in [0, 1]")
+        if self.starts < 1 or (self.span is not None and self.span < 1):
+            raise ValueError(f"starts={self.starts}, span={self.span}; expected at least 1 of each (span may be None)")
+
+
+@dataclass(frozen=True)
+class WorstCase:
+    """What the adversary reached on one span: for every budget the divergence and the sources that cause it."""
+
+    divergence: dict[int, float]
+    sources: dict[int, Sources]
+
+
+@torch.no_grad()
+def worst_case(
+    decomposition: Decomposition,
+    batches: Iterable[Any],
+    *,
+    steps: Sequence[int] = LADDER,
+    step_size: float = 0.1,
+    starts: int = 2,
+    importances: Mapping[str, Float[Tensor, "*_batch _C"]] | None = None,
+    kind: Divergence = "kl",
+    seed: int = 0,
+) -> WorstCase:
+    """The largest divergence that an adversary reaches with one source for all rows and positions of `batches`.
+
+    `importances` take the place of the gates' (for one batch): what is 1 there the adversary cannot touch.
+
+    >>> from spd_lens import decompose_layer
+    >>> from spd_lens.models import load_tiny_lm
+    >>> decomposition = decompose_layer(load_tiny_lm(), layer=1, n_subcomponents=8)
+    >>> found = worst_case(decomposition, [torch.arange(1, 9).reshape(1, 8)], steps=(1, 4), starts=1)
+    >>> found.divergence[4] >= found.divergence[1]
+    True
+    """
+    attack = Attack(tuple(steps), step_size, starts)
+    passes = Passes(decomposition, [as_batch(item) for item in batches], kind, importances)
+    if not len(passes):
+        raise ValueError("the data is empty: not one batch to attack")
+    generator = torch.Generator(decomposition.device).manual_seed(seed)
+    return worst_of_starts(passes, attack, generator)
+
+
+def worst_of_starts(
+    passes: Sequence[Held], attack: Attack, generator: torch.Generator, after_step: Callable[[], Any] = lambda: None
+) -> WorstCase:
+    """The worst of `attack.starts` climbs on one span, for every budget."""
+    best: dict[int, tuple[float, Sources]] = {}
+    for _ in range(attack.starts):
+        start = random_sources(passes[0].importances, "batch", generator)
+        for budget, (value, sources) in climb(passes, start, attack.steps, attack.step_size, after_step).items():
+            if budget not in best or value > best[budget][0]:
+                best[budget] = (value, sources)
+    return WorstCase({n: v for n, (v, _) in best.items()}, {n: s for n, (_, s) in best.items()})
+
+
+def climb(
+    passes: Sequence[Held],
+    start: Sources,
+    budgets: Sequence[int],
+    step_size: float,
+    after_step: Callable[[], Any] = lambda: None,
+) -> dict[int, tuple[float, Sources]]:
+    """One ascent; for every budget n the largest divergence among its first n + 1 points, and that point.
+
+    Raises ValueError where the divergence is NaN, which no comparison would notice.
+    """
+    wanted, longest = set(budgets), max(budgets)
+    found: dict[int, tuple[float, Sources]] = {}
+    x = before = start
+    best, best_x, best_gradients = -float("inf"), start, dict[str, Tensor]()
+    size, rises, last = step_size, 0, -float("inf")
+    best_at_check, halved_at_check = -float("inf"), True
+    for step in range(longest + 1):
+        value, gradients = _value_and_gradients(passes, x, with_gradients=step < longest)
+        if value != value:
+            raise ValueError(
+                f"the divergence is NaN at step {step} of the adversary: parameters or data are not finite"
+            )
+        rises, last = rises + (value > last), value
+        if value > best:
+            best, best_x, best_gradients = value, x, gradients
+        if step in wanted:
+            found[step] = (best, best_x)
+        if step == longest:
+            break
+        if step > 0 and step % WINDOW == 0:
+            stuck = best == best_at_check and not halved_at_check
+            halved_at_check = stuck or rises < RISING_SHARE * WINDOW
+            if halved_at_check:
+                size /= 2
+                x = before = best_x
+                gradients, last = best_gradients, best
+            best_at_check, rises = best, 0
+        x, before = _moved(x, before, gradients, size, NEW_DIRECTION if step > 0 else 1.0), x
+        after_step()
+    return found
+
+
+def _moved(x: Sources, before: Sources, gradients: Sources, size: float, new: float) -> Sources:
+    """A sign step, with some of the direction before kept, inside the unit cube."""
+    moved = {}
+    for name, own in x.items():
+        aim = (own + size * gradients[name].sign()).clamp_(0, 1)
+        moved[name] = own.add(aim - own, alpha=new).add_(own - before[name], alpha=1 - new).clamp_(0, 1)
+    return moved
+
+
+def _value_and_gradients(passes: Sequence[Held], x: Sources, *, with_gradients: bool) -> tuple[float, Sources]:
+    """Mean divergence over all counted positions of the span, and its gradients by the sources, batch by batch."""
+    leaves = {name: source.detach().requires_grad_(with_gradients) for name, source in x.items()}
+    gradients = {name: torch.zeros_like(source) for name, source in x.items()}
+    total: Any = 0.0
+    count: Any = 0
+    for held in passes:
+        with torch.set_grad_enabled(with_gradients):
+            value = held.divergences(held.forward(masks_from_sources(held.importances, leaves))).sum()
+        if with_gradients:
+            own = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+            for name, gradient in zip(leaves, own, strict=True):
+                if gradient is not None:
+                    gradients[name] += gradient
+        total = total + value.detach().double()
+        count = count + held.counted.sum()
+    return float(total / count), gradients
