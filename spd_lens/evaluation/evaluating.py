@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.masks import MaskKind, sample_masks
 from spd_lens.data.batches import Batch, as_batch
+from spd_lens.evaluation.attack import Attack, worst_of_starts
 from spd_lens.evaluation.deletion import (
     NEVER_NEEDED,
     OTHERS_UNION,
@@ -39,7 +40,6 @@ from spd_lens.evaluation.held import Held, Passes, hold
 from spd_lens.evaluation.intervals import Tally, bootstrap_intervals, mean
 from spd_lens.evaluation.report import AttackReport, EvaluationReport
 from spd_lens.evaluation.site_report import SiteSums, failure_modes
-from spd_lens.evaluation.worst_case import Attack, worst_of_starts
 from spd_lens.objective.divergences import Divergence
 from spd_lens.objective.mask_sources import masks_from_sources
 
