@@ -19,7 +19,8 @@ import torch
 import typer
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
-from tqdm import tqdm
+
+from spd_lens.support import tqdm
 
 if __package__ in (None, ""):  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parent.parent)

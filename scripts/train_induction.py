@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from spd_lens.models import (
     D_VOCAB,
@@ -39,6 +38,7 @@ from spd_lens.models import (
     predictable,
     save_transformer,
 )
+from spd_lens.support import tqdm
 
 TEST_SEED, TEST_ROWS = 1_000_003, 512
 BETAS = (0.9, 0.98)

@@ -29,7 +29,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from spd_lens.models import (
     MODULAR_ADDITION_DIRECTORY,
@@ -41,6 +40,7 @@ from spd_lens.models import (
     sum_accuracy,
     sum_labels,
 )
+from spd_lens.support import tqdm
 
 CONFIG = {
     "model_name": "modular_addition",

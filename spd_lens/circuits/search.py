@@ -26,7 +26,6 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from spd_lens.circuits.behaviour import Behaviour, Metrics, Objective
 from spd_lens.circuits.check import BUDGETS, HOLDS_ABOVE, CircuitReport, check_budgets, report_on
@@ -37,6 +36,7 @@ from spd_lens.core.squashings import importance_of, lower_squash, upper_squash
 from spd_lens.objective.adversary import PGD, PersistentSources, random_sources
 from spd_lens.objective.losses import minimality_loss
 from spd_lens.objective.mask_sources import masks_from_sources
+from spd_lens.support.progress import tqdm
 from spd_lens.tasks.task import Task
 
 CircuitMasks: TypeAlias = Literal["importance", "stochastic", "pgd", "persistent"]

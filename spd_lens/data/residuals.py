@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.data.batches import Batch, TokenBatches
+from spd_lens.support.progress import tqdm
 
 
 class ResidualBatches(TokenBatches):

@@ -20,7 +20,6 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.masks import MaskKind, sample_masks
@@ -42,6 +41,7 @@ from spd_lens.evaluation.report import AttackReport, EvaluationReport
 from spd_lens.evaluation.site_report import SiteSums, failure_modes
 from spd_lens.objective.divergences import Divergence
 from spd_lens.objective.mask_sources import masks_from_sources
+from spd_lens.support.progress import tqdm
 
 # E5, in the order of the table: name, and kind of `sample_masks`.
 REGIMES: dict[str, MaskKind] = {

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.units import Unit
 from spd_lens.graphs.removals import Drop, Readouts, removals
 from spd_lens.patching.agreement import Agreement, sampled
 from spd_lens.patching.frozen import Frozen
+from spd_lens.support.progress import tqdm
 from spd_lens.support.tables import format_table
 
 # What an edge is about besides its sender: how to read its receiver off what fell.

@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.units import Unit
@@ -37,6 +36,7 @@ from spd_lens.graphs.removals import Drop, Readouts
 from spd_lens.patching.agreement import sampled
 from spd_lens.patching.arguments import Metric, check_input
 from spd_lens.patching.frozen import Frozen
+from spd_lens.support.progress import tqdm
 
 Kept = dict[str, list[int]]
 

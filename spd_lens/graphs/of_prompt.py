@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from spd_lens.circuits.circuit import Circuit
 from spd_lens.core.decomposition import Decomposition
@@ -35,6 +34,7 @@ from spd_lens.graphs.readouts import Readout, ReadoutsGiven, chosen_readouts, to
 from spd_lens.graphs.removals import Drop
 from spd_lens.patching.arguments import check_input, checked_positions
 from spd_lens.patching.frozen import Frozen
+from spd_lens.support.progress import tqdm
 
 
 @torch.enable_grad()

@@ -173,7 +173,8 @@ def _checkpoint_directory() -> Path:
 def _unpack(gguf: Path, directory: Path) -> None:
     """Write tokenizer, config and float32 weights of a GGUF file to a new Hugging Face checkpoint."""
     import transformers
-    from tqdm.auto import tqdm
+
+    from spd_lens.support.progress import tqdm
 
     options: dict[str, Any] = {}
     # A transformers without GgufConfig dequantises every GGUF file; one that has it must be asked to.

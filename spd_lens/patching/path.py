@@ -25,7 +25,6 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.units import Ids, Unit, units_of
@@ -35,6 +34,7 @@ from spd_lens.patching.effects import Effects
 from spd_lens.patching.frozen import Change, Frozen, Held
 from spd_lens.patching.hooks import add, store
 from spd_lens.patching.runner import Replacement, Runner, effects_of
+from spd_lens.support.progress import tqdm
 from spd_lens.support.tables import format_table
 
 

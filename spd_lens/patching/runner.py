@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.units import Unit
@@ -29,6 +28,7 @@ from spd_lens.patching.arguments import Metric, Positions, check_input, metric_v
 from spd_lens.patching.effects import Effects
 from spd_lens.patching.hooks import put_per_copy
 from spd_lens.support.names import near_names
+from spd_lens.support.progress import tqdm
 
 # Entries of the output of one pass over several copies of the batch: 128 MB in float32.
 _ENTRIES_PER_PASS = 2**25

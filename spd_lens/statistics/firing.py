@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.squashings import importance_of
 from spd_lens.data.batches import as_batch
+from spd_lens.support.progress import tqdm
 
 
 @dataclass(frozen=True)

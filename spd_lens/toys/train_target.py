@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from spd_lens.support.progress import tqdm
 from spd_lens.toys.features import SparseFeatures, resid_mlp_features, tms_features
 from spd_lens.toys.resid_mlp import ResidMLP
 from spd_lens.toys.tms import TMS

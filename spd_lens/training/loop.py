@@ -22,13 +22,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.units import ALIVE_ABOVE
 from spd_lens.data.batches import Batch, as_batch
 from spd_lens.hosts.host import token_arguments_error
 from spd_lens.hosts.site import match_sites
+from spd_lens.support.progress import tqdm
 from spd_lens.training.checkpoint import Checkpoint, read_checkpoint
 from spd_lens.training.config import TrainConfig
 from spd_lens.training.loggers import Logger

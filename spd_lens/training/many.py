@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from tqdm.auto import tqdm
 
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.masks import SiteMask, sample_masks
@@ -32,6 +31,7 @@ from spd_lens.hosts.site import match_sites
 from spd_lens.objective.divergences import divergence
 from spd_lens.objective.losses import faithfulness_loss, frequency_loss, minimality_loss
 from spd_lens.support.files import read_json, write_json
+from spd_lens.support.progress import tqdm
 from spd_lens.training.config import TrainConfig
 from spd_lens.training.loop import batch_stream, stop_on_ctrl_c
 from spd_lens.training.member_adam import MemberAdam
