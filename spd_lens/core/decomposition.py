@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from spd_lens.core.decomposed_weight import DecomposedWeight
 from spd_lens.core.gates import GlobalGate
+from spd_lens.core.inputs import checked_tokens
 from spd_lens.core.interventions import HookList, ablation_hooks, hooks_for_masks, keeping_hooks
 from spd_lens.core.masks import SiteMask
 from spd_lens.core.passes import CleanPass, given_masks, record_inputs
@@ -195,9 +196,10 @@ class Decomposition(Mapping[str, DecomposedWeight]):
         return pre
 
     @torch.no_grad()
-    def importance(self, tokens: Tensor) -> dict[str, Float[Tensor, "*batch _"]]:
+    def importance(self, tokens: Any) -> dict[str, Float[Tensor, "*batch _"]]:
         """Importance `g = clamp(p, 0, 1)`, `[batch pos C]` per site, from a clean pass over `tokens` (S3, S4)."""
-        inputs = self.clean_pass(tokens).inputs
+        self.require_present()
+        inputs = self.clean_pass(checked_tokens(tokens, self.host).to(self.device)).inputs
         return {name: importance_of(pre) for name, pre in self.pre_importances(inputs).items()}
 
     # -- interventions: lists of TransformerLens hooks -----------------------------------------------------------
@@ -231,7 +233,7 @@ class Decomposition(Mapping[str, DecomposedWeight]):
 
     # -- reports -----------------------------------------------------------------------------------------------
 
-    def summary(self, batch: Tensor | None = None) -> str:
+    def summary(self, batch: Any = None) -> str:
         """One readable block: per site C, rank bound, relative faithfulness and the smallest one that C allows.
 
         With a batch of tokens (or inputs) also alive subcomponents (importance above 0.01 somewhere in it) and L0

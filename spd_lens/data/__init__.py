@@ -2,6 +2,19 @@
 
 from spd_lens.data.batches import Batch, TokenBatches, as_batch
 from spd_lens.data.residuals import ResidualBatches, cache_residuals
-from spd_lens.data.tokens import load_tokens, pack_tokens
+from spd_lens.data.streams import checked_batch, endless_batches, first_batches
+from spd_lens.data.tokens import cut_windows, load_tokens, pack_tokens
 
-__all__ = ["Batch", "ResidualBatches", "TokenBatches", "as_batch", "cache_residuals", "load_tokens", "pack_tokens"]
+__all__ = [
+    "Batch",
+    "ResidualBatches",
+    "TokenBatches",
+    "as_batch",
+    "cache_residuals",
+    "checked_batch",
+    "cut_windows",
+    "endless_batches",
+    "first_batches",
+    "load_tokens",
+    "pack_tokens",
+]

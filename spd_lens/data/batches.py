@@ -1,19 +1,24 @@
-"""Batches: token windows from text or data sets, cached residual streams, and what `train` accepts.
+"""Batches: what one is, what is accepted as one, and `TokenBatches`, which knows its position.
 
 `train` and `evaluate` take any iterable of token tensors `[batch pos]`, input tensors `[batch ...]`, `Batch`es, or
-dicts with `"tokens"` or `"input_ids"`. `TokenBatches` is the one that knows its position, so that a resumed run
-finds its place without reading again what it has seen.
+dicts with `"tokens"` or `"input_ids"` (see `spd_lens.data.streams`). `TokenBatches` is the one that knows its position,
+so that a resumed run finds its place without reading again what it has seen.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor
+
+from spd_lens.core.inputs import as_mask, as_tensor
 
 
 @dataclass(frozen=True)
@@ -22,14 +27,44 @@ class Batch:
 
     - `inputs`: tokens `[batch pos]`, model inputs, or with `start_at` the residual stream `[batch pos d_model]`.
     - `start_at`: the block that `inputs` enters, or None for a whole pass.
-    - `tokens`: the tokens, where `inputs` are not tokens (labels of the cross-entropy, contexts of examples).
-    - `position_mask`: True where a position counts in losses and metrics (M5); None: everywhere.
+    - `tokens`: the tokens `[batch pos]`, where `inputs` are not tokens (labels of the cross-entropy, contexts of
+      examples).
+    - `position_mask` `[batch pos]`: True where a position counts in losses and metrics (M5); None: everywhere.
+    - `attention_mask` `[batch pos]`: False where a position is padding, which the model must not attend to; None: no
+      padding. It does not say which positions count.
+
+    Integers become int64 and masks of 0 and 1 bool. Raises TypeError or ValueError for masks of other shapes or values.
     """
 
     inputs: Tensor
     start_at: int | None = None
-    tokens: Int[Tensor, "batch pos"] | None = None
-    position_mask: Bool[Tensor, "batch pos"] | None = None
+    tokens: Tensor | None = None
+    position_mask: Tensor | None = None
+    attention_mask: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        inputs = as_tensor(self.inputs, "the batch's inputs")
+        if inputs.numel() == 0:
+            raise ValueError(f"a batch has shape {tuple(inputs.shape)}: it is empty")
+        tokens = self.tokens
+        if tokens is None and self.start_at is None and not inputs.is_floating_point() and inputs.ndim == 2:
+            tokens = inputs
+        if tokens is not None:
+            tokens = as_tensor(tokens, "the batch's tokens")
+            fitting = inputs.shape[:2] if self.start_at is not None or not inputs.is_floating_point() else tokens.shape
+            if tokens.is_floating_point() or tokens.ndim != 2 or tokens.shape != fitting:
+                raise ValueError(
+                    f"the batch's tokens are {tokens.dtype} {tuple(tokens.shape)} beside inputs {tuple(inputs.shape)}; "
+                    "expected integers [batch pos]"
+                )
+        rows = inputs if tokens is None else tokens
+        shape = rows.shape[:-1] if rows.is_floating_point() else rows.shape
+        values: dict[str, Any] = {"inputs": inputs, "tokens": tokens}
+        for name in ("position_mask", "attention_mask"):
+            mask = getattr(self, name)
+            values[name] = None if mask is None else as_mask(mask, shape, name)
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
 
     def to(self, device: torch.device) -> Batch:
         """The batch on `device`."""
@@ -43,26 +78,82 @@ class Batch:
         return rows.numel() if not rows.is_floating_point() else rows.shape[:-1].numel()
 
 
+def is_one_batch(value: Any) -> bool:
+    """Whether `value` is a batch rather than a collection of batches."""
+    if isinstance(value, (Batch, Tensor, np.ndarray)):
+        return True
+    if isinstance(value, Mapping):
+        return any(key in value for key in ("tokens", "input_ids"))
+    # (tokens, mask): nobody means the mask as a second batch.
+    return isinstance(value, tuple) and len(value) == 2 and getattr(value[1], "dtype", None) in (torch.bool, np.bool_)
+
+
 def as_batch(item: Any) -> Batch:
-    """A `Batch` from whatever a user's iterable yields."""
+    """A `Batch` from whatever a user's iterable yields.
+
+    - A tensor, array or nested list: the tokens or inputs.
+    - A dict with `"tokens"` or `"input_ids"`; its `"attention_mask"` says what is padding and what counts.
+    - `(tokens,)`, as a `TensorDataset` yields it, or `(tokens, mask)`; the mask says what counts.
+
+    Raises TypeError or ValueError for anything else.
+    """
     if isinstance(item, Batch):
         return item
     if isinstance(item, Mapping):
-        key = next((k for k in ("tokens", "input_ids") if k in item), None)
-        if key is None:
-            raise ValueError(f"a batch has keys {sorted(item)}; expected 'tokens' or 'input_ids' among them")
-        mask = item.get("attention_mask")
-        return Batch(torch.as_tensor(item[key]), position_mask=None if mask is None else torch.as_tensor(mask).bool())
-    if isinstance(item, (list, tuple)) and len(item) > 0 and isinstance(item[0], Tensor):
+        return _from_mapping(item)
+    if isinstance(item, (list, tuple)) and len(item) > 0 and isinstance(item[0], Tensor) and item[0].ndim > 0:
+        return _from_tuple(item)
+    if isinstance(item, (Tensor, np.ndarray, list, tuple, str)):
+        return Batch(as_tensor(item, "a batch"))
+    raise TypeError(
+        f"a batch is a {type(item).__name__}; expected a Tensor (tokens [batch pos] or inputs), a Batch, or a "
+        "dict with 'tokens'"
+    )
+
+
+def _from_mapping(item: Mapping[str, Any]) -> Batch:
+    key = next((k for k in ("tokens", "input_ids") if k in item), None)
+    if key is None:
+        raise ValueError(f"a batch has keys {sorted(map(str, item))}; expected 'tokens' or 'input_ids' among them")
+    inputs = as_tensor(item[key], f"batch[{key!r}]")
+    if item.get("attention_mask") is None:
+        return Batch(inputs)
+    mask = as_mask(item["attention_mask"], inputs.shape, "attention_mask")
+    if mask.device.type == "cpu" and bool(mask.all()):
+        return Batch(inputs)
+    return Batch(inputs, position_mask=mask, attention_mask=mask)
+
+
+def _from_tuple(item: list[Any] | tuple[Any, ...]) -> Batch:
+    if len(item) == 1:
         return as_batch(item[0])
-    if not isinstance(item, Tensor):
-        raise TypeError(
-            f"a batch is a {type(item).__name__}; expected a Tensor (tokens [batch pos] or inputs), a Batch, or a "
-            "dict with 'tokens'"
+    tokens, mask = item[0], item[1]
+    if len(item) > 2 or not isinstance(mask, Tensor):
+        kinds = ", ".join(type(part).__name__ for part in item)
+        raise ValueError(
+            f"a batch is a {type(item).__name__} of {len(item)} ({kinds}); expected a tensor, (tokens, mask), a dict "
+            "with 'input_ids', or a Batch"
         )
-    if item.numel() == 0:
-        raise ValueError(f"a batch has shape {tuple(item.shape)}: it is empty")
-    return Batch(item, tokens=item if not item.is_floating_point() else None)
+    shape = tokens.shape[:-1] if tokens.is_floating_point() else tokens.shape
+    try:
+        mask = as_mask(mask, shape, "mask")
+    except ValueError as error:
+        raise ValueError(
+            f"a batch is a {type(item).__name__} of two tensors, and the second is no mask ({error}); give the first "
+            "alone, or Batch(inputs, position_mask=...)"
+        ) from None
+    if mask.ndim == 2 and mask.device.type == "cpu" and padding_is_seen(mask):
+        raise ValueError(
+            "a batch is (tokens, mask) with a masked position before one that counts; say what the mask means: "
+            "{'input_ids': tokens, 'attention_mask': mask} if these are padding, Batch(tokens, position_mask=mask) if "
+            "the model should see them and only losses and metrics leave them out"
+        )
+    return Batch(tokens, position_mask=mask)
+
+
+def padding_is_seen(mask: Tensor) -> bool:
+    """Whether a position that the mask leaves out has one that counts behind it, so that attention would see it."""
+    return bool((mask.int().diff(dim=1) > 0).any())
 
 
 class TokenBatches:
@@ -70,32 +161,39 @@ class TokenBatches:
 
     Every epoch is a fresh permutation; the last, incomplete batch of an epoch is dropped. `batches_from(k)` starts
     at the k-th batch at no cost. `exclude` names token ids (padding, BOS) whose positions are left out of losses
-    and metrics.
+    and metrics. `tokens` may be a numpy array (also one mapped from a file); its integers are widened batch by batch.
     """
 
     def __init__(
         self,
-        tokens: Tensor,
+        tokens: Any,
         batch_size: int,
         *,
         seed: int = 0,
         exclude: Iterable[int] = (),
     ) -> None:
-        if tokens.ndim != 2 or tokens.is_floating_point():
-            raise ValueError(f"tokens have shape {tuple(tokens.shape)}, {tokens.dtype}; expected integers [n pos]")
-        if not 1 <= batch_size <= len(tokens):
+        self.tokens = _table(tokens)
+        if isinstance(batch_size, bool) or not isinstance(batch_size, Integral):
+            raise TypeError(f"batch_size={batch_size!r}; expected a whole number")
+        if not 1 <= batch_size <= len(self.tokens):
             raise ValueError(
-                f"batch_size={batch_size} with {len(tokens)} rows of tokens; expected between 1 and that number"
+                f"batch_size={batch_size} with {len(self.tokens)} rows of tokens; expected between 1 and that number"
             )
-        self.tokens = tokens
-        self.batch_size = batch_size
-        self.seed = seed
-        self.exclude = tuple(exclude)
+        if isinstance(seed, bool) or not isinstance(seed, Integral):
+            raise TypeError(f"seed={seed!r}; expected a whole number")
+        self.batch_size = int(batch_size)
+        self.seed = int(seed)
+        self.exclude = _token_ids(exclude)
 
     @property
     def per_epoch(self) -> int:
         """Number of batches in one epoch."""
         return len(self.tokens) // self.batch_size
+
+    def __repr__(self) -> str:
+        rows, length = self.tokens.shape
+        left_out = f", exclude={list(self.exclude)}" if self.exclude else ""
+        return f"{type(self).__name__}({rows} rows of {length} tokens, {self.batch_size} a batch{left_out})"
 
     def __iter__(self) -> Iterator[Batch]:
         return self.batches_from(0)
@@ -125,5 +223,31 @@ class TokenBatches:
         return ~torch.isin(tokens, torch.tensor(self.exclude, device=tokens.device))
 
     def _batch(self, rows: Tensor) -> Batch:
-        tokens = self.tokens[rows]
+        tokens = self.tokens[rows].long()
         return Batch(tokens, tokens=tokens, position_mask=self._mask(tokens))
+
+
+def _table(tokens: Any) -> Tensor:
+    """Rows of tokens, in the width in which they were given."""
+    if isinstance(tokens, np.ndarray) and tokens.dtype.kind in "iu" and tokens.dtype != np.uint64:
+        with warnings.catch_warnings():
+            # torch warns of arrays that cannot be written (files mapped for reading); nothing is written here.
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            tokens = torch.from_numpy(tokens)
+    elif not isinstance(tokens, Tensor):
+        tokens = as_tensor(tokens, "tokens")
+    if tokens.ndim != 2 or tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+        raise ValueError(f"tokens have shape {tuple(tokens.shape)}, {tokens.dtype}; expected integers [n pos]")
+    if tokens.numel() == 0:
+        raise ValueError(f"tokens have shape {tuple(tokens.shape)}: there are none")
+    return tokens
+
+
+def _token_ids(ids: Any) -> tuple[int, ...]:
+    if isinstance(ids, (str, bytes)) or not isinstance(ids, Iterable):
+        raise TypeError(f"exclude={ids!r}; expected a list of token ids, for example exclude=[tokenizer.pad_token_id]")
+    chosen = [i.item() if isinstance(i, (Tensor, np.generic)) else i for i in ids]
+    odd = [i for i in chosen if isinstance(i, bool) or not isinstance(i, int)]
+    if odd:
+        raise TypeError(f"exclude holds {odd[0]!r}; expected token ids (does this tokenizer have that token?)")
+    return tuple(chosen)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from typing import Any
 
 import torch
@@ -22,8 +21,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spd_lens.core.decomposition import Decomposition
+from spd_lens.core.inputs import checked_decomposition
 from spd_lens.core.masks import MaskKind, sample_masks
-from spd_lens.data.batches import Batch, as_batch
+from spd_lens.data.batches import Batch
+from spd_lens.data.streams import checked_batch, first_batches
 from spd_lens.evaluation.attack import Attack, worst_of_starts
 from spd_lens.evaluation.deletion import (
     NEVER_NEEDED,
@@ -57,7 +58,7 @@ QUICK_BATCHES = 2
 
 def evaluate(
     decomposition: Decomposition,
-    batches: Iterable[Any],
+    batches: Any,
     *,
     max_batches: int = 8,
     adversary_steps: Sequence[int] = (20,),
@@ -86,26 +87,14 @@ def evaluate(
     Positions outside a batch's `position_mask` count nowhere (M5). The model's training mode and gradient mode are set
     as evaluation needs them, and put back. Raises ValueError if there is no batch or no position that counts.
     """
+    checked_decomposition(decomposition, "evaluate")
     attack = Attack(tuple(adversary_steps), adversary_step_size, starts, span)
     if quick:
         attack, deletion, max_batches = Attack(()), False, min(max_batches, QUICK_BATCHES)
     with torch.inference_mode(False), torch.no_grad(), _in_eval_mode(decomposition):
-        chosen = _counted_batches(batches, max_batches)
+        chosen = list(first_batches(batches, decomposition, max_batches, purpose="evaluate on"))
         sample = () if deletion_sample is None or not deletion else deletion_sample
         return _Evaluation(decomposition, chosen, kind, attack, seed).run(deletion, sample, token_counts)
-
-
-def _counted_batches(batches: Iterable[Any], max_batches: int) -> list[Batch]:
-    if max_batches < 1:
-        raise ValueError(f"max_batches={max_batches}; expected at least 1")
-    source = batches.once() if hasattr(batches, "once") else batches  # pyright: ignore[reportAttributeAccessIssue]
-    chosen = [as_batch(item) for item in islice(source, max_batches)]
-    if not chosen:
-        raise ValueError("the data is empty: not one batch to evaluate on")
-    counted = [b for b in chosen if b.position_mask is None or bool(b.position_mask.any())]
-    if not counted:
-        raise ValueError(f"no position counts in any of the {len(chosen)} batches: their position masks are all False")
-    return counted
 
 
 @contextmanager
@@ -147,7 +136,7 @@ class _Evaluation:
             self._attack()
         if deletion:
             for item in tqdm(deletion_sample, desc="deletion sample", leave=False):
-                sampled = hold(self.decomposition, as_batch(item), self.kind)
+                sampled = hold(self.decomposition, checked_batch(item, self.decomposition), self.kind)
                 needs.add(sampled.importances, len(sampled.counted), pooled=False)
             self._delete(needs)
         return self._report(token_counts)

@@ -16,9 +16,8 @@ Cost: one clean pass, one pass with gradients, and one backward pass for every r
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
@@ -26,15 +25,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spd_lens.core.decomposition import Decomposition
+from spd_lens.core.inputs import checked_decomposition
 from spd_lens.core.units import Unit
-from spd_lens.data.batches import as_batch
+from spd_lens.data.streams import first_batches
 from spd_lens.graphs.check import AttributionCheck, Reading, measured
 from spd_lens.graphs.direct_pass import DirectPass, Origin, direct_pass, origin_of, sender_of
 from spd_lens.graphs.graph import AttributionGraph
 from spd_lens.graphs.nodes import above_rounding, copies_per_pass, node_attributes, readout_attributes
 from spd_lens.graphs.removals import Drop, Readouts
 from spd_lens.patching.agreement import sampled
-from spd_lens.patching.arguments import Metric, check_input
+from spd_lens.patching.arguments import Metric
 from spd_lens.patching.frozen import Frozen
 from spd_lens.support.progress import tqdm
 
@@ -53,7 +53,7 @@ class _Batch:
 @torch.enable_grad()
 def dataset_graph(
     decomposition: Decomposition,
-    batches: Iterable[Any],
+    batches: Any,
     *,
     metric: Metric | None = None,
     importance_above: float | None = 0.1,
@@ -81,6 +81,7 @@ def dataset_graph(
     frozen = frozen or Frozen()
     if isinstance(max_nodes, bool) or max_nodes < 1:
         raise ValueError(f"max_nodes={max_nodes}; expected at least 1")
+    checked_decomposition(decomposition, "dataset_graph")
     data = _read(decomposition, batches, max_batches, importance_above)
     kept, left_out = _largest_writers(decomposition, data, max_nodes)
     readouts = [] if metric is None else [_summed(metric)]
@@ -109,18 +110,16 @@ def dataset_graph(
     return AttributionGraph(graph, check, (), settings)
 
 
-def _read(decomposition: Decomposition, batches: Iterable[Any], max_batches: int, above: float | None) -> list[_Batch]:
+def _read(decomposition: Decomposition, batches: Any, max_batches: int, above: float | None) -> list[_Batch]:
     found = []
-    once = batches.once() if hasattr(batches, "once") else batches  # pyright: ignore[reportAttributeAccessIssue]
-    for item in islice(once, max_batches):
-        batch = as_batch(item).to(decomposition.device)
+    for given in first_batches(batches, decomposition, max_batches, purpose="make a graph of"):
+        batch = given.to(decomposition.device)
         tokens = batch.inputs
         if batch.start_at is not None or tokens.is_floating_point() or tokens.ndim != 2:
             raise ValueError(
                 f"a batch holds inputs of shape {tuple(tokens.shape)} and dtype {tokens.dtype}; expected tokens "
                 "[batch pos] from the beginning of the model"
             )
-        check_input(decomposition, tokens)
         counts = torch.ones_like(tokens, dtype=torch.bool) if batch.position_mask is None else batch.position_mask
         if above is None:
             importances = {
@@ -132,8 +131,6 @@ def _read(decomposition: Decomposition, batches: Iterable[Any], max_batches: int
         threshold = 0.0 if above is None else above
         important = {site: (g > threshold) & counts.unsqueeze(-1) for site, g in importances.items()}
         found.append(_Batch(tokens, counts, important))
-    if not found:
-        raise ValueError("the data is empty: not one batch to make a graph of")
     return found
 
 

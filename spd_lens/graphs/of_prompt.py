@@ -32,7 +32,7 @@ from spd_lens.graphs.graph import AttributionGraph
 from spd_lens.graphs.nodes import above_rounding, copies_per_pass, node_attributes, readout_attributes
 from spd_lens.graphs.readouts import Readout, ReadoutsGiven, chosen_readouts, token_strings
 from spd_lens.graphs.removals import Drop
-from spd_lens.patching.arguments import check_input, checked_positions
+from spd_lens.patching.arguments import checked_input, checked_positions
 from spd_lens.patching.frozen import Frozen
 from spd_lens.support.progress import tqdm
 
@@ -131,7 +131,7 @@ def attribution_graph(
 
 
 def _one_prompt(decomposition: Decomposition, tokens: Tensor) -> Tensor:
-    check_input(decomposition, tokens)
+    tokens = checked_input(decomposition, tokens)
     if tokens.is_floating_point() or tokens.ndim != 2 or len(tokens) != 1:
         raise ValueError(
             f"tokens have shape {tuple(tokens.shape)} and dtype {tokens.dtype}; expected one prompt of token ids, "

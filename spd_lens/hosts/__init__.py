@@ -6,7 +6,7 @@ supported TransformerLens majors does not have."""
 from spd_lens.hosts.bridge import BridgeHost
 from spd_lens.hosts.declared import DeclaredHost, DeclaredSite
 from spd_lens.hosts.hooked import HookedHost
-from spd_lens.hosts.host import Host, Provenance, token_arguments_error
+from spd_lens.hosts.host import Host, Provenance
 from spd_lens.hosts.opening import open_host
 from spd_lens.hosts.site import POINT_SUFFIXES, ModuleInput, PointOutput, Site, StoredMatrix, match_sites
 
@@ -24,5 +24,4 @@ __all__ = [
     "StoredMatrix",
     "match_sites",
     "open_host",
-    "token_arguments_error",
 ]

@@ -156,6 +156,11 @@ class BridgeHost(Host):
     def n_layers(self) -> int:
         return len(self._blocks())
 
+    def is_causal(self) -> bool:
+        # The bridge's configuration says "causal" of encoders as well.
+        causal = ("ForCausalLM", "LMHeadModel", "TransformerLensNative")
+        return super().is_causal() and str(self.model.cfg.architecture).endswith(causal)
+
     def check_can_swap(self) -> None:
         self._blocks()
 

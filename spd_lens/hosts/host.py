@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
@@ -55,6 +54,18 @@ class Host(ABC):
         """Number of blocks; 0 for models without blocks."""
         cfg = getattr(self.model, "cfg", None)
         return int(getattr(cfg, "n_layers", 0) or 0)
+
+    def vocabulary_size(self) -> int | None:
+        """Number of token ids; None for models whose inputs are not tokens."""
+        return getattr(getattr(self.model, "cfg", None), "d_vocab", None)
+
+    def context_length(self) -> int | None:
+        """The longest row of tokens that the model takes; None if it does not say."""
+        return getattr(getattr(self.model, "cfg", None), "n_ctx", None)
+
+    def is_causal(self) -> bool:
+        """Whether a position sees only itself and what is before it (then padding behind a text changes nothing)."""
+        return getattr(getattr(self.model, "cfg", None), "attention_dir", None) == "causal"
 
     def default_sites(self, layer: int) -> tuple[str, ...]:
         """Sites of block `layer` that `decompose_layer` takes unless told otherwise: the MLP's matrices."""
@@ -145,15 +156,3 @@ def _note_residual(
     module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, found: dict[int, Tensor], layer: int
 ) -> None:
     found[layer] = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-
-
-def token_arguments_error(batch: Tensor, d_vocab: int) -> str | None:
-    """Why `batch` is not usable as tokens, or None. Costs a host-device sync: not for the training step."""
-    if batch.dtype not in (torch.int32, torch.int64):
-        return f"tokens have dtype {batch.dtype}; expected an integer tensor [batch pos]"
-    if batch.numel() == 0:
-        return f"tokens have shape {tuple(batch.shape)}: there is nothing to run"
-    low, high = int(batch.min()), int(batch.max())
-    if low < 0 or high >= d_vocab:
-        return f"token ids run from {low} to {high}, but the vocabulary is 0..{d_vocab - 1}"
-    return None

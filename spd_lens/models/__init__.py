@@ -14,6 +14,7 @@ from spd_lens.models.induction import (
     load_induction_decomposition,
     predictable,
 )
+from spd_lens.models.loading import HostName, open_model
 from spd_lens.models.modular_addition import (
     MODULAR_ADDITION_DIRECTORY,
     ModularSums,
@@ -36,7 +37,6 @@ from spd_lens.models.tiny_lm import (
     load_tiny_lm,
     load_tiny_lm_hf,
     load_tiny_lm_tokenizer,
-    pack_windows,
 )
 
 __all__ = [
@@ -47,6 +47,7 @@ __all__ = [
     "MODULAR_ADDITION_DIRECTORY",
     "N_CTX",
     "TINY_LM_DIRECTORY",
+    "HostName",
     "ModularSums",
     "P",
     "RepeatedSequences",
@@ -69,7 +70,7 @@ __all__ = [
     "load_tiny_lm_hf",
     "load_tiny_lm_tokenizer",
     "only_the_answer",
-    "pack_windows",
+    "open_model",
     "predictable",
     "save_transformer",
     "sum_accuracy",

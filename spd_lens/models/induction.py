@@ -12,7 +12,7 @@ other six heads have been cut: their output matrices are 0, their queries, keys 
 Strong weight decay at the end has left the two heads few directions: the position of the token before takes two in
 query and key, everything that carries tokens about ten, out of 16 (and of 64 in the whole matrix).
 
-Limits: it needs a BOS (token 0) at position 0 and accepts at most 32 tokens. It exists for transformer_lens 3 only.
+Limits: it needs a BOS (token 0) at position 0 and accepts at most 32 tokens.
 """
 
 from __future__ import annotations
@@ -28,10 +28,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from spd_lens.core.decomposition import Decomposition
+from spd_lens.models.loading import HostName
 from spd_lens.models.saved_transformer import load_transformer
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
+    from transformer_lens.model_bridge import TransformerBridge
 
 INDUCTION_DIRECTORY = Path(__file__).resolve().parent / "shipped" / "induction"
 
@@ -46,23 +48,24 @@ MIN_PERIOD, MAX_PERIOD = 4, 12
 CLEAR_ROLE = 0.5
 
 
-def load_induction(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> HookedTransformer:
-    """The trained induction model in eval mode.
+def load_induction(
+    device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, host: HostName | None = None
+) -> HookedTransformer | TransformerBridge:
+    """The trained induction model in eval mode, in the model class of the installed TransformerLens.
 
-    Raises ValueError on TransformerLens 4, which has no HookedTransformer; TypeError or ValueError for a `dtype`
-    that is no floating point type.
+    `host` and errors are those of `load_tiny_lm`.
     """
-    return load_transformer(INDUCTION_DIRECTORY, device, dtype)
+    return load_transformer(INDUCTION_DIRECTORY, device, dtype, host)
 
 
-def load_induction_decomposition(device: str | torch.device = "cpu") -> Decomposition:
+def load_induction_decomposition(device: str | torch.device = "cpu", host: HostName | None = None) -> Decomposition:
     """A fresh induction model with its trained decomposition: all eight attention matrices, C 64 each.
 
     Made by `python experiments/toy_transformers.py induction --save DIR`, whose output is
     `experiments/results/induction/summary.json`; `docs/reproduction.md` says what it shows and what it does not (it was
     started from singular vectors). Errors as in `load_induction`.
     """
-    return Decomposition.from_pretrained(INDUCTION_DIRECTORY / "decomposition", load_induction(device))
+    return Decomposition.from_pretrained(INDUCTION_DIRECTORY / "decomposition", load_induction(device, host=host))
 
 
 class RepeatedSequences:

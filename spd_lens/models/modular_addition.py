@@ -8,8 +8,6 @@ position, the neurons form products, and the unembedding reads `cos(w (a + b - c
 
 The model has d_model 64, 4 heads of 16, 256 ReLU neurons, learned positions, no normalisation, and a vocabulary of
 54 tokens in and 53 out. Its outputs at the first two positions were never trained and mean nothing.
-
-Limits: it exists for transformer_lens 3 only.
 """
 
 from __future__ import annotations
@@ -24,10 +22,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from spd_lens.models.loading import HostName
 from spd_lens.models.saved_transformer import load_transformer
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
+    from transformer_lens.model_bridge import TransformerBridge
 
 MODULAR_ADDITION_DIRECTORY = Path(__file__).resolve().parent / "shipped" / "modular_addition"
 P = 53
@@ -37,13 +37,14 @@ P = 53
 KEY_SHARE = 0.1
 
 
-def load_modular_addition(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> HookedTransformer:
-    """The trained modular addition model in eval mode.
+def load_modular_addition(
+    device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, host: HostName | None = None
+) -> HookedTransformer | TransformerBridge:
+    """The trained modular addition model in eval mode, in the model class of the installed TransformerLens.
 
-    Raises ValueError on TransformerLens 4, which has no HookedTransformer; TypeError or ValueError for a `dtype`
-    that is no floating point type.
+    `host` and errors are those of `load_tiny_lm`.
     """
-    return load_transformer(MODULAR_ADDITION_DIRECTORY, device, dtype)
+    return load_transformer(MODULAR_ADDITION_DIRECTORY, device, dtype, host)
 
 
 # -- data ------------------------------------------------------------------------------------------------------------

@@ -15,17 +15,22 @@ BOS token at position 0, which TransformerLens prepends by default, and it accep
 from __future__ import annotations
 
 import gzip
-import importlib.metadata
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor
+
+from spd_lens.models.loading import (
+    HostName,
+    bridge_around,
+    check_dtype,
+    load_hooked_weights,
+    no_deprecation_warnings,
+    resolve_host,
+)
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -46,7 +51,7 @@ FIRST_HELD_OUT_HEADING = "CHAPTER 124. The Needle."
 def load_tiny_lm(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
-    host: Literal["hooked", "bridge"] | None = None,
+    host: HostName | None = None,
 ) -> HookedTransformer | TransformerBridge:
     """Return the tiny language model in the model class of the installed TransformerLens, in eval mode.
 
@@ -65,12 +70,13 @@ def load_tiny_lm(
         ValueError: `host` is unknown or absent from the installed transformer_lens, or `dtype` is not a
             floating point type.
     """
-    _check_dtype(dtype)
+    check_dtype(dtype)
     # Building a module draws its initial weights; loading a model should not shift the caller's seed.
-    with torch.random.fork_rng(devices=[]), _no_deprecation_warnings():
-        if _resolve_host(host) == "hooked":
+    with torch.random.fork_rng(devices=[]), no_deprecation_warnings():
+        if resolve_host(host) == "hooked":
             return _load_hooked(torch.device(device), dtype)
-        return _load_bridge(torch.device(device), dtype)
+        device = torch.device(device)
+        return bridge_around(load_tiny_lm_hf(device, dtype), MODEL_NAME, load_tiny_lm_tokenizer(), device, dtype)
 
 
 def load_tiny_lm_hf(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> GPT2LMHeadModel:
@@ -81,7 +87,7 @@ def load_tiny_lm_hf(device: str | torch.device = "cpu", dtype: torch.dtype = tor
     """
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    _check_dtype(dtype)
+    check_dtype(dtype)
     config = GPT2Config.from_pretrained(TINY_LM_DIRECTORY, attn_implementation="eager")
     with torch.random.fork_rng(devices=[]):
         model = GPT2LMHeadModel(config)
@@ -116,71 +122,6 @@ def load_moby_dick(split: Literal["train", "held_out"]) -> str:
     return text[:boundary] if split == "train" else text[boundary:]
 
 
-def pack_windows(token_ids: Int[Tensor, " n_tokens"], bos_token_id: int, n_ctx: int = 128) -> Int[Tensor, "window pos"]:
-    """Cut a row of tokens into consecutive windows `[window, n_ctx]`, each a BOS and n_ctx - 1 tokens of text.
-
-    These are the inputs the tiny language model was trained on. A remainder too short for a window is dropped.
-
-    Raises:
-        ValueError: `token_ids` is not one row, or `n_ctx` leaves no room for text after the BOS.
-    """
-    if token_ids.ndim != 1:
-        raise ValueError(f"token_ids has shape {tuple(token_ids.shape)}; expected one row, [n_tokens].")
-    if n_ctx < 2:
-        raise ValueError(f"n_ctx is {n_ctx}; expected at least 2, a BOS and one token of text.")
-    n_windows = len(token_ids) // (n_ctx - 1)
-    body = token_ids[: n_windows * (n_ctx - 1)].reshape(n_windows, n_ctx - 1)
-    bos = token_ids.new_full((n_windows, 1), bos_token_id)
-    return torch.cat([bos, body], dim=1)
-
-
-def _check_dtype(dtype: object) -> None:
-    if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"dtype is {dtype!r}; expected a torch dtype such as torch.float32.")
-    if not dtype.is_floating_point:
-        raise ValueError(f"dtype is {dtype}; expected a floating point type such as torch.float32.")
-
-
-def _resolve_host(host: str | None) -> Literal["hooked", "bridge"]:
-    version = importlib.metadata.version("transformer_lens")
-    has_hooked = int(version.split(".")[0]) < 4
-    if host is None:
-        return "hooked" if has_hooked else "bridge"
-    if host == "bridge":
-        return "bridge"
-    if host != "hooked":
-        raise ValueError(f"host is {host!r}; expected 'hooked', 'bridge' or None.")
-    if not has_hooked:
-        raise ValueError(
-            f"host is 'hooked', but transformer_lens {version} no longer has HookedTransformer (removed in 4.0). "
-            "Use host='bridge' or None, or install transformer_lens<4."
-        )
-    return "hooked"
-
-
-@contextmanager
-def _no_deprecation_warnings() -> Iterator[None]:
-    # transformer_lens 3.9 announces the end of HookedTransformer on every construction; a caller of
-    # load_tiny_lm did not choose the class and can do nothing about it.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        yield
-
-
-def _load_bridge(device: torch.device, dtype: torch.dtype) -> TransformerBridge:
-    from transformer_lens.model_bridge import TransformerBridge
-
-    # Given the model and the tokenizer, boot_transformers uses its name argument only as a label.
-    bridge = TransformerBridge.boot_transformers(
-        MODEL_NAME,
-        hf_model=load_tiny_lm_hf(device, dtype),
-        tokenizer=load_tiny_lm_tokenizer(),
-        device=device,
-        dtype=dtype,
-    )
-    return bridge.eval()
-
-
 def _load_hooked(device: torch.device, dtype: torch.dtype) -> HookedTransformer:
     from transformer_lens import HookedTransformer, HookedTransformerConfig
 
@@ -202,14 +143,7 @@ def _load_hooked(device: torch.device, dtype: torch.dtype) -> HookedTransformer:
         init_weights=False,
     )
     model = HookedTransformer(config, tokenizer=load_tiny_lm_tokenizer())
-    # Not strict: the causal mask buffers are the model's own and are not stored.
-    missing, unexpected = model.load_state_dict(
-        _to_hooked_names(weights, config.n_layers, config.n_heads), strict=False
-    )
-    absent = [name for name in missing if not name.endswith((".mask", ".IGNORE"))]
-    if absent or unexpected:
-        raise RuntimeError(f"weights do not fit HookedTransformer: missing {absent}, unexpected {unexpected}.")
-    return model.eval()
+    return load_hooked_weights(model, _to_hooked_names(weights, config.n_layers, config.n_heads))
 
 
 def _to_hooked_names(weights: dict[str, Tensor], n_layers: int, n_heads: int) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.units import Ids, units_of
-from spd_lens.patching.arguments import Metric, Positions, check_input
+from spd_lens.patching.arguments import Metric, Positions, checked_input
 from spd_lens.patching.effects import Effects
 from spd_lens.patching.runner import Replacement, activations_of, effects_of
 
@@ -79,7 +79,7 @@ def ablation_effects(
     """
     if test not in ("necessity", "sufficiency"):
         raise ValueError(f"test={test!r}; expected 'necessity' (remove the unit) or 'sufficiency' (keep only the unit)")
-    check_input(decomposition, tokens)
+    tokens = checked_input(decomposition, tokens)
     units = units_of(decomposition, ids)
     sites = list(dict.fromkeys(site for unit in units for site in unit.sites))
     values = _replacements(decomposition, tokens, sites, kind, reference)
@@ -103,7 +103,7 @@ def _replacements(
     if reference is not None and kind in ("zero", "importance"):
         raise ValueError(f"reference is given, but kind={kind!r} does not use one; use kind='mean' or 'resample'")
     if reference is not None:
-        check_input(decomposition, reference, "reference")
+        reference = checked_input(decomposition, reference, "reference")
     match kind:
         case "zero":
             return {site: torch.zeros((), device=decomposition.device) for site in sites}

@@ -12,12 +12,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.units import Ids, Unit, units_of
-from spd_lens.patching.arguments import Metric, Positions, check_input, metric_values
+from spd_lens.patching.arguments import Metric, Positions, checked_input, metric_values
 from spd_lens.patching.effects import Effects
 from spd_lens.patching.runner import Replacement, activations_of, effects_of
 from spd_lens.support.names import near_names
@@ -59,6 +60,7 @@ def activation_patching(
     >>> effects.recovered.shape == (8, task.clean.shape[1])
     True
     """
+    corrupted_tokens = checked_input(decomposition, corrupted_tokens, "corrupted_tokens")
     units, values, target = prepared(decomposition, corrupted_tokens, clean, metric, ids)
     return effects_of(
         decomposition,
@@ -77,7 +79,7 @@ def prepared(
     decomposition: Decomposition, corrupted_tokens: Tensor, clean: Clean, metric: Metric, ids: Ids
 ) -> tuple[tuple[Unit, ...], dict[str, Tensor], Tensor | None]:
     """The units, every site's clean activations, and the clean metric if it can be known."""
-    check_input(decomposition, corrupted_tokens, "corrupted_tokens")
+    clean = checked_clean(decomposition, clean)
     units = units_of(decomposition, ids)
     sites = list(dict.fromkeys(site for unit in units for site in unit.sites))
     values, target = clean_activations(decomposition, corrupted_tokens, clean, sites), None
@@ -87,12 +89,17 @@ def prepared(
     return units, values, target
 
 
+def checked_clean(decomposition: Decomposition, clean: Clean) -> Clean:
+    """`clean` with its tokens checked, if it is tokens; a cache as it is."""
+    is_tokens = isinstance(clean, (Tensor, np.ndarray, list, tuple, str))
+    return checked_input(decomposition, clean, "clean tokens") if is_tokens else clean
+
+
 def clean_activations(
     decomposition: Decomposition, corrupted_tokens: Tensor, clean: Clean, sites: Sequence[str]
 ) -> dict[str, Tensor]:
     """`a [batch pos C]` of the clean run at the named sites, from its tokens or its cache."""
     if isinstance(clean, Tensor):
-        check_input(decomposition, clean, "clean tokens")
         if clean.shape != corrupted_tokens.shape:
             raise ValueError(
                 f"clean tokens have shape {tuple(clean.shape)}, corrupted ones {tuple(corrupted_tokens.shape)}; "

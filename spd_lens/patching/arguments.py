@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from spd_lens.core.decomposition import Decomposition
+from spd_lens.core.inputs import checked_decomposition, checked_tokens
 from spd_lens.core.units import Unit
-from spd_lens.hosts.host import token_arguments_error
 
 # logits -> a scalar, or one number per row of the batch.
 Metric: TypeAlias = Callable[[Tensor], Tensor | float]
@@ -23,20 +23,10 @@ Positions: TypeAlias = Literal["each"] | Sequence[int] | None
 # -- checks ------------------------------------------------------------------------------------------------------
 
 
-def check_input(decomposition: Decomposition, tokens: Tensor, name: str = "tokens") -> None:
-    """Raise TypeError or ValueError unless `tokens` can be run: ids in the vocabulary, or a float input."""
-    decomposition.require_present()
-    if not isinstance(tokens, Tensor):
-        raise TypeError(f"{name} is a {type(tokens).__name__}; expected a tensor [batch pos] of token ids")
-    d_vocab = getattr(getattr(decomposition.model, "cfg", None), "d_vocab", None)
-    if d_vocab is not None and not tokens.is_floating_point():
-        if tokens.ndim != 2:
-            raise ValueError(f"{name} has shape {tuple(tokens.shape)}; expected [batch pos] (for one prompt: [None])")
-        error = token_arguments_error(tokens, int(d_vocab))
-        if error is not None:
-            raise ValueError(f"{name}: {error}")
-    if tokens.numel() == 0:
-        raise ValueError(f"{name} has shape {tuple(tokens.shape)}: it is empty")
+def checked_input(decomposition: Decomposition, tokens: Any, name: str = "tokens") -> Tensor:
+    """`tokens` as a tensor on the decomposition's device; TypeError or ValueError if the model cannot run them."""
+    checked_decomposition(decomposition, "this function")
+    return checked_tokens(tokens, decomposition.host, name=name).to(decomposition.device)
 
 
 def checked_positions(positions: Positions, tokens: Tensor) -> list[int] | None:

@@ -13,7 +13,7 @@ from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.units import Ids, Unit
 from spd_lens.patching.activation import Clean, prepared
 from spd_lens.patching.agreement import Agreement, sampled
-from spd_lens.patching.arguments import Metric, Positions, metric_values, unit_positions
+from spd_lens.patching.arguments import Metric, Positions, checked_input, metric_values, unit_positions
 from spd_lens.patching.effects import Effects
 from spd_lens.patching.hooks import probe
 from spd_lens.patching.runner import Replacement, effects_of
@@ -55,6 +55,7 @@ def attribution_patching(
 
     With a metric that returns `[batch]`, row i's number must depend on row i alone.
     """
+    corrupted_tokens = checked_input(decomposition, corrupted_tokens, "corrupted_tokens")
     units, values, target = prepared(decomposition, corrupted_tokens, clean, metric, ids)
     chosen = unit_positions(units, positions, corrupted_tokens)
     output, gradients, corrupted = _gradients(decomposition, corrupted_tokens, metric, list(values))

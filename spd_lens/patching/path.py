@@ -28,8 +28,8 @@ from torch import Tensor
 
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.units import Ids, Unit, units_of
-from spd_lens.patching.activation import Clean, clean_activations
-from spd_lens.patching.arguments import Metric, check_input, checked_positions, metric_values
+from spd_lens.patching.activation import Clean, checked_clean, clean_activations
+from spd_lens.patching.arguments import Metric, checked_input, checked_positions, metric_values
 from spd_lens.patching.effects import Effects
 from spd_lens.patching.frozen import Change, Frozen, Held
 from spd_lens.patching.hooks import add, store
@@ -100,7 +100,8 @@ def path_patching(
     `activation_patching` refuses.
     """
     frozen = frozen or Frozen()
-    check_input(decomposition, corrupted_tokens, "corrupted_tokens")
+    corrupted_tokens = checked_input(decomposition, corrupted_tokens, "corrupted_tokens")
+    clean = checked_clean(decomposition, clean)
     sending, receiving = units_of(decomposition, senders), units_of(decomposition, receivers)
     for unit in (*sending, *receiving):
         if len(unit.sites) > 1 or (unit in receiving and len(unit.members) > 1):

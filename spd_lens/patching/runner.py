@@ -24,7 +24,7 @@ from torch import Tensor
 
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.units import Unit
-from spd_lens.patching.arguments import Metric, Positions, check_input, metric_values, unit_positions
+from spd_lens.patching.arguments import Metric, Positions, checked_input, metric_values, unit_positions
 from spd_lens.patching.effects import Effects
 from spd_lens.patching.hooks import put_per_copy
 from spd_lens.support.names import near_names
@@ -95,7 +95,7 @@ class Runner:
     """Passes over copies of one batch that start at the first block that an experiment changes."""
 
     def __init__(self, decomposition: Decomposition, tokens: Tensor, sites: set[str]) -> None:
-        check_input(decomposition, tokens)
+        tokens = checked_input(decomposition, tokens)
         self.decomposition, self.host, self.tokens = decomposition, decomposition.host, tokens
         starts = {self.first_block([site]) for site in sites}
         with torch.no_grad(), self.host.record_residuals(layer for layer in starts if layer) as residuals:

@@ -6,9 +6,7 @@ gates per batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
@@ -16,8 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from spd_lens.core.decomposition import Decomposition
+from spd_lens.core.inputs import checked_decomposition
 from spd_lens.core.squashings import importance_of
-from spd_lens.data.batches import as_batch
+from spd_lens.data.streams import first_batches
 from spd_lens.support.progress import tqdm
 
 
@@ -78,7 +77,7 @@ class SiteHarvest:
 @torch.no_grad()
 def harvest(
     decomposition: Decomposition,
-    batches: Iterable[Any],
+    batches: Any,
     *,
     max_batches: int = 64,
     top_k: int = 8,
@@ -91,13 +90,12 @@ def harvest(
     A subcomponent fires where its importance exceeds `threshold`; examples are ranked by importance times
     `|activation|`, at most one per sequence and batch. Needs batches with tokens.
     """
-    source = batches.once() if hasattr(batches, "once") else batches  # pyright: ignore[reportAttributeAccessIssue]
+    checked_decomposition(decomposition, "harvest")
+    source = first_batches(batches, decomposition, max_batches, purpose="harvest")
     collectors = {
         name: _Collector(weight.n_subcomponents, top_k, before, after) for name, weight in decomposition.items()
     }
-    seen = 0
-    for item in tqdm(islice(source, max_batches), desc="harvest", leave=False):
-        batch = as_batch(item)
+    for batch in tqdm(source, desc="harvest", leave=False):
         if batch.tokens is None:
             raise ValueError("harvest needs tokens beside the inputs: give Batch(inputs, tokens=...)")
         batch = batch.to(decomposition.device)
@@ -111,9 +109,6 @@ def harvest(
             if batch.position_mask is not None:
                 g = g * batch.position_mask.unsqueeze(-1)
             collector.add(g, a, batch.tokens, batch.position_mask, threshold)
-        seen += 1
-    if not seen:
-        raise ValueError("the data is empty: not one batch to harvest")
     return {name: collector.finish() for name, collector in collectors.items()}
 
 

@@ -13,10 +13,9 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,11 @@ import torch
 from torch import Tensor
 
 from spd_lens.core.decomposition import Decomposition
+from spd_lens.core.inputs import checked_decomposition
 from spd_lens.core.units import ALIVE_ABOVE
-from spd_lens.data.batches import Batch, as_batch
-from spd_lens.hosts.host import token_arguments_error
+from spd_lens.data.streams import endless_batches
 from spd_lens.hosts.site import match_sites
+from spd_lens.objective.divergences import mean_over_positions
 from spd_lens.support.progress import tqdm
 from spd_lens.training.checkpoint import Checkpoint, read_checkpoint
 from spd_lens.training.config import TrainConfig
@@ -54,7 +54,7 @@ class TrainResult:
 
 def train(
     decomposition: Decomposition,
-    batches: Iterable[Any],
+    batches: Any,
     config: TrainConfig | None = None,
     *,
     out_dir: str | Path | None = None,
@@ -77,6 +77,7 @@ def train(
     once. Raises ValueError for empty data, token ids out of range, and losses that are NaN or infinite (the last
     good checkpoint is put back into the decomposition).
     """
+    checked_decomposition(decomposition, "train")
     files, checkpoint = open_run(out_dir, resume_from, loggers)
     config = _resolve_config(config, changes, files if resume_from is not None else None)
     accelerator = make_accelerator(decomposition, config)
@@ -96,11 +97,11 @@ def train(
         good: Checkpoint | None = checkpoint
         bad_step = torch.full((), -1, device=decomposition.device)
         started, first_step, interrupted = time.perf_counter(), step, False
-        stream = batch_stream(batches, start=step * n_processes + rank, stride=n_processes)
+        stream = endless_batches(batches, decomposition, start=step * n_processes + rank, stride=n_processes)
         bar = tqdm(total=config.steps, initial=step, desc="SPD", unit="step", disable=not is_main)
 
         while step < config.steps:
-            batch = _checked(next(stream), decomposition).to(decomposition.device)
+            batch = next(stream).to(decomposition.device)
             _set_learning_rates(learner, step)
             losses, importances = accumulate_gradients(learner, batch, step)
             total = torch.stack([coefficient(config, name) * loss for name, loss in losses.items()]).sum()
@@ -123,7 +124,7 @@ def train(
                     bar.close()
                     _give_up(learner, failed, losses, good)
                 rate = (step - first_step) * batch.n_positions * n_processes / (time.perf_counter() - started)
-                values = _log_values(total, losses, importances, norms, learner, step - 1, rate)
+                values = _log_values(total, losses, importances, norms, learner, step - 1, rate, batch.position_mask)
                 if is_main:
                     files.log(step - 1, values)
                 bar.set_postfix({k: f"{values[k]:.3g}" for k in ("loss", "L0") if k in values}, refresh=False)
@@ -251,46 +252,6 @@ def stop_on_ctrl_c() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, previous)
 
 
-# -- batches -----------------------------------------------------------------------------------------------------------
-
-
-def batch_stream(batches: Iterable[Any], *, start: int, stride: int) -> Iterator[Batch]:
-    """Batches number `start`, `start + stride`, ...; the iterable is begun again when it ends."""
-    if hasattr(batches, "batches_from"):
-        source: Iterator[Any] = batches.batches_from(start)  # pyright: ignore[reportAttributeAccessIssue]
-        skip = 0
-    else:
-        source, skip = _repeated(batches), start
-    for item in islice(source, skip, None, stride):
-        yield as_batch(item)
-
-
-def _repeated(batches: Iterable[Any]) -> Iterator[Any]:
-    count = 0
-    while True:
-        before = count
-        for item in batches:
-            count += 1
-            yield item
-        if count == before:
-            raise ValueError(
-                "the data is empty: not one batch came out of it"
-                if count == 0
-                else f"the data ended after {count} batches and cannot be started again; give a list, a DataLoader or "
-                "TokenBatches instead of an iterator, or ask for fewer steps"
-            )
-
-
-def _checked(batch: Batch, decomposition: Decomposition) -> Batch:
-    """Refuse token ids out of range while the batch is still on the CPU, where looking costs no synchronisation."""
-    d_vocab = getattr(getattr(decomposition.model, "cfg", None), "d_vocab", None)
-    is_tokens = batch.start_at is None and not batch.inputs.is_floating_point()
-    on_cpu = batch.inputs.device.type == "cpu"
-    if d_vocab is not None and is_tokens and on_cpu and (problem := token_arguments_error(batch.inputs, d_vocab)):
-        raise ValueError(problem)
-    return batch
-
-
 # -- parts of a step ------------------------------------------------------------------------------------------------
 
 
@@ -329,10 +290,11 @@ def _log_values(
     learner: Learner,
     step: int,
     rate: float,
+    position_mask: Tensor | None,
 ) -> dict[str, float]:
     """One line of the log; the only place of the loop that waits for the device."""
     tensors = {"loss": total, **losses, **norms}
-    per_site = {f"L0/{n}": (g.detach() > ALIVE_ABOVE).float().sum(-1).mean() for n, g in importances.items()}
+    per_site = {f"L0/{n}": _mean_active(g, position_mask) for n, g in importances.items()}
     names = [*tensors, *per_site]
     values = torch.stack([v.detach().float() for v in (*tensors.values(), *per_site.values())]).tolist()
     line = dict(zip(names, values, strict=True))
@@ -341,6 +303,15 @@ def _log_values(
     line["p"] = learner.config.p_at(step)
     line["positions_per_second"] = round(rate, 1)
     return line
+
+
+def _mean_active(g: Tensor, position_mask: Tensor | None) -> Tensor:
+    """Mean number of active subcomponents over the positions that count (and over heads, where there are any)."""
+    active = (g.detach() > ALIVE_ABOVE).float().sum(-1)
+    if position_mask is None:
+        return active.mean()
+    counts = position_mask.reshape(*position_mask.shape, *[1] * (active.ndim - position_mask.ndim))
+    return mean_over_positions(active, counts.expand_as(active))
 
 
 def _give_up(learner: Learner, step: int, losses: Mapping[str, Tensor], good: Checkpoint | None) -> None:

@@ -27,13 +27,14 @@ from spd_lens.core.routing import route, sample_routing
 from spd_lens.core.squashings import lower_squash, upper_squash
 from spd_lens.core.units import ALIVE_ABOVE
 from spd_lens.data.batches import Batch
+from spd_lens.data.streams import endless_batches
 from spd_lens.hosts.site import match_sites
 from spd_lens.objective.divergences import divergence
 from spd_lens.objective.losses import faithfulness_loss, frequency_loss, minimality_loss
 from spd_lens.support.files import read_json, write_json
 from spd_lens.support.progress import tqdm
 from spd_lens.training.config import TrainConfig
-from spd_lens.training.loop import batch_stream, stop_on_ctrl_c
+from spd_lens.training.loop import stop_on_ctrl_c
 from spd_lens.training.member_adam import MemberAdam
 from spd_lens.training.run_files import RunFiles
 from spd_lens.training.step import coefficient
@@ -87,7 +88,9 @@ def train_many(
     else:
         run.warm_up_faithfulness()
     step = 0 if checkpoint is None else checkpoint.step
-    streams = [batch_stream(source, start=step, stride=1) for source in batches]
+    streams = [
+        endless_batches(source, member, start=step) for source, member in zip(batches, decompositions, strict=True)
+    ]
     interrupted = False
     bar = tqdm(total=config.steps, initial=step, desc=f"SPD x {n_members}", unit="step")
     with stop_on_ctrl_c() as stop:

@@ -424,8 +424,8 @@ def test_mistakes_are_named(without_type_checks: None, arguments: dict[str, Any]
 
 def test_other_mistakes_are_named(without_type_checks: None) -> None:
     decomposition = planted()
-    with pytest.raises(TypeError, match="prompts is a list; expected a Task, or tokens"):
-        find_circuit(decomposition, [[1, 2]])  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match=r"prompts \(a Task, or tokens \[row pos\]\) is text; expected token ids"):
+        find_circuit(decomposition, "w1 w2")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=f"no decomposed site 'blocks.0.mlp.W_on'; near: '{SITE}'"):
         circuit_of(decomposition, {"blocks.0.mlp.W_on": [1]})
     with pytest.raises(ValueError, match=r"expected ids in 0..7"):

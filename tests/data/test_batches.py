@@ -1,15 +1,17 @@
-"""Batches and text."""
+"""Batches: what is accepted as one, and `TokenBatches`."""
 
 from __future__ import annotations
 
 from itertools import islice
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
 
-from spd_lens import Batch, TokenBatches, cache_residuals, decompose, load_tokens, pack_tokens
-from tests.small_models import tiny_tokenizer, tiny_transformer, tokens
+from spd_lens import Batch, TokenBatches, cache_residuals, decompose
+from spd_lens.data import as_batch
+from tests.small_models import tiny_transformer, tokens
 
 
 def test_every_epoch_holds_every_row_once_in_another_order() -> None:
@@ -41,32 +43,6 @@ def test_excluded_tokens_are_masked_out() -> None:
     batch = next(iter(TokenBatches(torch.tensor([[0, 5, 0, 7]]), 1, exclude=[0])))
     assert batch.position_mask is not None
     assert batch.position_mask.tolist() == [[False, True, False, True]]
-
-
-def test_packed_windows_are_the_joined_texts_cut_up() -> None:
-    tokenizer = tiny_tokenizer(PreTrainedTokenizerFast)
-    packed = pack_tokens(["w1 w2 w3", "w4 w5", "w6 w7"], tokenizer, 4)
-    assert packed.tolist() == [[1, 2, 3, 0], [4, 5, 0, 6]]
-    with_bos = pack_tokens(["w1 w2 w3", "w4 w5"], tokenizer, 4, prepend_bos=True)
-    assert with_bos.tolist() == [[0, 1, 2, 3], [0, 0, 4, 5]]
-    assert len(pack_tokens(["w1 w2 w3"] * 100, tokenizer, 4, max_rows=3)) == 3
-
-
-def test_too_little_text_is_an_error() -> None:
-    with pytest.raises(ValueError, match="not one window of context=8"):
-        pack_tokens(["w1 w2"], tiny_tokenizer(PreTrainedTokenizerFast), 8)
-
-
-def test_a_dataset_is_tokenised_and_packed_and_streamed() -> None:
-    from datasets import Dataset
-
-    tokenizer = tiny_tokenizer(PreTrainedTokenizerFast)
-    data = Dataset.from_dict({"text": ["w1 w2 w3", "w4 w5"] * 5, "other": [1] * 10})
-    expected = pack_tokens(["w1 w2 w3", "w4 w5"] * 5, tokenizer, 4, max_rows=3)
-    assert torch.equal(load_tokens(data, tokenizer, 4, max_rows=3), expected)
-    assert torch.equal(load_tokens(data.to_iterable_dataset(), tokenizer, 4, max_rows=3), expected)
-    with pytest.raises(ValueError, match="no column 'body'; its columns"):
-        load_tokens(data, tokenizer, 4, column="body")
 
 
 def test_bad_shapes_and_sizes_are_refused_in_words() -> None:
@@ -101,3 +77,100 @@ def test_a_batch_moves_as_a_whole() -> None:
     assert batch.inputs.is_meta
     assert batch.tokens is not None
     assert batch.tokens.is_meta
+
+
+def test_integers_become_int64_and_masks_of_ones_become_bool() -> None:
+    for dtype in (torch.uint8, torch.int16, torch.int32):
+        batch = Batch(tokens(2).to(dtype), position_mask=torch.ones(2, 12, dtype=dtype))
+        assert batch.inputs.dtype == torch.int64
+        assert batch.tokens is not None
+        assert torch.equal(batch.tokens, tokens(2))
+        assert batch.position_mask is not None
+        assert batch.position_mask.dtype == torch.bool
+        assert batch.position_mask.all()
+
+
+@pytest.mark.parametrize(
+    ("mask", "text"),
+    [
+        (torch.full((2, 12), 2), "holds other numbers than 0 and 1"),
+        (torch.full((2, 12), float("nan")), "holds other numbers than 0 and 1"),
+        (torch.ones(2, 11), r"position_mask has shape \(2, 11\); expected \(2, 12\)"),
+        (torch.ones(2), r"position_mask has shape \(2,\)"),
+        (torch.ones(2, 1, 1, 12), r"position_mask has shape \(2, 1, 1, 12\)"),
+    ],
+)
+def test_other_masks_are_refused(mask: torch.Tensor, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        Batch(tokens(2), position_mask=mask)
+
+
+def test_what_people_yield_is_the_same_batch() -> None:
+    rows = tokens(3)
+    mask = torch.ones_like(rows)
+    mask[:, 9:] = 0
+    given = [
+        rows,
+        rows.numpy(),
+        rows.tolist(),
+        (rows,),
+        [rows],
+        {"tokens": rows},
+        {"input_ids": rows.tolist(), "labels": rows, "attention_mask": torch.ones_like(rows)},
+        Batch(rows),
+    ]
+    for item in given:
+        batch = as_batch(item)
+        assert torch.equal(batch.inputs, rows)
+        assert batch.tokens is not None
+        assert torch.equal(batch.tokens, rows)
+        assert batch.position_mask is None
+    for item in ((rows, mask), [rows, mask.bool()], {"input_ids": rows, "attention_mask": mask}):
+        batch = as_batch(item)
+        assert batch.position_mask is not None
+        assert torch.equal(batch.position_mask, mask.bool())
+
+
+@pytest.mark.parametrize(
+    ("item", "error", "text"),
+    [
+        ("a text", TypeError, "a batch is text; expected token ids"),
+        (["a text"], TypeError, "a batch is text"),
+        ({"text": "a"}, ValueError, "keys \\['text'\\]; expected 'tokens' or 'input_ids'"),
+        (3, TypeError, "a batch is a int"),
+        ([[1, 2], [3]], ValueError, "rows of different lengths"),
+        ((tokens(2), tokens(2)), ValueError, "the second is no mask"),
+        ((tokens(2), tokens(2) > 0, tokens(2)), ValueError, "a tuple of 3"),
+        (tokens(2) > 3, TypeError, "boolean, which looks like a mask"),
+        (torch.zeros(0, 12), ValueError, "it is empty"),
+    ],
+)  # fmt: skip
+def test_what_is_no_batch_is_refused_in_words(item: object, error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        as_batch(item)
+
+
+def test_a_mask_before_counted_positions_must_say_what_it_means() -> None:
+    mask = torch.ones(2, 12, dtype=torch.bool)
+    mask[:, 0] = False
+    with pytest.raises(ValueError, match="say what the mask means"):
+        as_batch((tokens(2), mask))
+
+
+def test_token_tables_of_any_width_and_from_files_give_the_same_batches(tmp_path: Path) -> None:
+    rows = tokens(10)
+    wanted = [b.inputs for b in islice(TokenBatches(rows, 4), 5)]
+    np.save(tmp_path / "rows.npy", rows.numpy().astype(np.uint16))
+    mapped = np.load(tmp_path / "rows.npy", mmap_mode="r")
+    for table in (rows.int(), rows.to(torch.uint8), mapped, rows.tolist()):
+        found = [b.inputs for b in islice(TokenBatches(table, 4), 5)]
+        assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
+
+
+def test_arguments_of_token_batches_are_checked(without_type_checks: None) -> None:
+    with pytest.raises(TypeError, match=r"batch_size=2\.0; expected a whole number"):
+        TokenBatches(tokens(4), 2.0)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match="exclude=0; expected a list of token ids"):
+        TokenBatches(tokens(4), 2, exclude=0)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match="exclude holds None; expected token ids"):
+        TokenBatches(tokens(4), 2, exclude=[None])  # pyright: ignore[reportArgumentType]

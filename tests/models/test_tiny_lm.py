@@ -16,13 +16,13 @@ from jaxtyping import Float, Int
 from safetensors import safe_open
 from torch import Tensor
 
+from spd_lens.data import cut_windows
 from spd_lens.models import (
     TINY_LM_DIRECTORY,
     load_moby_dick,
     load_tiny_lm,
     load_tiny_lm_hf,
     load_tiny_lm_tokenizer,
-    pack_windows,
 )
 
 TL_VERSION = importlib.metadata.version("transformer_lens")
@@ -45,7 +45,7 @@ def held_out_slice(recipe: dict[str, Any]) -> Int[Tensor, "window pos"]:
     tokenizer = load_tiny_lm_tokenizer()
     ids = torch.tensor(tokenizer.encode(load_moby_dick("held_out"), add_special_tokens=False))
     n_windows = recipe["held_out_loss_nats_per_token"]["moby_dick_slice"]["tokens"] // (recipe["n_ctx"] - 1)
-    return pack_windows(ids, tokenizer.bos_token_id)[:n_windows]
+    return cut_windows(ids, 128, bos=tokenizer.bos_token_id)[:n_windows]
 
 
 def kept_log_probs(
@@ -219,12 +219,3 @@ def test_recipe_says_how_and_from_what(recipe: dict[str, Any]) -> None:
     assert {"command", "seed", "versions", "steps", "batch_windows", "tokens_seen", "baselines"} <= recipe.keys()
     assert recipe["optimizer"]["lr_peak"] > 0
     assert "CC0-1.0" in recipe["text"]["data_licence"]
-
-
-def test_pack_windows_puts_a_bos_before_each_stretch_of_text() -> None:
-    windows = pack_windows(torch.arange(1, 9), bos_token_id=0, n_ctx=4)
-    assert windows.tolist() == [[0, 1, 2, 3], [0, 4, 5, 6]]
-    with pytest.raises(ValueError, match="expected one row"):
-        inspect.unwrap(pack_windows)(torch.zeros(2, 2, dtype=torch.long), bos_token_id=0)
-    with pytest.raises(ValueError, match="n_ctx is 1"):
-        pack_windows(torch.arange(3), bos_token_id=0, n_ctx=1)

@@ -344,7 +344,7 @@ def test_mistakes_are_named(
         ({"ids": {IN: "3"}}, r"ids\['blocks.0.mlp.W_in'\] is '3'; expected integers"),
         ({"ids": 3}, "ids is 3; expected {site: ids}, a Unit"),
         ({"ids": [IN]}, "ids holds a str; expected {site: ids}"),
-        ({"tokens": [[1, 2]]}, "tokens is a list; expected a tensor"),
+        ({"tokens": "a b"}, "tokens is text; expected token ids"),
         ({"metric": lambda logits: "good"}, "the metric returned a str"),
     ],
 )  # fmt: skip

@@ -296,7 +296,7 @@ def test_a_nan_stops_the_run_and_the_last_good_checkpoint_is_put_back(tmp_path: 
         (iter(tokens(8).split(4)), "ended after 2 batches"),
         ([torch.full((2, 5), D_VOCAB)], "token ids run from 40 to 40"),
         ([torch.zeros(0, 5, dtype=torch.long)], "it is empty"),
-        (["text"], "a batch is a str"),
+        (["text"], "a batch is text"),
         ([{"labels": 1}], "expected 'tokens' or 'input_ids'"),
     ],
 )
