@@ -109,7 +109,6 @@ ENTRIES: dict[str, Callable[[Decomposition, Any], Any]] = {
         ([ROWS, "text"], TypeError, "batch 1: a batch is text"),
         (Batch(ROWS, position_mask=torch.zeros_like(ROWS)), ValueError, "(leaves|leave) out every"),
     ],
-    ids=str,
 )
 def test_bad_data_is_refused_alike_everywhere(
     decomposition: Decomposition, entry: str, data: Any, error: type[Exception], text: str,
