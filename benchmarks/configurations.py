@@ -102,8 +102,8 @@ class ProductStep:
         """What follows the backward pass."""
         self.learner.optimizer.step()
         self.learner.optimizer.zero_grad(set_to_none=True)
-        for adversary in self.learner.adversaries.values():
-            adversary.ascend_from_graph()
+        for source in self.learner.sources.values():
+            source.after_backward()
 
     def gradients(self) -> dict[str, Tensor | None]:
         """What a backward pass left."""
@@ -123,7 +123,7 @@ TRANSFORMER_CONFIG = TrainConfig(
     minimality=1e-3,
     reconstructions=(
         Reconstruction(routing="subset"),
-        Reconstruction(masks="pgd", routing="subset", pgd=PGD(steps=1, step_size=0.1, scope="batch")),
+        Reconstruction(masks=PGD(steps=1, step_size=0.1, scope="batch"), routing="subset"),
     ),
 )
 

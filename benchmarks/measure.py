@@ -17,7 +17,7 @@ from benchmarks.machine import Clock
 from benchmarks.work import CLEAN, FAITHFULNESS, GATES, OPTIMIZER, ascents
 from spd_lens.core import Decomposition
 from spd_lens.data import Batch
-from spd_lens.objective import PersistentSources
+from spd_lens.objective import AdversarialMasks, PersistentMasks
 from spd_lens.support import workspace as blocks
 from spd_lens.training import step
 
@@ -154,10 +154,10 @@ class _Marks:
             (step, "_reconstructions", marked_passes),
             (step, "_reconstruction", marked_term),
             (step, "faithfulness", marked_faithfulness),
-            (step, "ascend", self.within(step.ascend, climbing)),
+            (AdversarialMasks, "climb", self.within(AdversarialMasks.climb, climbing)),
             (step, "_clean_importances", self.within(step._clean_importances, lambda *_: GATES)),
             (Decomposition, "clean_pass", self.within(Decomposition.clean_pass, lambda *_: CLEAN)),
-            (PersistentSources, "warm", self.within(PersistentSources.warm, climbing)),
+            (PersistentMasks, "climb", self.within(PersistentMasks.climb, climbing)),
         ]
         with ExitStack() as stack:
             for owner, name, function in places:

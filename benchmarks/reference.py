@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spd_lens.objective import PGD
+
 
 class ReferenceGate(nn.Module):
     """Pre-activations `[... C]`; parameters by the library's names, those of vector gates as `[d_in C h]`."""
@@ -227,12 +229,13 @@ class ReferenceStep:
             shape = (*[1] * (g.ndim - 1), g.shape[-1] + 1)
             # In single precision also for a wider model, as the library draws them.
             sources[name] = torch.rand(shape, generator=self.adversary).to(g.dtype)
-        for _ in range(term.pgd.steps):
+        assert isinstance(term.masks, PGD)
+        for _ in range(term.masks.steps):
             leaves = {name: source.requires_grad_(True) for name, source in sources.items()}
             masks = [self._adversarial_masks(detached, leaves, routed) for routed in passes]
             gradients = torch.autograd.grad(self._mean_loss(inputs, clean, masks), list(leaves.values()))
             sources = {
-                name: (leaf.detach() + term.pgd.step_size * gradient.sign()).clamp(0, 1)
+                name: (leaf.detach() + term.masks.step_size * gradient.sign()).clamp(0, 1)
                 for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True)
             }
         return self._mean_loss(inputs, clean, [self._adversarial_masks(lower, sources, routed) for routed in passes])
@@ -303,9 +306,10 @@ def _check(config: Any) -> None:
         if getattr(config, name) != only:
             raise ValueError(f"{name}={getattr(config, name)!r}; the reference knows only {only!r}")
     for term in config.reconstructions:
-        known = term.masks in ("stochastic", "pgd") and term.routing in ("all", "layerwise", "subset")
-        if not known or term.draws != 1 or term.pgd.scope != "batch":
-            raise ValueError(f"{term}; the reference knows stochastic and pgd, one draw, scope 'batch'")
+        pgd = isinstance(term.masks, PGD) and term.masks.scope == "batch"
+        known = (term.masks == "stochastic" or pgd) and term.routing in ("all", "layerwise", "subset")
+        if not known or term.draws != 1:
+            raise ValueError(f"{term}; the reference knows stochastic and PGD(...), one draw, scope 'batch'")
 
 
 def replace_linears(model: nn.Module, paths: Mapping[str, str], decomposition: Any) -> dict[str, ReferenceLinear]:

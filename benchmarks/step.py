@@ -214,8 +214,8 @@ def loss_changes(losses: list[str], pgd_steps: int, config: TrainConfig) -> dict
         if name in plain:
             plain[name] = coefficient
         elif masks in ("stochastic", "pgd") and routing in ("all", "layerwise", "subset"):
-            pgd = PGD(steps=pgd_steps, step_size=0.1, scope="batch")
-            terms.append(Reconstruction(coefficient, masks=masks, routing=routing, pgd=pgd))  # pyright: ignore
+            given = PGD(steps=pgd_steps, step_size=0.1, scope="batch") if masks == "pgd" else "stochastic"
+            terms.append(Reconstruction(coefficient, masks=given, routing=routing))  # pyright: ignore
         else:
             raise typer.BadParameter(
                 f"{text!r}; expected faithfulness, minimality or stochastic|pgd_all|layerwise|subset, with =NUMBER"

@@ -35,6 +35,7 @@ from benchmarks.configurations import ProductStep
 from spd_lens import Decomposition, TrainConfig
 from spd_lens.core import sample_routing
 from spd_lens.data import Batch
+from spd_lens.objective import PGD, mask_source
 from spd_lens.toys import TMS
 
 CLEAN, GATES, FAITHFULNESS, OPTIMIZER = "clean pass", "gates", "faithfulness", "optimizer"
@@ -166,7 +167,7 @@ def drawn_rows(step: ProductStep, batch: Batch) -> dict[str, Rows]:
     shapes = {name: x.shape[:-1] for name, x in order.items()}
     found: dict[str, Rows] = {}
     for term in learner.config.reconstructions:
-        once = term.masks in ("pgd", "persistent")
+        once = mask_source(term.masks).climbs
         passes = [
             routed
             for _ in range(1 if once else term.draws)
@@ -209,7 +210,7 @@ class _Count:
             self._gate(name)
         for term in self.config.reconstructions:
             passes = rows.get(term.name) or expected_rows(list(self.decomposition), term.routing, self.n) * term.draws
-            climbs = term.pgd.steps if term.masks in ("pgd", "persistent") else 0
+            climbs = term.masks.steps if isinstance(term.masks, PGD) else 0
             for masked in passes:
                 for _ in range(climbs):
                     self._pass(ascents(term.name), masked, n_out, parameters=False, draws=False)

@@ -59,6 +59,7 @@ from spd_lens.models import (
     load_smollm2,
     predictable,
 )
+from spd_lens.objective import Persistent
 from spd_lens.patching import ablation_effects
 from spd_lens.support import write_json
 from spd_lens.tasks import Task, agreement_task, greater_than_task, indirect_object_task, induction_task
@@ -114,7 +115,7 @@ def induction_decomposition(args: Namespace) -> tuple[Decomposition, float]:
     terms = (
         Reconstruction(),
         Reconstruction(routing="subset"),
-        Reconstruction(masks="persistent", coefficient=args.adversary, pgd=PGD(steps=1)),
+        Reconstruction(masks=Persistent(warm_steps=1), coefficient=args.adversary),
     )
     config = TrainConfig(
         steps=args.train_steps, lr=2e-3, gate_lr=1e-2, minimality=5e-3, faithfulness=0.0,

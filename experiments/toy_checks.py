@@ -20,7 +20,7 @@ from spd_lens import Decomposition, evaluate
 from spd_lens.core import lower_squash, upper_squash
 from spd_lens.data import as_batch
 from spd_lens.evaluation import worst_case
-from spd_lens.objective import divergence, log_probs, minimality_loss, reconstruction_loss
+from spd_lens.objective import divergence, log_probs, mask_source, minimality_loss, reconstruction_loss
 from spd_lens.training import TrainConfig
 
 ON_ABOVE, USED_ABOVE = 0.1, 0.05
@@ -94,12 +94,12 @@ def objective(decomposition: Decomposition, batches: Iterable[Any], config: Trai
         pre = decomposition.pre_importances(clean.inputs)
         values = {
             "minimality": minimality_loss(
-                {name: upper_squash(p) for name, p in pre.items()}, p=config.p_at(config.steps - 1)
+                {name: upper_squash(p) for name, p in pre.items()}, penalty=config.penalty_at(config.steps - 1)
             )
         }
         lower = {name: lower_squash(p) for name, p in pre.items()}
         for term in config.reconstructions:
-            if term.masks not in ("pgd", "persistent"):
+            if not mask_source(term.masks).climbs:
                 values[term.name] = reconstruction_loss(
                     lambda masks, inputs=inputs: decomposition.masked_forward(inputs, masks),
                     log_probs(clean.output), lower, masks=term.masks, routing=term.routing, clean_is_log_probs=True,

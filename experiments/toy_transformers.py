@@ -70,7 +70,7 @@ from spd_lens.models import (
     only_the_answer,
     sum_accuracy,
 )
-from spd_lens.objective import PGD
+from spd_lens.objective import Persistent
 from spd_lens.support import write_json
 from spd_lens.training import Reconstruction, TrainConfig, train
 
@@ -84,7 +84,7 @@ def settings(name: str, args: argparse.Namespace) -> TrainConfig:
     """Return the training choices; what is given on the command line replaces the default."""
     terms = [Reconstruction(), Reconstruction(routing="subset" if name == "induction" else "layerwise")]
     if args.adversary > 0 and name != "gates_alone":  # `train_many` has no adversaries
-        terms.append(Reconstruction(masks="persistent", coefficient=args.adversary, pgd=PGD(steps=1)))
+        terms.append(Reconstruction(masks=Persistent(warm_steps=1), coefficient=args.adversary))
     return TrainConfig(
         steps=args.steps, lr=NO_LR if args.frozen else args.lr, gate_lr=args.gate_lr, minimality=args.minimality,
         faithfulness=args.faithfulness, reconstructions=tuple(terms), checkpoint_every=None, log_every=100,

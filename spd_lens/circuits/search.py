@@ -33,9 +33,10 @@ from spd_lens.circuits.circuit import Circuit
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.masks import sample_masks
 from spd_lens.core.squashings import importance_of, lower_squash, upper_squash
-from spd_lens.objective.adversary import PGD, PersistentSources, random_sources
+from spd_lens.objective.adversary import PGD, Persistent, PersistentSources, random_sources
 from spd_lens.objective.losses import minimality_loss
 from spd_lens.objective.mask_sources import masks_from_sources
+from spd_lens.objective.penalties import Power
 from spd_lens.support.progress import tqdm
 from spd_lens.tasks.task import Task
 
@@ -218,7 +219,7 @@ class _Search:
                 g = self.behaviour.importances({name: lower_squash(x) for name, x in pre.items()}, rows)
                 upper = {name: upper_squash(x).reshape(1, -1) for name, x in pre.items()}
                 distance = torch.stack([self.distance(source, g, rows) for source in self.sources]).mean()
-                loss = (distance - self.floor) / self.scale + minimality * minimality_loss(upper, p=p)
+                loss = (distance - self.floor) / self.scale + minimality * minimality_loss(upper, penalty=Power(p))
                 optimizer.zero_grad(set_to_none=True)
                 gradients = torch.autograd.grad(loss, list(pre.values()) + self._sources_in_graph(), allow_unused=True)
                 for x, gradient in zip(pre.values(), gradients, strict=False):
@@ -247,7 +248,7 @@ class _Search:
                 drawn = masks_from_sources(g, found)
             case "persistent":
                 if self.adversary is None:
-                    self.adversary = PersistentSources(g, warm_steps=1, generator=generator)
+                    self.adversary = PersistentSources(g, Persistent(), generator=generator)
                     # Started from what hurts now; later the sources follow.
                     detached = {name: x.detach() for name, x in g.items()}
                     for _ in range(self.pgd.steps):

@@ -79,35 +79,71 @@ def ascend(objective: Objective, sources: Sources, pgd: PGD) -> Sources:
     return {name: source.detach() for name, source in sources.items()}
 
 
-class PersistentSources:
-    """Sources kept between training steps and ascended by Adam(0.5, 0.99) at learning rate 0.01 (K4).
+@dataclass(frozen=True)
+class Persistent:
+    """Sources that are kept between training steps and climb by Adam (K4, K4b).
 
-    Shared over batch and positions, so that their shape never changes. Every training step calls `warm(objective)`
-    (n ascents), uses `tensors()` in its loss, and after the backward pass `ascend_from_graph()` (one more).
+    - `warm_steps`: ascents before the loss of a step is computed; one more uses the gradients of the loss itself.
+    - `lr`, `betas`: Adam's. The published rule of thumb: ascents times `lr` over a source's life is about 2.
+    - `lr_warmup`: share of the run over which `lr` rises from 0 (published: 0.025).
+    - `scope`: as for `PGD`; with `"position"` every row of the batch and position has sources of its own, and batches
+      must keep their shape.
+    - `start`: share of the run before which masks are drawn at random instead.
     """
 
-    def __init__(self, importances: Importances, *, warm_steps: int, generator: torch.Generator) -> None:
-        self._start(random_sources(importances, "batch", generator), warm_steps)
+    warm_steps: int = 1
+    lr: float = 0.01
+    betas: tuple[float, float] = (0.5, 0.99)
+    lr_warmup: float = 0.0
+    scope: Scope = "batch"
+    start: float = 0.0
 
-    def _start(self, sources: Sources, warm_steps: int) -> None:
-        self.warm_steps = warm_steps
+    def __post_init__(self) -> None:
+        if self.warm_steps < 0 or not self.lr > 0:
+            raise ValueError(f"{self}; expected warm_steps >= 0 and lr > 0")
+        if self.scope not in ("position", "example", "batch"):
+            raise ValueError(f"scope={self.scope!r}; expected 'position', 'example' or 'batch'")
+        if not (0 <= self.lr_warmup < 1 and 0 <= self.start < 1):
+            raise ValueError(f"{self}; expected lr_warmup and start as shares of the run, 0 <= share < 1")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas={self.betas}; expected two numbers, 0 <= beta < 1")
+
+
+class PersistentSources:
+    """Sources kept between training steps and ascended by Adam (K4); by default Adam(0.5, 0.99) at learning rate 0.01.
+
+    Every training step calls `warm(objective)` (n ascents), uses `tensors()` in its loss, and after the backward pass
+    `ascend_from_graph()` (one more). Their shape is that of the first batch's importances in the given scope.
+    """
+
+    def __init__(self, importances: Importances, spec: Persistent, *, generator: torch.Generator) -> None:
+        self._start(random_sources(importances, spec.scope, generator), spec)
+
+    def _start(self, sources: Sources, spec: Persistent) -> None:
+        self.spec = spec
         self._sources = {name: source.requires_grad_(True) for name, source in sources.items()}
         # maximize: the sources climb the loss that everything else descends.
-        self._adam = torch.optim.Adam(self._sources.values(), lr=0.01, betas=(0.5, 0.99), maximize=True)
+        self._adam = torch.optim.Adam(self._sources.values(), lr=spec.lr, betas=spec.betas, maximize=True, fused=True)
 
     def tensors(self) -> Sources:
         """The sources themselves, requiring gradients."""
         return self._sources
 
+    def set_progress(self, progress: float) -> None:
+        """Set the learning rate for a share of the run: linear warm-up, then constant."""
+        rising = self.spec.lr_warmup > 0 and progress < self.spec.lr_warmup
+        self._adam.param_groups[0]["lr"] = self.spec.lr * (progress / self.spec.lr_warmup if rising else 1.0)
+
     def warm(self, objective: Objective) -> None:
         """`warm_steps` ascents on the objective; gradients reach only the sources."""
-        for _ in range(self.warm_steps):
+        for _ in range(self.spec.warm_steps):
             with torch.enable_grad():
                 gradients = torch.autograd.grad(
                     objective(self._sources), list(self._sources.values()), allow_unused=True
                 )
             for source, gradient in zip(self._sources.values(), gradients, strict=True):
-                source.grad = gradient
+                # Fused Adam reads memory in order: an expanded gradient (of a sum) would be misread.
+                source.grad = None if gradient is None else gradient.contiguous()
             self._step()
 
     def ascend_from_graph(self) -> None:
@@ -122,19 +158,21 @@ class PersistentSources:
                 source.clamp_(0, 1)
 
     def tensors_by_name(self) -> dict[str, Tensor]:
-        """Sources, Adam's moments and the number of warm steps, for checkpoints."""
+        """Sources and Adam's moments, for checkpoints."""
         tensors = {f"source|{name}": source.detach().clone() for name, source in self._sources.items()}
         names = list(self._sources)
         for index, state in self._adam.state_dict()["state"].items():
             tensors |= {f"adam.{key}|{names[index]}": value.clone() for key, value in state.items()}
-        return tensors | {"warm_steps": torch.tensor(self.warm_steps)}
+        return tensors
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], *, device: torch.device) -> PersistentSources:
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor], spec: Persistent, *, device: torch.device
+    ) -> PersistentSources:
         """Undo `tensors_by_name`."""
         restored = cls.__new__(cls)
         sources = {k.removeprefix("source|"): v.to(device) for k, v in tensors.items() if k.startswith("source|")}
-        restored._start({name: source.clone() for name, source in sources.items()}, int(tensors["warm_steps"]))
+        restored._start({name: source.clone() for name, source in sources.items()}, spec)
         states: dict[int, dict[str, Tensor]] = {}
         for index, name in enumerate(sources):
             for key in ("step", "exp_avg", "exp_avg_sq"):

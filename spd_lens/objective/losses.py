@@ -21,10 +21,6 @@ from spd_lens.objective.divergences import divergence, mean_over_positions
 Factors = tuple[Float[Tensor, "_d_in _d_out"], Float[Tensor, "_d_in _C"], Float[Tensor, "_C _d_out"]]
 
 
-# Without it the gradient of g^p at g = 0 is infinite for p < 1.
-EPSILON = 1e-12
-
-
 def faithfulness_loss(sites: Iterable[Factors]) -> Float[Tensor, ""]:
     """L1: `sum over sites |W - V U|_F^2 / N`, with N the number of entries of all matrices.
 
@@ -54,23 +50,43 @@ def _fit_position_mask(position_mask: Tensor | None, like: Tensor) -> Tensor | N
     return position_mask.expand_as(like)
 
 
+def relative_faithfulness_loss(sites: Iterable[Factors]) -> Float[Tensor, ""]:
+    """L1r: `mean over sites of |W - V U|_F^2 / |W|_F^2`, so that a small matrix counts as much as a large one.
+
+    A matrix of zeros has no scale of its own; its error is then divided by its number of entries. Of L1, the mean over
+    all entries, most comes from few sites, and the wrong ones among the others do not show.
+
+    >>> W = torch.eye(2)
+    >>> float(relative_faithfulness_loss([(W, torch.zeros(2, 3), torch.zeros(3, 2)), (2 * W, W, 2 * W)]))
+    0.5
+    """
+    errors = []
+    for W, V, U in sites:
+        scale = at_least_float32(W).to(at_least_float32(V).dtype).square().sum()
+        errors.append(squared_error(W, V, U) / torch.where(scale > 0, scale, float(W.numel())))
+    if not errors:
+        raise ValueError("relative_faithfulness_loss was given no site")
+    return torch.stack(errors).mean()
+
+
 def minimality_loss(
     upper: Importances,
     *,
-    p: float,
+    penalty: Callable[[Tensor], Tensor],
     position_mask: Bool[Tensor, ...] | None = None,
     factors: Mapping[str, float] | None = None,
 ) -> Float[Tensor, ""]:
-    """L2: mean over batch and positions of `sum over sites and c of (g_upper + 1e-12)^p`.
+    """L2: mean over batch and positions of `sum over sites and c of phi(g_upper)`, phi the `penalty`.
 
     Never divided by the number of sites or subcomponents. `factors` multiply the parts of single sites (others: 1).
 
-    >>> float(minimality_loss({"site": torch.tensor([[0.5, 0.5]])}, p=2.0))
+    >>> from spd_lens.objective import Power
+    >>> float(minimality_loss({"site": torch.tensor([[0.5, 0.5]])}, penalty=Power(2.0)))
     0.5
     """
     total: Tensor | None = None
     for name, g in upper.items():
-        per_position = _powered(g, p).sum(-1)
+        per_position = penalty(g).sum(-1)
         mean = mean_over_positions(per_position, _fit_position_mask(position_mask, per_position))
         if factors is not None and name in factors:
             mean = factors[name] * mean
@@ -80,36 +96,34 @@ def minimality_loss(
     return total
 
 
-def _powered(g: Float[Tensor, "*batch C"], p: float) -> Float[Tensor, "*batch C"]:
-    shifted = at_least_float32(g) + EPSILON
-    return shifted if p == 1 else shifted.pow(p)
-
-
 def frequency_loss(
     upper: Importances,
     *,
-    p: float,
+    penalty: Callable[[Tensor], Tensor],
+    reference: int | None = None,
     position_mask: Bool[Tensor, ...] | None = None,
     sum_over_processes: Callable[[Tensor], Tensor] | None = None,
 ) -> Float[Tensor, ""]:
-    """L3: `sum_c mean_c * log2(1 + total_c)` with `mean_c`, `total_c` the mean and sum of `(g_upper + 1e-12)^p`.
+    """L3: `sum_c mean_c * log2(1 + N mean_c)` with `mean_c` the mean of `phi(g_upper)` over the global batch.
 
-    Both run over the global batch: in multi-process training `sum_over_processes` (differentiable) adds a tensor
-    up over all of them. It makes subcomponents that are always on expensive.
+    N is the number of positions in the batch, or `reference`, which makes the loss independent of the batch's size. It
+    makes subcomponents that are always on expensive. In multi-process training `sum_over_processes` (differentiable)
+    adds a tensor up over all of them.
     """
     add = sum_over_processes or (lambda tensor: tensor)
     loss: Tensor | None = None
     for g in upper.values():
-        powered = _powered(g, p).flatten(0, -2)
+        costs = penalty(g).flatten(0, -2)
         if position_mask is None:
-            count = powered.new_tensor(float(powered.shape[0]))
+            count = costs.new_tensor(float(costs.shape[0]))
         else:
             kept = _fit_position_mask(position_mask, g[..., 0])
             assert kept is not None
-            powered = powered * kept.reshape(-1, 1)
-            count = kept.sum().to(powered.dtype)
-        total, count = add(powered.sum(0)), add(count)
-        term = (total / count.clamp_min(1) * torch.log2(1 + total)).sum()
+            costs = costs * kept.reshape(-1, 1)
+            count = kept.sum().to(costs.dtype)
+        total, count = add(costs.sum(0)), add(count)
+        mean = total / count.clamp_min(1)
+        term = (mean * torch.log2(1 + (total if reference is None else reference * mean))).sum()
         loss = term if loss is None else loss + term
     if loss is None:
         raise ValueError("frequency_loss was given no site")

@@ -1,18 +1,38 @@
-"""Masks from sources `s` in [0, 1] that somebody else has chosen (K3)."""
+"""Where the masks of a reconstruction term come from (K1 to K4): drawn at random, or chosen by an adversary.
+
+`MaskSource` is the one protocol that training, evaluation and the circuit search use. A training step calls
+
+    source.climb(objective, importances, ...)      # adversaries look for bad masks; others do nothing
+    source.masks(importances, ...)                 # one forward pass's masks, with gradients to the importances
+    source.after_backward()                        # persistent adversaries climb once more, on the loss's own gradients
+
+and checkpoints hold `state()`. A source of one's own is a subclass; it is passed where the names of ours are:
+`Reconstruction(masks=MySource())`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from spd_lens.core.masks import Importances, SiteMask, mask_from_source
+from spd_lens.core.masks import Importances, MaskKind, SiteMask, mask_from_source, sample_masks
+from spd_lens.objective.adversary import PGD, Persistent, PersistentSources, ascend, random_sources
+
+Masks: TypeAlias = dict[str, SiteMask]
+# The loss of one set of masks; with a number of rows, over that many of the first rows of the batch alone.
+MaskObjective: TypeAlias = Callable[[Masks, int | None], Tensor]
+Routed: TypeAlias = Mapping[str, Bool[Tensor, "*batch"] | None]
 
 
 def masks_from_sources(
     importances: Importances, sources: Mapping[str, Float[Tensor, "*_batch _C_and_delta"]], *, delta: bool = True
-) -> dict[str, SiteMask]:
+) -> Masks:
     """K3: `m = g + (1 - g) s` with the first C channels of `s`, delta mask the last one (0 with `delta=False`).
 
     Sources may be smaller than the importances in batch and position (`[1 1 C+1]`): they are then shared.
@@ -24,3 +44,253 @@ def masks_from_sources(
         )
         for name, g in importances.items()
     }
+
+
+@dataclass(frozen=True)
+class Merged:
+    """Both in one pass (L9): the first `share` of a batch's rows is adversarial, the others stochastic.
+
+    Rows under `persistent` masks route all sites; the others are routed as the term says. One masked pass does the
+    work of two. Batches are shuffled, so which rows these are does not matter; their number is `share` of the batch,
+    rounded, at least one.
+    """
+
+    share: float = 0.5
+    persistent: Persistent = field(default_factory=lambda: Persistent(scope="position"))
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise ValueError(f"share={self.share}; expected a share of the rows, 0 < share < 1")
+
+
+class MaskSource(ABC):
+    """A source of masks for one reconstruction term; what it remembers between steps is its `state`."""
+
+    # Whether passes and routing have to be known before the masks are chosen.
+    climbs = False
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Its name in logs."""
+
+    @abstractmethod
+    def masks(self, importances: Importances, *, delta: bool, generator: torch.Generator) -> Masks:
+        """Masks of one forward pass for these sites."""
+
+    def climb(  # noqa: B027 (most sources do not climb)
+        self,
+        objective: MaskObjective,
+        importances: Importances,
+        *,
+        delta: bool,
+        generator: torch.Generator,
+        progress: float = 1.0,
+    ) -> None:
+        """Look for masks of high `objective`, given detached importances; `progress` is the share of the run done."""
+
+    def routed(self, routed: Routed) -> Routed:
+        """The routing that is used in place of the drawn one."""
+        return routed
+
+    def after_backward(self) -> None:  # noqa: B027
+        """Called once gradients of the step's loss are there."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint has to hold."""
+        return {}
+
+    def load(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:  # noqa: B027
+        """Undo `state`."""
+
+
+class SampledMasks(MaskSource):
+    """A kind of `sample_masks`: stochastic, Bernoulli, importance itself, ..."""
+
+    def __init__(self, kind: MaskKind) -> None:
+        self.kind: MaskKind = kind
+
+    @property
+    def name(self) -> str:
+        return self.kind
+
+    def masks(self, importances: Importances, *, delta: bool, generator: torch.Generator) -> Masks:
+        return sample_masks(importances, kind=self.kind, delta=delta, generator=generator)
+
+
+class AdversarialMasks(MaskSource):
+    """A fresh adversary in every step (K3)."""
+
+    climbs = True
+    name = "pgd"
+
+    def __init__(self, pgd: PGD) -> None:
+        self.pgd = pgd
+        self._sources: dict[str, Tensor] = {}
+
+    def climb(
+        self,
+        objective: MaskObjective,
+        importances: Importances,
+        *,
+        delta: bool,
+        generator: torch.Generator,
+        progress: float = 1.0,
+    ) -> None:
+        start = random_sources(importances, self.pgd.scope, generator)
+        self._sources = ascend(
+            lambda sources: objective(masks_from_sources(importances, sources, delta=delta), None), start, self.pgd
+        )
+
+    def masks(self, importances: Importances, *, delta: bool, generator: torch.Generator) -> Masks:
+        return masks_from_sources(importances, self._sources, delta=delta)
+
+
+class PersistentMasks(MaskSource):
+    """An adversary that goes on where it was in the step before (K4)."""
+
+    climbs = True
+    name = "persistent"
+
+    def __init__(self, spec: Persistent) -> None:
+        self.spec = spec
+        self.sources: PersistentSources | None = None
+        self._active = False
+
+    def climb(
+        self,
+        objective: MaskObjective,
+        importances: Importances,
+        *,
+        delta: bool,
+        generator: torch.Generator,
+        progress: float = 1.0,
+    ) -> None:
+        self._active = progress >= self.spec.start
+        if not self._active:
+            return
+        if self.sources is None:
+            self.sources = PersistentSources(importances, self.spec, generator=generator)
+        _check_shapes(importances, self.sources.tensors())
+        self.sources.set_progress((progress - self.spec.start) / (1 - self.spec.start))
+        self.sources.warm(lambda found: objective(masks_from_sources(importances, found, delta=delta), None))
+
+    def masks(self, importances: Importances, *, delta: bool, generator: torch.Generator) -> Masks:
+        if not self._active or self.sources is None:
+            return sample_masks(importances, delta=delta, generator=generator)
+        return masks_from_sources(importances, self.sources.tensors(), delta=delta)
+
+    def after_backward(self) -> None:
+        if self._active and self.sources is not None:
+            self.sources.ascend_from_graph()
+
+    def state(self) -> dict[str, Tensor]:
+        return {} if self.sources is None else self.sources.tensors_by_name()
+
+    def load(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+        self.sources = PersistentSources.from_tensors(tensors, self.spec, device=device) if tensors else None
+
+
+class MergedMasks(PersistentMasks):
+    """The first rows under a persistent adversary, the others under stochastic masks (L9)."""
+
+    name = "merged"
+
+    def __init__(self, merged: Merged) -> None:
+        super().__init__(merged.persistent)
+        self.share = merged.share
+
+    def _rows(self, importances: Importances) -> int:
+        n_rows = next(iter(importances.values())).shape[0]
+        if n_rows < 2:
+            raise ValueError("merged masks need at least two rows in a batch: one adversarial, one stochastic")
+        return min(n_rows - 1, max(1, round(self.share * n_rows)))
+
+    def climb(
+        self,
+        objective: MaskObjective,
+        importances: Importances,
+        *,
+        delta: bool,
+        generator: torch.Generator,
+        progress: float = 1.0,
+    ) -> None:
+        rows = self._rows(importances)
+        first = {name: g[:rows] for name, g in importances.items()}
+        super().climb(
+            lambda masks, _: objective(masks, rows), first, delta=delta, generator=generator, progress=progress
+        )
+
+    def masks(self, importances: Importances, *, delta: bool, generator: torch.Generator) -> Masks:
+        if not self._active:
+            return sample_masks(importances, delta=delta, generator=generator)
+        rows = self._rows(importances)
+        chosen = super().masks({n: g[:rows] for n, g in importances.items()}, delta=delta, generator=generator)
+        drawn = sample_masks({n: g[rows:] for n, g in importances.items()}, delta=delta, generator=generator)
+        return {name: _stacked(mask, drawn[name]) for name, mask in chosen.items()}
+
+    def routed(self, routed: Routed) -> Routed:
+        if not self._active:
+            return routed
+        return {name: None if where is None else self._all_first(where) for name, where in routed.items()}
+
+    def _all_first(self, where: Bool[Tensor, "*batch"]) -> Bool[Tensor, "*batch"]:
+        rows = min(len(where) - 1, max(1, round(self.share * len(where))))
+        where = where.clone()
+        where[:rows] = True
+        return where
+
+
+def _stacked(first: SiteMask, second: SiteMask) -> SiteMask:
+    def joined(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+        return None if a is None or b is None else torch.cat([a, b])
+
+    return SiteMask(joined(first.mask, second.mask), joined(first.delta, second.delta))
+
+
+def _check_shapes(importances: Importances, sources: Mapping[str, Tensor]) -> None:
+    for name, g in importances.items():
+        expected = (*g.shape[:-1], g.shape[-1] + 1)
+        found = sources[name].shape
+        if len(found) != len(expected) or any(a not in (1, b) for a, b in zip(found, expected, strict=True)):
+            raise ValueError(
+                f"persistent sources at {name} have shape {tuple(found)} and this batch needs {expected}; with "
+                "scope='position' or 'example' every batch must have the same shape (drop the last, smaller one), or "
+                "use scope='batch'"
+            )
+
+
+# What `Reconstruction.masks` accepts: names and budgets of ours, or a source of one's own.
+MasksGiven: TypeAlias = MaskKind | Literal["pgd", "persistent", "merged"] | PGD | Persistent | Merged | MaskSource
+
+
+def mask_source(given: MasksGiven) -> MaskSource:
+    """The source that a name or a budget stands for; names of adversaries stand for their default budgets.
+
+    Raises ValueError for an unknown name, TypeError for what is no source.
+    """
+    match given:
+        case "pgd":
+            return AdversarialMasks(PGD())
+        case "persistent":
+            return PersistentMasks(Persistent())
+        case "merged":
+            return MergedMasks(Merged())
+        case PGD():
+            return AdversarialMasks(given)
+        case Persistent():
+            return PersistentMasks(given)
+        case Merged():
+            return MergedMasks(given)
+        case MaskSource():
+            return given
+        case "stochastic" | "bernoulli" | "importance" | "rounded" | "random" | "none" | "off":
+            return SampledMasks(given)
+        case str():
+            raise ValueError(
+                f"masks={given!r}; expected 'stochastic', 'bernoulli', 'importance', 'rounded', 'random', 'none', "
+                "'off', 'pgd', 'persistent', 'merged', or a PGD, Persistent, Merged or MaskSource"
+            )
+    raise TypeError(
+        f"masks is a {type(given).__name__}; expected a name, or a PGD, Persistent, Merged or MaskSource object"
+    )

@@ -11,7 +11,7 @@ from torch import Tensor
 from spd_lens.core.masks import Importances, MaskKind, SiteMask, sample_masks
 from spd_lens.core.routing import Routing, route, sample_routing
 from spd_lens.objective.divergences import Divergence, divergence
-from spd_lens.objective.mask_sources import masks_from_sources
+from spd_lens.objective.mask_sources import MaskSource, masks_from_sources
 
 MaskedForward = Callable[[Mapping[str, SiteMask]], Tensor]
 
@@ -21,7 +21,7 @@ def reconstruction_loss(
     clean_output: Float[Tensor, "*output_batch d_out"],
     importances: Importances,
     *,
-    masks: MaskKind | Mapping[str, Tensor] = "stochastic",
+    masks: MaskKind | Mapping[str, Tensor] | MaskSource = "stochastic",
     routing: Routing | list[dict[str, Tensor | None]] = "all",
     kind: Divergence = "kl",
     delta: bool = True,
@@ -34,7 +34,7 @@ def reconstruction_loss(
     """L4 to L6: mean over draws, and over the passes that the routing asks for, of `D(clean, forward(masks))`.
 
     - `forward` maps masks per site to the model's output; sites that are not named stay with the target.
-    - `masks` is a kind for `sample_masks`, or adversarial sources `{site: [... C+1]}` (K3).
+    - `masks` is a kind for `sample_masks`, adversarial sources `{site: [... C+1]}` (K3), or a `MaskSource`.
     - `routing` is a kind for `sample_routing`, or passes drawn before, so that an adversary and the loss share
       them. `"layerwise"` is L6.
     - `clean_output` comes from a frozen forward of the target, never from "all masks 1".
@@ -63,7 +63,7 @@ def reconstruction_passes(
     clean_output: Float[Tensor, "*output_batch d_out"],
     importances: Importances,
     *,
-    masks: MaskKind | Mapping[str, Tensor],
+    masks: MaskKind | Mapping[str, Tensor] | MaskSource,
     routing: Routing | list[dict[str, Tensor | None]],
     kind: Divergence,
     delta: bool,
@@ -90,11 +90,12 @@ def reconstruction_passes(
         )
         for routed in passes:
             chosen = {name: importances[name] for name in routed}
-            drawn = (
-                sample_masks(chosen, kind=masks, delta=delta, generator=generator)
-                if isinstance(masks, str)
-                else masks_from_sources(chosen, masks, delta=delta)
-            )
+            if isinstance(masks, MaskSource):
+                drawn, routed = masks.masks(chosen, delta=delta, generator=generator), masks.routed(routed)
+            elif isinstance(masks, str):
+                drawn = sample_masks(chosen, kind=masks, delta=delta, generator=generator)
+            else:
+                drawn = masks_from_sources(chosen, masks, delta=delta)
             distance = divergence(
                 clean_output,
                 forward(route(drawn, routed)),

@@ -1,20 +1,36 @@
-"""`TrainConfig`: every choice of a training run, frozen, documented, and written into checkpoints."""
+"""`TrainConfig`: every choice of a training run, frozen, checked when it is made, and written into checkpoints."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from spd_lens.core.masks import MaskKind
+from pydantic import BeforeValidator
+
 from spd_lens.core.routing import Routing
-from spd_lens.objective.adversary import PGD
+from spd_lens.objective.adversary import PGD, Persistent
 from spd_lens.objective.divergences import Divergence
+from spd_lens.objective.mask_sources import MasksGiven, MaskSource, Merged, mask_source
+from spd_lens.objective.penalties import Penalty, Power, SmoothL0
+from spd_lens.support.validated import (
+    Count,
+    CountOrZero,
+    Flag,
+    Integer,
+    NonNegative,
+    Positive,
+    Share,
+    as_tuple,
+    unknown_field,
+    validated,
+)
 
 Schedule = Literal["constant", "cosine", "linear"]
+# Budgets that stand in files by the name of their class.
+BUDGETS = {"PGD": PGD, "Persistent": Persistent, "Merged": Merged}
 
 
 @dataclass(frozen=True)
@@ -22,119 +38,190 @@ class Reconstruction:
     """One reconstruction term of the loss: a mask source times a routing (L5).
 
     - `coefficient`: its weight in the total.
-    - `masks`: a kind of `sample_masks`; `"pgd"` (K3), `"persistent"` (K4).
+    - `masks`: a kind of `sample_masks`; an adversary, `PGD(...)` (K3) or `Persistent(...)` (K4), or both in one pass,
+      `Merged(...)` (L9), or their names for default budgets; or a `MaskSource` of one's own.
     - `routing`: `"all"`, `"layerwise"`, `"subset"` or a static probability (K5).
     - `draws`: samples per step (S); 1 is enough.
-    - `pgd`: budget of `"pgd"`; for `"persistent"` its `steps` are the warm ascents.
+
+    Checked by the `TrainConfig` that holds it.
     """
 
     coefficient: float = 1.0
-    masks: MaskKind | Literal["pgd", "persistent"] = "stochastic"
+    masks: MasksGiven = "stochastic"
     routing: Routing = "all"
     draws: int = 1
-    pgd: PGD = field(default_factory=PGD)
 
     @property
     def name(self) -> str:
         """Name of the term in logs."""
-        return f"{self.masks}_{self.routing}"
+        return f"{mask_source(self.masks).name}_{self.routing}"
+
+    def check(self) -> None:
+        """Raise ValueError or TypeError unless every field makes sense."""
+        source = mask_source(self.masks)
+        plain = _checked_term(coefficient=self.coefficient, draws=self.draws)
+        if isinstance(self.routing, str) and self.routing not in ("all", "layerwise", "subset"):
+            raise ValueError(f"routing={self.routing!r}; expected 'all', 'layerwise', 'subset' or a probability")
+        if isinstance(self.routing, bool) or not isinstance(self.routing, (str, float)):
+            raise ValueError(f"routing={self.routing!r}; expected 'all', 'layerwise', 'subset' or a float")
+        if isinstance(self.routing, float) and not 0 <= self.routing <= 1:
+            raise ValueError(f"routing={self.routing}; expected a probability between 0 and 1")
+        if source.climbs and plain.draws > 1:
+            raise ValueError(f"draws={self.draws} with an adversary; expected 1, its masks are not drawn")
+        if source.name == "merged" and self.routing == "layerwise":
+            raise ValueError("merged masks with routing='layerwise'; expected 'all', 'subset' or a probability")
 
 
-@dataclass(frozen=True)
+@validated
+class _CheckedTerm:
+    coefficient: NonNegative
+    draws: Count
+
+
+def _checked_term(**values: Any) -> _CheckedTerm:
+    return _CheckedTerm(**values)
+
+
+def _factors(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"expected a dict {{pattern: factor}}, not a {type(value).__name__}")
+    return dict(value)
+
+
+@validated
 class TrainConfig:
     """All choices of `train`. Coefficients weigh the terms of the total loss.
 
     Optimisation
     - `steps`: training steps; `lr`: Adam's learning rate for subcomponents, `gate_lr` for gates (None: the same);
-      `schedule` and `lr_warmup` (steps of linear warm-up); no weight decay.
+      `schedule` and `lr_warmup` (steps of linear warm-up); no weight decay. `lr_end`: share of `lr` at which the
+      schedule ends.
     - `clip_subcomponents`, `clip_gates`: separate gradient-norm clipping, None for none.
     - `faithfulness_warmup`: steps on L1 alone with a throw-away Adam at `faithfulness_warmup_lr` (L8).
     - `precision`: `"bf16"` runs the forward passes under autocast; losses and master weights stay float32.
 
     Losses
-    - `faithfulness` (L1); `minimality` (L2) with exponent `p_start`, annealed linearly to `p_end` (None: constant)
-      over the run; `minimality_factors`: `{pattern: factor}` on the parts of L2 of the sites that match (others: 1),
-      for matrices that no single coefficient suits; `frequency` (L3); `reconstructions` (L4 to L6); `hidden` (L7)
-      on `hidden_points`, computed with the first reconstruction's masks.
+    - `faithfulness` (L1; with `relative_faithfulness` L1r, the mean over sites of relative errors).
+    - `minimality` (L2), the sum of a penalty: `penalty="power"` is `g^p` with p from `p_start` linearly to `p_end`
+      (None: constant) over the run; `"smooth_l0"` is `g^2 / (g^2 + gamma^2)` (S5) with gamma from `gamma_start`
+      linearly to `gamma_end` over the share `gamma_until` of the run, then held.
+    - `minimality_factors`: `{pattern: factor}` on the parts of L2 of the sites that match (others: 1), for matrices
+      that no single coefficient suits.
+    - `frequency` (L3) of the same penalty; `frequency_reference`: its number of positions N, None for the batch's own.
+    - `reconstructions` (L4 to L6); `hidden` (L7) on `hidden_points`, with stochastic masks of its own.
     - `delta`: the unexplained part has a random mask too (K2); without it it is left out of masked passes.
     - `squash`: variant of S1; `divergence`: KL on logits or MSE.
+    - `extra_terms`: terms of one's own, see `spd_lens.training.LossTerm`.
 
     Bookkeeping
     - `seed`: of masks, routing and adversaries; `log_every`, `checkpoint_every` in steps (None: only at the end);
       `keep_checkpoints`: how many of the newest stay on disk.
+
+    Raises ValueError for values that make no sense and TypeError for unknown fields, when it is made.
 
     Defaults: coefficients of faithfulness and stochastic reconstruction, S and no weight decay are the paper's; delta
     and the straight squashing are the authors' later practice; lr is three times the paper's: in as many steps more
     runs on TMS 5-2 succeed (`experiments/ablations.py tms_5-2`), and the demo on SmolLM2 uses it.
     """
 
-    steps: int = 5_000
-    lr: float = 3e-3
-    gate_lr: float | None = None
+    steps: Count = 5_000
+    lr: Positive = 3e-3
+    gate_lr: Positive | None = None
     schedule: Schedule = "cosine"
-    lr_warmup: int = 0
-    clip_subcomponents: float | None = None
-    clip_gates: float | None = None
-    faithfulness_warmup: int = 0
-    faithfulness_warmup_lr: float = 1e-2
+    lr_warmup: CountOrZero = 0
+    lr_end: Share = 0.0
+    clip_subcomponents: Positive | None = None
+    clip_gates: Positive | None = None
+    faithfulness_warmup: CountOrZero = 0
+    faithfulness_warmup_lr: Positive = 1e-2
     precision: Literal["fp32", "bf16"] = "fp32"
 
-    faithfulness: float = 1.0
-    minimality: float = 1e-3
-    minimality_factors: Mapping[str, float] = field(default_factory=dict)
-    p_start: float = 1.0
-    p_end: float | None = None
-    frequency: float = 0.0
-    reconstructions: tuple[Reconstruction, ...] = (Reconstruction(),)
-    hidden: float = 0.0
-    hidden_points: tuple[str, ...] = ()
-    delta: bool = True
+    faithfulness: NonNegative = 1.0
+    relative_faithfulness: Flag = False
+    minimality: NonNegative = 1e-3
+    minimality_factors: Annotated[dict[str, NonNegative], BeforeValidator(_factors)] = field(default_factory=dict)
+    penalty: Literal["power", "smooth_l0"] = "power"
+    p_start: Positive = 1.0
+    p_end: Positive | None = None
+    gamma_start: Positive = 1.0
+    gamma_end: Positive = 0.01
+    gamma_until: Annotated[float, Positive] = 0.9
+    frequency: NonNegative = 0.0
+    frequency_reference: Count | None = None
+    reconstructions: Annotated[tuple[Any, ...], as_tuple] = (Reconstruction(),)
+    hidden: NonNegative = 0.0
+    hidden_points: Annotated[tuple[str, ...], as_tuple] = ()
+    delta: Flag = True
     squash: Literal["straight", "leaky"] = "straight"
     divergence: Divergence = "kl"
+    extra_terms: Annotated[tuple[Any, ...], as_tuple] = ()
 
-    seed: int = 0
-    log_every: int = 10
-    checkpoint_every: int | None = 500
-    keep_checkpoints: int = 2
+    seed: Integer = 0
+    log_every: Count = 10
+    checkpoint_every: Count | None = 500
+    keep_checkpoints: Count = 2
 
     def __post_init__(self) -> None:
-        for name in ("steps", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}; expected at least 1")
-        for name in ("lr", "faithfulness_warmup_lr", "p_start"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)}; expected a positive number")
-        for name in ("faithfulness", "minimality", "frequency", "hidden", "lr_warmup", "faithfulness_warmup"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}; expected zero or more")
-        for pattern, factor in self.minimality_factors.items():
-            if not factor >= 0:
-                raise ValueError(f"minimality_factors[{pattern!r}]={factor}; expected zero or more")
-        if self.schedule not in ("constant", "cosine", "linear"):
-            raise ValueError(f"schedule={self.schedule!r}; expected 'constant', 'cosine' or 'linear'")
+        for i, term in enumerate(self.reconstructions):
+            if not isinstance(term, Reconstruction):
+                raise ValueError(f"reconstructions[{i}] is a {type(term).__name__}; expected a Reconstruction")
+            try:
+                term.check()
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"reconstructions[{i}]: {error}") from None
+        self._check_names()
+        if self.hidden > 0 and not self.hidden_points:
+            raise ValueError("hidden > 0 needs hidden_points; expected names of hook points to reconstruct")
+        if self.gamma_until > 1:
+            raise ValueError(f"gamma_until={self.gamma_until}; expected a share of the run, at most 1")
+        keeps_output = any(term.coefficient > 0 for term in self.reconstructions) or self.hidden > 0 or self.extra_terms
+        if not keeps_output and (self.minimality > 0 or self.frequency > 0 or self.faithfulness == 0):
+            raise ValueError(
+                "reconstructions is empty (or all have coefficient 0), so nothing keeps the output while minimality "
+                "switches everything off; expected at least one Reconstruction, or minimality=0 and frequency=0"
+            )
+
+    def _check_names(self) -> None:
         names = [term.name for term in self.reconstructions]
         if len(set(names)) < len(names):
-            raise ValueError(f"two reconstructions are the same term ({', '.join(names)}); give one of them more draws")
-        if self.hidden > 0 and not self.hidden_points:
-            raise ValueError("hidden > 0 needs hidden_points: names of hook points to reconstruct")
+            raise ValueError(
+                f"two reconstructions are the same term ({', '.join(names)}); expected different ones: give one of "
+                "them more draws"
+            )
+        own = {f.name for f in dataclasses.fields(self)} | set(names)
+        for term in self.extra_terms:
+            if not (isinstance(getattr(term, "name", None), str) and callable(term) and hasattr(term, "coefficient")):
+                raise ValueError(
+                    f"extra_terms holds a {type(term).__name__}; expected objects with name, coefficient and "
+                    "__call__(view, decomposition), see spd_lens.training.LossTerm"
+                )
+            if term.name in own:
+                raise ValueError(f"the extra term {term.name!r} has a name that is taken; expected another")
 
     def changed(self, **changes: Any) -> TrainConfig:
         """A copy with some fields changed; an unknown field is an error that lists near names."""
-        known = [f.name for f in dataclasses.fields(self)]
         for name in changes:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=3) or known
-                raise TypeError(f"TrainConfig has no field {name!r}; near: {', '.join(near)}")
+            if name not in {f.name for f in dataclasses.fields(self)}:
+                raise unknown_field(TrainConfig, name)
         return dataclasses.replace(self, **changes)
 
     def p_at(self, step: int) -> float:
-        """Exponent of the minimality loss at a step."""
+        """Exponent of the power penalty at a step."""
         if self.p_end is None or self.steps == 1:
             return self.p_start
         return self.p_start + (self.p_end - self.p_start) * step / (self.steps - 1)
 
+    def gamma_at(self, step: int) -> float:
+        """Width of smooth L0 at a step."""
+        annealed = min(1.0, step / max(1.0, self.gamma_until * (self.steps - 1)))
+        return self.gamma_start + (self.gamma_end - self.gamma_start) * annealed
+
+    def penalty_at(self, step: int) -> Penalty:
+        """What importances cost at a step."""
+        return Power(self.p_at(step)) if self.penalty == "power" else SmoothL0(self.gamma_at(step))
+
     def lr_factor(self, step: int) -> float:
-        """What the learning rates are multiplied with at a step: warm-up, then the schedule down to 0."""
+        """What the learning rates are multiplied with at a step: warm-up, then the schedule down to `lr_end`."""
         if step < self.lr_warmup:
             return (step + 1) / self.lr_warmup
         progress = (step - self.lr_warmup) / max(1, self.steps - self.lr_warmup)
@@ -142,21 +229,55 @@ class TrainConfig:
             case "constant":
                 return 1.0
             case "linear":
-                return 1 - progress
+                falling = 1 - progress
             case "cosine":
-                return 0.5 * (1 + math.cos(math.pi * progress))
+                falling = 0.5 * (1 + math.cos(math.pi * progress))
+        return falling if self.lr_end == 0 else self.lr_end + (1 - self.lr_end) * falling
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for files."""
-        return dataclasses.asdict(self)
+        """Plain values for files; sources and terms of one's own stand there by name."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values["reconstructions"] = [
+            {f.name: getattr(term, f.name) for f in dataclasses.fields(term)} | {"masks": _masks_to_json(term.masks)}
+            for term in self.reconstructions
+        ]
+        values["extra_terms"] = [{"name": term.name, "coefficient": term.coefficient} for term in self.extra_terms]
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> TrainConfig:
-        """Undo `to_json`."""
+        """Undo `to_json`. Raises ValueError where sources or terms of one's own would have to be made up."""
+        if values.get("extra_terms"):
+            names = ", ".join(term["name"] for term in values["extra_terms"])
+            raise ValueError(f"this configuration has terms of one's own ({names}); expected them in config=")
         terms = tuple(
-            Reconstruction(**{**term, "pgd": PGD(**term["pgd"])}) for term in values.get("reconstructions", ())
+            Reconstruction(**{**term, "masks": _masks_from_json(term["masks"])})
+            for term in values.get("reconstructions", ())
         )
-        plain: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k != "reconstructions"
-        }
-        return TrainConfig(**plain, reconstructions=terms)
+        return TrainConfig(**{**values, "reconstructions": terms, "extra_terms": ()})
+
+
+def _masks_to_json(masks: MasksGiven) -> Any:
+    if isinstance(masks, MaskSource):
+        return {"type": "own", "name": masks.name}
+    if isinstance(masks, str):
+        return masks
+    return {"type": type(masks).__name__, **_plain(dataclasses.asdict(masks))}
+
+
+def _plain(values: Any) -> Any:
+    if isinstance(values, dict):
+        return {k: _plain(v) for k, v in values.items()}
+    return list(values) if isinstance(values, tuple) else values
+
+
+def _masks_from_json(masks: Any) -> Any:
+    if isinstance(masks, str):
+        return masks
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in masks.items() if k != "type"}
+    if masks.get("type") not in BUDGETS:
+        raise ValueError(f"masks of one's own ({fields.get('name')!r}) cannot be read from a file; expected config=")
+    if "persistent" in fields:
+        nested = {k: tuple(v) if isinstance(v, list) else v for k, v in fields["persistent"].items()}
+        fields["persistent"] = Persistent(**nested)
+    return BUDGETS[masks["type"]](**fields)

@@ -33,7 +33,8 @@ from spd_lens.training.checkpoint import Checkpoint, read_checkpoint
 from spd_lens.training.config import TrainConfig
 from spd_lens.training.loggers import Logger
 from spd_lens.training.run_files import RunFiles, open_run
-from spd_lens.training.step import Learner, accumulate_gradients, coefficient, faithfulness
+from spd_lens.training.step import Learner, accumulate_gradients, faithfulness
+from spd_lens.training.terms import coefficient
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,8 @@ def train(
             norms = _clip_gradients(learner)
             learner.optimizer.step()
             learner.optimizer.zero_grad(set_to_none=True)
-            for adversary in learner.adversaries.values():
-                adversary.ascend_from_graph()
+            for source in learner.sources.values():
+                source.after_backward()
             bad_step = torch.where((bad_step < 0) & ~total.detach().isfinite(), step, bad_step)
             step += 1
             bar.update()

@@ -30,14 +30,15 @@ from spd_lens.data.batches import Batch
 from spd_lens.data.streams import endless_batches
 from spd_lens.hosts.site import match_sites
 from spd_lens.objective.divergences import divergence
-from spd_lens.objective.losses import faithfulness_loss, frequency_loss, minimality_loss
+from spd_lens.objective.mask_sources import SampledMasks, mask_source
 from spd_lens.support.files import read_json, write_json
 from spd_lens.support.progress import tqdm
 from spd_lens.training.config import TrainConfig
 from spd_lens.training.loop import stop_on_ctrl_c
 from spd_lens.training.member_adam import MemberAdam
 from spd_lens.training.run_files import RunFiles
-from spd_lens.training.step import coefficient
+from spd_lens.training.terms import IMPORTANCE_TERMS, StepView, coefficient
+from spd_lens.training.terms import faithfulness as faithfulness_term
 
 # What members may differ in; everything else decides which operations a step consists of.
 MAY_DIFFER = ("seed", "lr", "gate_lr", "faithfulness_warmup_lr", "faithfulness", "minimality", "frequency")
@@ -182,10 +183,10 @@ class _Stack:
 
         return self.call(of_one, x, given)
 
-    def faithfulness(self) -> Tensor:
+    def faithfulness(self, config: TrainConfig) -> Tensor:
         """L1 of every member, `[S]`."""
         weights = [weight for weight in self.template.values() if weight.tied_to is None]
-        return self.call(lambda: faithfulness_loss((w.target_weight.detach(), w.V, w.U) for w in weights))
+        return self.call(lambda: faithfulness_term(config, ((w.target_weight.detach(), w.V, w.U) for w in weights)))
 
     @torch.no_grad()
     def write_back(self) -> None:
@@ -227,7 +228,7 @@ class _Run:
         rates = _float64([m.faithfulness_warmup_lr for m in self.members])
         adam = MemberAdam(self.stack.trained["subcomponents"], rates)
         for _ in range(self.config.faithfulness_warmup):
-            self.stack.faithfulness().sum().backward()
+            self.stack.faithfulness(self.config).sum().backward()
             adam.step(1.0)
 
     def step(self, x: Tensor, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -249,16 +250,13 @@ class _Run:
         pre = stack.call(stack.template.pre_importances, inputs)
         lower = {name: lower_squash(p, variant=config.squash) for name, p in pre.items()}
         upper = {name: upper_squash(p) for name, p in pre.items()}
-        exponent = config.p_at(step)
         losses: dict[str, Tensor] = {}
         if any(m.faithfulness > 0 for m in self.members):
-            losses["faithfulness"] = stack.faithfulness()
-        if any(m.minimality > 0 for m in self.members):
-            losses["minimality"] = torch.vmap(
-                lambda g: minimality_loss(g, p=exponent, factors=self.minimality_factors)
-            )(upper)
-        if any(m.frequency > 0 for m in self.members):
-            losses["frequency"] = torch.vmap(lambda g: frequency_loss(g, p=exponent))(upper)
+            losses["faithfulness"] = stack.faithfulness(config)
+        view = StepView(config, step, {}, minimality_factors=self.minimality_factors)
+        for name, term in IMPORTANCE_TERMS.items():
+            if any(coefficient(m, name) > 0 for m in self.members):
+                losses[name] = torch.vmap(lambda g, term=term: term(dataclasses.replace(view, upper=g)))(upper)
         distance = torch.vmap(lambda clean, masked: divergence(clean, masked, kind=config.divergence))
         for term in config.reconstructions:
             passes = []
@@ -359,10 +357,12 @@ def _checked_configs(
                 "coefficients; train them in runs of their own"
             )
     for term in first.reconstructions:
-        if term.masks in ("pgd", "persistent") or term.routing not in ("all", "layerwise"):
+        if not isinstance(mask_source(term.masks), SampledMasks) or term.routing not in ("all", "layerwise"):
             raise ValueError(
                 f"{term.name}: train_many supports random masks with routing 'all' or 'layerwise'; use train"
             )
+    if first.extra_terms:
+        raise ValueError("train_many supports no terms of one's own (extra_terms); use train")
     if first.hidden > 0 or first.precision != "fp32" or decompositions[0].global_gate is not None:
         raise ValueError("train_many supports neither hidden reconstruction, bf16, nor the global gate; use train")
     return members

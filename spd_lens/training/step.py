@@ -14,17 +14,19 @@ import torch
 from torch import Tensor
 
 from spd_lens.core.decomposition import Decomposition
-from spd_lens.core.masks import sample_masks
+from spd_lens.core.masks import SiteMask, sample_masks
 from spd_lens.core.passes import CleanPass
 from spd_lens.core.routing import sample_routing
 from spd_lens.core.squashings import lower_squash, upper_squash
 from spd_lens.data.batches import Batch
-from spd_lens.objective.adversary import PersistentSources, ascend, random_sources
 from spd_lens.objective.divergences import log_probs
-from spd_lens.objective.losses import faithfulness_loss, frequency_loss, hidden_reconstruction_loss, minimality_loss
+from spd_lens.objective.losses import hidden_reconstruction_loss
+from spd_lens.objective.mask_sources import MaskSource, SampledMasks, mask_source
 from spd_lens.objective.reconstruction import reconstruction_passes
 from spd_lens.training.checkpoint import load_optimizer_tensors, optimizer_tensors
 from spd_lens.training.config import Reconstruction, TrainConfig
+from spd_lens.training.terms import IMPORTANCE_TERMS, StepView, coefficient
+from spd_lens.training.terms import faithfulness as faithfulness_term
 
 
 @dataclass
@@ -37,16 +39,19 @@ class Learner:
     generators: dict[str, torch.Generator]
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
     sum_over_processes: Callable[[Tensor], Tensor] | None = None
-    adversaries: dict[str, PersistentSources] = field(default_factory=dict)
+    sources: dict[str, MaskSource] = field(init=False)
     targets: dict[str, Tensor] = field(default_factory=dict)
     minimality_factors: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.sources = {term.name: mask_source(term.masks) for term in self.config.reconstructions}
 
     def tensors(self) -> dict[str, Tensor]:
         tensors = {f"decomposition.{name}": t for name, t in self.decomposition.tensors().items()}
         tensors |= optimizer_tensors(self.optimizer, "adam")
         tensors |= {f"generator.{name}": g.get_state() for name, g in self.generators.items()}
-        for term, adversary in self.adversaries.items():
-            tensors |= {f"adversary.{term}|{key}": value for key, value in adversary.tensors_by_name().items()}
+        for term, source in self.sources.items():
+            tensors |= {f"masks.{term}|{key}": value for key, value in source.state().items()}
         return tensors
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
@@ -57,9 +62,8 @@ class Learner:
         load_optimizer_tensors(self.optimizer, "adam", tensors)
         for name, generator in self.generators.items():
             generator.set_state(tensors[f"generator.{name}"])
-        for name in {key.removeprefix("adversary.").split("|")[0] for key in tensors if key.startswith("adversary.")}:
-            saved = below(f"adversary.{name}|")
-            self.adversaries[name] = PersistentSources.from_tensors(saved, device=self.decomposition.device)
+        for name, source in self.sources.items():
+            source.load(below(f"masks.{name}|"), self.decomposition.device)
 
 
 def accumulate_gradients(learner: Learner, batch: Batch, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -73,12 +77,12 @@ def accumulate_gradients(learner: Learner, batch: Batch, step: int) -> tuple[dic
     clean, lower, upper = _clean_importances(learner, batch)
     reached = {name: g.detach().requires_grad_() for name, g in lower.items()}
     losses: dict[str, Tensor] = {}
-    for name, part in _reconstructions(learner, batch, clean, reached):
+    for name, part in _reconstructions(learner, batch, clean, reached, step):
         (coefficient(config, name) * part).backward()
         losses[name] = losses[name] + part.detach() if name in losses else part.detach()
     del clean
     total: Tensor | None = None
-    for name, loss in _losses_of_importances(learner, batch, upper, step):
+    for name, loss in _losses_without_passes(learner, batch, upper, step):
         weighted = coefficient(config, name) * loss
         total = weighted if total is None else total + weighted
         losses[name] = loss.detach()
@@ -95,14 +99,6 @@ def accumulate_gradients(learner: Learner, batch: Batch, step: int) -> tuple[dic
     return losses, {name: g.detach() for name, g in lower.items()}
 
 
-def coefficient(config: TrainConfig, name: str) -> float:
-    """The weight of a term in the total loss."""
-    for term in config.reconstructions:
-        if term.name == name:
-            return term.coefficient
-    return getattr(config, name)
-
-
 def _clean_importances(learner: Learner, batch: Batch) -> tuple[CleanPass, dict[str, Tensor], dict[str, Tensor]]:
     """The clean pass, and the importances on it under both squashings."""
     decomposition, config = learner.decomposition, learner.config
@@ -115,33 +111,27 @@ def _clean_importances(learner: Learner, batch: Batch) -> tuple[CleanPass, dict[
     return clean, lower, upper
 
 
-def _losses_of_importances(
+def _losses_without_passes(
     learner: Learner, batch: Batch, upper: Mapping[str, Tensor], step: int
 ) -> Iterator[tuple[str, Tensor]]:
-    config, exponent = learner.config, learner.config.p_at(step)
-    if config.minimality > 0:
-        yield (
-            "minimality",
-            minimality_loss(upper, p=exponent, position_mask=batch.position_mask, factors=learner.minimality_factors),
-        )
-    if config.frequency > 0:
-        yield (
-            "frequency",
-            frequency_loss(
-                upper, p=exponent, position_mask=batch.position_mask, sum_over_processes=learner.sum_over_processes
-            ),
-        )
+    config = learner.config
+    view = StepView(config, step, upper, batch.position_mask, learner.minimality_factors, learner.sum_over_processes)
+    for name, term in IMPORTANCE_TERMS.items():
+        if coefficient(config, name) > 0:
+            yield name, term(view)
+    for extra in config.extra_terms:
+        yield extra.name, extra(view, learner.decomposition)
 
 
 def _reconstructions(
-    learner: Learner, batch: Batch, clean: CleanPass, lower: Mapping[str, Tensor]
+    learner: Learner, batch: Batch, clean: CleanPass, lower: Mapping[str, Tensor], step: int
 ) -> Iterator[tuple[str, Tensor]]:
     """Every pass under masks as (term, its summand of the term); each is computed when it is asked for."""
     config = learner.config
     # Shared by all terms.
     clean_output = log_probs(clean.output) if config.divergence == "kl" else clean.output
     for term in config.reconstructions:
-        for summand in _reconstruction(learner, term, batch, clean_output, clean.residuals, lower):
+        for summand in _reconstruction(learner, term, batch, clean_output, clean.residuals, lower, step):
             yield term.name, summand
     if config.hidden > 0:
         masks = sample_masks(lower, delta=config.delta, generator=learner.generators["masks"])
@@ -159,54 +149,72 @@ def _reconstruction(
     clean_output: Tensor,
     residuals: Mapping[int, Tensor],
     lower: Mapping[str, Tensor],
+    step: int,
 ) -> Iterator[Tensor]:
     """The summands of one reconstruction term; adversaries climb the very passes that the loss then uses."""
-    config, generators = learner.config, learner.generators
+    config, generators, source = learner.config, learner.generators, learner.sources[term.name]
 
-    def forward(masks: Mapping[str, Any]) -> Tensor:
-        with learner.autocast():
-            return learner.decomposition.masked_forward(
-                batch.inputs, masks, start_at=batch.start_at, residuals=residuals
-            )
+    def summands(g: Mapping[str, Tensor], masks: Any, routing: Any, rows: int | None, draws: int) -> Iterator[Tensor]:
+        first = slice(rows)
 
-    def summands(g: Mapping[str, Tensor], masks: Any, routing: Any, draws: int = 1) -> Iterator[Tensor]:
+        def forward(given: Mapping[str, Any]) -> Tensor:
+            with learner.autocast():
+                return learner.decomposition.masked_forward(
+                    batch.inputs[first],
+                    given,
+                    start_at=batch.start_at,
+                    residuals={layer: residual[first] for layer, residual in residuals.items()},
+                )
+
         return reconstruction_passes(
             forward,
-            clean_output,
+            clean_output[first],
             g,
             masks=masks,
             routing=routing,
             kind=config.divergence,
             delta=config.delta,
             draws=draws,
-            position_mask=batch.position_mask,
+            position_mask=None if batch.position_mask is None else batch.position_mask[first],
             clean_is_log_probs=config.divergence == "kl",
             generator=generators["masks"],
             routing_generator=generators["routing"],
         )
 
-    if term.masks not in ("pgd", "persistent"):
-        return summands(lower, term.masks, term.routing, term.draws)
-    detached = {name: g.detach() for name, g in lower.items()}
+    if not source.climbs:
+        return summands(lower, source, term.routing, None, term.draws)
     shapes = {name: g.shape[:-1] for name, g in lower.items()}
-
-    def objective(sources: Mapping[str, Tensor]) -> Tensor:
-        return torch.stack(list(summands(detached, sources, passes))).sum()
-
     passes = sample_routing(shapes, term.routing, generator=generators["routing"])
-    if term.masks == "pgd":
-        start = random_sources(detached, term.pgd.scope, generators["adversary"])
-        sources = ascend(objective, start, term.pgd)
-        return summands(lower, sources, passes)
-    if term.name not in learner.adversaries:
-        learner.adversaries[term.name] = PersistentSources(
-            detached, warm_steps=term.pgd.steps, generator=generators["adversary"]
-        )
-    adversary = learner.adversaries[term.name]
-    adversary.warm(objective)
-    return summands(lower, adversary.tensors(), passes)
+
+    def objective(masks: Mapping[str, Any], rows: int | None) -> Tensor:
+        routed = passes if rows is None else [dict.fromkeys(one) for one in passes]
+        return torch.stack(list(summands(lower, _Given(masks), routed, rows, 1))).sum()
+
+    source.climb(
+        objective,
+        {name: g.detach() for name, g in lower.items()},
+        delta=config.delta,
+        generator=generators["adversary"],
+        progress=step / config.steps,
+    )
+    return summands(lower, source, passes, None, 1)
+
+
+class _Given(SampledMasks):
+    """Masks that are there already."""
+
+    def __init__(self, given: Mapping[str, SiteMask]) -> None:
+        super().__init__("stochastic")
+        self._given = given
+
+    def masks(
+        self, importances: Mapping[str, Tensor], *, delta: bool, generator: torch.Generator
+    ) -> dict[str, SiteMask]:
+        return {name: self._given[name] for name in importances}
 
 
 def faithfulness(learner: Learner) -> Tensor:
+    """The faithfulness term of a step; tied matrices count once."""
     weights = learner.decomposition
-    return faithfulness_loss((learner.targets[name], w.V, w.U) for name, w in weights.items() if w.tied_to is None)
+    sites = ((learner.targets[name], w.V, w.U) for name, w in weights.items() if w.tied_to is None)
+    return faithfulness_term(learner.config, sites)

@@ -30,7 +30,7 @@ SMALL = {
     "gate_width": 11,
 }  # fmt: skip
 TERMS = {
-    routing: tuple(Reconstruction(masks=m, routing=routing, pgd=PGD(steps=2)) for m in ("stochastic", "pgd"))
+    routing: tuple(Reconstruction(masks=m, routing=routing) for m in ("stochastic", PGD(steps=2)))
     for routing in ("all", "subset", "layerwise")
 }
 CASES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -30,9 +30,9 @@ OTHER_CHOICES = {
     "p_start": 0.9,
     "seed": 3,
     "reconstructions": tuple(
-        Reconstruction(0.5 + i, masks=masks, routing=routing, pgd=PGD(steps=2, step_size=0.2))
+        Reconstruction(0.5 + i, masks=masks, routing=routing)
         for i, (masks, routing) in enumerate(
-            (m, r) for m in ("stochastic", "pgd") for r in ("all", "layerwise", "subset")
+            (m, r) for m in ("stochastic", PGD(steps=2, step_size=0.2)) for r in ("all", "layerwise", "subset")
         )
     ),
 }

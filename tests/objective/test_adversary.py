@@ -15,7 +15,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from spd_lens.core import SiteMask
-from spd_lens.objective import PGD, PersistentSources, Scope, Sources, ascend, random_sources, reconstruction_loss
+from spd_lens.objective import (
+    PGD,
+    Persistent,
+    PersistentSources,
+    Scope,
+    Sources,
+    ascend,
+    random_sources,
+    reconstruction_loss,
+)
 from tests.small_models import generator, rand, randn
 
 PROPERTY = settings(deadline=None, max_examples=40, derandomize=True, database=None)
@@ -281,7 +290,7 @@ def test_k3_gradients_reach_the_sources_only(grad_enabled: bool) -> None:
     with torch.set_grad_enabled(grad_enabled):
         found = ascend(site.objective, start, PGD(steps=3))
         assert not torch.equal(found["site"], start["site"])
-        persistent = PersistentSources({"site": site.g.detach()}, warm_steps=3, generator=generator())
+        persistent = PersistentSources({"site": site.g.detach()}, Persistent(warm_steps=3), generator=generator())
         persistent.warm(site.objective)
         assert not torch.equal(persistent.tensors()["site"].detach(), start["site"])
     assert all(tensor.grad is None for tensor in (site.g, site.V, site.U, start["site"], found["site"]))
@@ -309,7 +318,7 @@ class AdamByHand:
 
 def persistent_pair(warm_steps: int, seed: int = 0) -> PersistentSources:
     return PersistentSources(
-        {"first": rand(2, 3, 2), "second": rand(2, 3, 4)}, warm_steps=warm_steps, generator=generator(seed)
+        {"first": rand(2, 3, 2), "second": rand(2, 3, 4)}, Persistent(warm_steps=warm_steps), generator=generator(seed)
     )
 
 
@@ -406,8 +415,10 @@ def test_k4_continues_bit_for_bit_from_a_file(tmp_path: Path) -> None:
     continued(persistent, 3)
     # The file sorts its keys, so the sites come back in another order than they went in.
     save_file({key: x.contiguous() for key, x in persistent.tensors_by_name().items()}, tmp_path / "adversary")
-    resumed = PersistentSources.from_tensors(load_file(tmp_path / "adversary"), device=torch.device("cpu"))
-    assert resumed.warm_steps == 2
+    resumed = PersistentSources.from_tensors(
+        load_file(tmp_path / "adversary"), persistent.spec, device=torch.device("cpu")
+    )
+    assert resumed.spec.warm_steps == 2
     assert flat(resumed.tensors()) == flat(persistent.tensors())
     assert all(s.requires_grad and s.is_leaf for s in resumed.tensors().values())
     assert continued(resumed, 4) == continued(persistent, 4)
@@ -418,7 +429,7 @@ def test_k4_continues_bit_for_bit_when_some_sources_have_no_moments_yet(steps: i
     persistent = persistent_pair(warm_steps=1)
     for _ in range(steps):
         training_step(persistent, lambda sources: sources["second"].square().sum())
-    resumed = PersistentSources.from_tensors(persistent.tensors_by_name(), device=torch.device("cpu"))
+    resumed = PersistentSources.from_tensors(persistent.tensors_by_name(), persistent.spec, device=torch.device("cpu"))
     assert continued(resumed, 3) == continued(persistent, 3)
 
 
@@ -428,7 +439,7 @@ def test_k4_restored_sources_share_no_memory_with_what_they_came_from() -> None:
     saved = {key: x.clone() for key, x in persistent.tensors_by_name().items()}
     results = []
     for _ in range(2):
-        resumed = PersistentSources.from_tensors(saved, device=torch.device("cpu"))
+        resumed = PersistentSources.from_tensors(saved, persistent.spec, device=torch.device("cpu"))
         results.append(continued(resumed, 4))
     assert results[0] == results[1] == continued(persistent, 4)
 
@@ -448,6 +459,6 @@ def test_k4_saved_tensors_that_are_kept_in_memory_are_not_changed_by_going_on() 
     continued(persistent, 3)
     saved, at_save = persistent.tensors_by_name(), flat(persistent.tensors())
     expected = continued(persistent, 4)
-    resumed = PersistentSources.from_tensors(saved, device=torch.device("cpu"))
+    resumed = PersistentSources.from_tensors(saved, persistent.spec, device=torch.device("cpu"))
     assert flat(resumed.tensors()) == at_save
     assert continued(resumed, 4) == expected

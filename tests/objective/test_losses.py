@@ -17,6 +17,7 @@ from spd_lens.core import MaskKind, Routing, SiteMask, relative_faithfulness
 from spd_lens.objective import (
     EPSILON,
     Divergence,
+    Power,
     Scope,
     divergence,
     divergence_per_position,
@@ -108,8 +109,8 @@ def test_l1_relative_faithfulness_is_the_unexplained_share_of_the_energy() -> No
     ("loss", "name"),
     [
         (lambda: faithfulness_loss([]), "faithfulness_loss"),
-        (lambda: minimality_loss({}, p=1.0), "minimality_loss"),
-        (lambda: frequency_loss({}, p=1.0), "frequency_loss"),
+        (lambda: minimality_loss({}, penalty=Power(1.0)), "minimality_loss"),
+        (lambda: frequency_loss({}, penalty=Power(1.0)), "frequency_loss"),
     ],
 )
 def test_a_loss_of_no_site_is_an_error(loss: Callable[[], Tensor], name: str) -> None:
@@ -155,20 +156,20 @@ def upper_importances(*lead: int, seed: int = 0) -> dict[str, Tensor]:
 @pytest.mark.parametrize("lead", [(5,), (2, 3)])
 def test_l2_is_the_mean_over_positions_of_the_sum_over_sites_and_subcomponents(p: float, lead: tuple[int, ...]) -> None:
     upper = upper_importances(*lead)
-    assert value(minimality_loss(upper, p=p)) == close(minimality_by_hand(upper, p))
+    assert value(minimality_loss(upper, penalty=Power(p))) == close(minimality_by_hand(upper, p))
 
 
 def test_factors_multiply_the_parts_of_single_sites() -> None:
     upper = upper_importances(5)
     first, second = (minimality_by_hand({name: g}, 0.5) for name, g in upper.items())
-    assert value(minimality_loss(upper, p=0.5, factors={"second": 40.0})) == close(first + 40 * second)
-    assert value(minimality_loss(upper, p=0.5, factors={"first": 0.0})) == close(second)
+    assert value(minimality_loss(upper, penalty=Power(0.5), factors={"second": 40.0})) == close(first + 40 * second)
+    assert value(minimality_loss(upper, penalty=Power(0.5), factors={"first": 0.0})) == close(second)
 
 
 def test_l2_is_never_divided_by_the_number_of_sites() -> None:
     g = rand(2, 3, 4)
-    once = value(minimality_loss({"a": g}, p=1.0))
-    assert value(minimality_loss({"a": g, "b": g, "c": g}, p=1.0)) == close(3 * once)
+    once = value(minimality_loss({"a": g}, penalty=Power(1.0)))
+    assert value(minimality_loss({"a": g, "b": g, "c": g}, penalty=Power(1.0))) == close(3 * once)
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9, 1.0, 2.0])
@@ -176,7 +177,7 @@ def test_l2_is_never_divided_by_the_number_of_sites() -> None:
 def test_l2_gradient_is_finite_where_the_importance_is_zero(p: float, dtype: torch.dtype) -> None:
     values = [0.0, 0.25, 1.0, 1.01]
     g = torch.tensor([values], dtype=dtype, requires_grad=True)
-    minimality_loss({"site": g}, p=p).backward()
+    minimality_loss({"site": g}, penalty=Power(p)).backward()
     assert g.grad is not None
     expected = [p * (x + 1e-12) ** (p - 1) for x in values]
     assert g.grad[0].tolist() == pytest.approx(expected, rel=1e-5)
@@ -187,14 +188,14 @@ def test_l2_gradient_is_finite_where_the_importance_is_zero(p: float, dtype: tor
 def test_l2_m5_counts_only_positions_that_are_kept(p: float) -> None:
     upper = upper_importances(2, 3)
     expected = minimality_by_hand(upper, p, KEPT)
-    assert value(minimality_loss(upper, p=p, position_mask=KEPT)) == close(expected)
+    assert value(minimality_loss(upper, penalty=Power(p), position_mask=KEPT)) == close(expected)
 
 
 def test_l2_m5_under_split_heads_a_position_mask_covers_all_heads() -> None:
     upper = {"heads": rand(2, 3, 2, 4), "plain": rand(2, 3, 5)}
     expected = minimality_by_hand({"heads": upper["heads"]}, 1.0, KEPT.repeat_interleave(2))
     expected += minimality_by_hand({"plain": upper["plain"]}, 1.0, KEPT)
-    assert value(minimality_loss(upper, p=1.0, position_mask=KEPT)) == close(expected)
+    assert value(minimality_loss(upper, penalty=Power(1.0), position_mask=KEPT)) == close(expected)
 
 
 # -- L3 ----------------------------------------------------------------------------
@@ -216,13 +217,15 @@ def frequency_by_hand(upper: Mapping[str, Tensor], p: float, kept: Tensor | None
 @pytest.mark.parametrize("kept", [None, KEPT], ids=["all-positions", "masked"])
 def test_l3_is_mean_times_log_of_one_plus_total_per_subcomponent(p: float, kept: Tensor | None) -> None:
     upper = upper_importances(2, 3)
-    assert value(frequency_loss(upper, p=p, position_mask=kept)) == close(frequency_by_hand(upper, p, kept))
+    assert value(frequency_loss(upper, penalty=Power(p), position_mask=kept)) == close(
+        frequency_by_hand(upper, p, kept)
+    )
 
 
 def test_l3_m5_under_split_heads_a_position_mask_covers_all_heads() -> None:
     g = rand(2, 3, 2, 4)
     expected = frequency_by_hand({"heads": g}, 1.0, KEPT.repeat_interleave(2))
-    assert value(frequency_loss({"heads": g}, p=1.0, position_mask=KEPT)) == close(expected)
+    assert value(frequency_loss({"heads": g}, penalty=Power(1.0), position_mask=KEPT)) == close(expected)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -234,13 +237,13 @@ def test_l3_two_processes_that_add_up_get_the_value_and_gradient_of_the_global_b
     def loss_of(part: slice, add: Callable[[Tensor], Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         own = {name: g[part].clone().requires_grad_(True) for name, g in upper.items()}
         mask = None if kept is None else kept[part]
-        return frequency_loss(own, p=0.5, position_mask=mask, sum_over_processes=add), own
+        return frequency_loss(own, penalty=Power(0.5), position_mask=mask, sum_over_processes=add), own
 
     sent: list[list[Tensor]] = [[], []]
     for part, record in zip(parts, sent, strict=True):
         loss_of(part, lambda x, record=record: (record.append(x.detach()), x)[1])
     whole = {name: g.clone().requires_grad_(True) for name, g in upper.items()}
-    expected = frequency_loss(whole, p=0.5, position_mask=kept)
+    expected = frequency_loss(whole, penalty=Power(0.5), position_mask=kept)
     expected.backward()
     for me, part in enumerate(parts):
         received = iter(sent[1 - me])
@@ -254,8 +257,11 @@ def test_l3_two_processes_that_add_up_get_the_value_and_gradient_of_the_global_b
 def test_l3_makes_one_piece_that_is_always_on_dearer_than_several_that_take_turns() -> None:
     always, turns = torch.zeros(4, 4), torch.eye(4)
     always[:, 0] = 1
-    assert value(minimality_loss({"s": always}, p=1.0)) == close(value(minimality_loss({"s": turns}, p=1.0)), rel=1e-6)
-    assert value(frequency_loss({"s": always}, p=1.0)) > 2 * value(frequency_loss({"s": turns}, p=1.0))
+    once = Power(1.0)
+    minimality = [value(minimality_loss({"s": g}, penalty=once)) for g in (always, turns)]
+    frequency = [value(frequency_loss({"s": g}, penalty=once)) for g in (always, turns)]
+    assert minimality[0] == close(minimality[1], rel=1e-6)
+    assert frequency[0] > 2 * frequency[1]
 
 
 # -- precision ----------------------------------------------------------------------------
@@ -269,7 +275,7 @@ def test_l2_l3_of_bfloat16_importances_are_computed_in_float32(
 ) -> None:
     upper = {name: g.bfloat16() for name, g in upper_importances(7, 43).items()}
     for p in (0.5, 1.0, 2.0):
-        result = loss(upper, p=p)
+        result = loss(upper, penalty=Power(p))
         assert result.dtype == torch.float32
         assert value(result) == pytest.approx(by_hand(upper, p), rel=1e-5)
 
@@ -378,8 +384,8 @@ def test_l4_divergences_are_zero_only_for_equal_outputs_and_kl_ignores_a_shift(
 
 Masked = Callable[[Tensor, Tensor | None], Tensor]
 MASKED_LOSSES: dict[str, Masked] = {
-    "minimality p=0.5": lambda x, kept: minimality_loss({"s": x.abs()}, p=0.5, position_mask=kept),
-    "frequency p=0.5": lambda x, kept: frequency_loss({"s": x.abs()}, p=0.5, position_mask=kept),
+    "minimality p=0.5": lambda x, kept: minimality_loss({"s": x.abs()}, penalty=Power(0.5), position_mask=kept),
+    "frequency p=0.5": lambda x, kept: frequency_loss({"s": x.abs()}, penalty=Power(0.5), position_mask=kept),
     "kl": lambda x, kept: divergence(randn(*x.shape, seed=9), x, position_mask=kept),
     "mse": lambda x, kept: divergence(randn(*x.shape, seed=9), x, kind="mse", position_mask=kept),
     "hidden": lambda x, kept: hidden_reconstruction_loss({"h": randn(*x.shape, seed=9)}, {"h": x}, position_mask=kept),

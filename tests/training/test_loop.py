@@ -20,7 +20,7 @@ from torch import Tensor
 
 from spd_lens import Decomposition, Reconstruction, TrainConfig, decompose, evaluate, train
 from spd_lens.data import Batch, TokenBatches, cache_residuals
-from spd_lens.objective import PGD
+from spd_lens.objective import PGD, Persistent
 from spd_lens.training import TrainResult, tensorboard_logger, wandb_logger
 from tests.conftest import DEVICES, TL_MAJOR
 from tests.small_models import D_VOCAB, TiedAutoencoder, tiny_transformer, tokens
@@ -38,8 +38,8 @@ EVERYTHING = TrainConfig(
     reconstructions=(
         Reconstruction(1.0, "stochastic", "all"),
         Reconstruction(0.5, "bernoulli", "layerwise"),
-        Reconstruction(0.5, "pgd", "subset", pgd=PGD(2, 0.1, "batch")),
-        Reconstruction(0.5, "persistent", "all", pgd=PGD(1)),
+        Reconstruction(0.5, PGD(2, 0.1, "batch"), "subset"),
+        Reconstruction(0.5, Persistent(), "all"),
     ),
     hidden=0.1,
     hidden_points=("blocks.1.hook_out",) if TL_MAJOR >= 4 else ("blocks.1.hook_resid_post",),
@@ -80,7 +80,9 @@ def test_minimality_factors_reach_the_sites_that_match_and_no_other(tmp_path: Pa
     decomposition = _fresh()
     before = _tensors(decomposition)
     # On minimality alone, a gate whose site has factor 0 has no gradient, and Adam leaves it where it is.
-    config = TrainConfig(steps=1, faithfulness=0.0, reconstructions=(), minimality_factors={"*": 0.0, "*.W_V": 1.0})
+    nowhere = (Reconstruction(routing=0.0),)
+    factors = {"*": 0.0, "*.W_V": 1.0}
+    config = TrainConfig(steps=1, faithfulness=0.0, reconstructions=nowhere, minimality_factors=factors)
     train(decomposition, [tokens(4)], config, out_dir=tmp_path)
     after = _tensors(decomposition)
     moved = {name.split(".gate.")[0] for name in after if not torch.equal(after[name], before[name])}
