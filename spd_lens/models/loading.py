@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -98,13 +100,20 @@ def _hooked_around(folder: Path, hf_model: Any, tokenizer: Any, device: torch.de
     from transformer_lens import HookedTransformer, loading_from_pretrained
 
     try:
-        cfg = loading_from_pretrained.get_pretrained_model_config(str(folder), device=device, dtype=dtype)
-    except NotImplementedError as error:
+        with tempfile.TemporaryDirectory() as scratch:
+            # TransformerLens 3.9 reads the context of a GPT-2 from a field that transformers no longer writes.
+            fields = hf_model.config.to_dict()
+            fields.setdefault("n_ctx", fields.get("max_position_embeddings", fields.get("n_positions")))
+            (Path(scratch) / "config.json").write_text(json.dumps(fields, default=str), encoding="utf-8")
+            cfg = loading_from_pretrained.get_pretrained_model_config(scratch, device=device, dtype=dtype)
+    except (NotImplementedError, AttributeError) as error:
         raise ValueError(
             f"{folder}: HookedTransformer does not know the architecture {type(hf_model).__name__} ({error}); "
             "host='bridge' knows more"
         ) from error
     cfg.tokenizer_name = None
+    # Nor does it read the width of a GPT-2's MLP where that is not four times the model's.
+    cfg.d_mlp = getattr(hf_model.config, "n_inner", None) or cfg.d_mlp
     weights = loading_from_pretrained.get_pretrained_state_dict(str(folder), cfg, hf_model, dtype=dtype)
     model = HookedTransformer(cfg, tokenizer=tokenizer)
     model.load_and_process_state_dict(weights, fold_ln=False, center_writing_weights=False, center_unembed=False)

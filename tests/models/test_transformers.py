@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from experiments import known_pieces
 from experiments.known_pieces import fourier_pieces, put_pieces, rotated_pieces, singular_pieces
@@ -44,7 +45,7 @@ from spd_lens.models import (
     sum_labels,
 )
 from spd_lens.training import Reconstruction, TrainConfig
-from tests.conftest import TL_MAJOR, needs_hooked
+from tests.conftest import needs_hooked
 from tests.small_models import generator
 
 LOADERS = [load_induction, load_modular_addition]
@@ -55,7 +56,6 @@ DIRECTORIES = [INDUCTION_DIRECTORY, MODULAR_ADDITION_DIRECTORY]
 # -- the shipped decomposition -----------------------------------------------------------------------------------------
 
 
-@needs_hooked
 def test_the_shipped_induction_decomposition_is_the_one_that_was_reported() -> None:
     decomposition = load_induction_decomposition()
     tokens = RepeatedSequences(256, seed=1_000_003).batch(0)
@@ -139,7 +139,6 @@ def test_what_cannot_be_is_refused(make: Callable[[], Any], message: str) -> Non
 # -- induction: mechanism --------------------------------------------------------------------------------------------
 
 
-@needs_hooked
 def test_induction_model_is_right_on_the_predictable_part_and_undecided_elsewhere() -> None:
     model, tokens = load_induction(), RepeatedSequences(256, seed=99).batch(0)
     with torch.no_grad():
@@ -151,7 +150,6 @@ def test_induction_model_is_right_on_the_predictable_part_and_undecided_elsewher
     assert float(entropy) > 0.95 * math.log(induction.D_VOCAB)
 
 
-@needs_hooked
 def test_one_head_looks_back_by_one_and_one_after_the_earlier_copy() -> None:
     model, tokens = load_induction(), RepeatedSequences(256, seed=99).batch(0)
     roles, recipe = head_roles(model, tokens), load_recipe(INDUCTION_DIRECTORY)["test"]
@@ -162,7 +160,6 @@ def test_one_head_looks_back_by_one_and_one_after_the_earlier_copy() -> None:
     assert roles.clear() == {"previous": [roles.previous_token_head], "induction": [roles.induction_head]}
 
 
-@needs_hooked
 def test_head_scores_equal_sums_over_patterns_entry_by_entry() -> None:
     model, tokens = load_induction(), RepeatedSequences(3, seed=2).batch(0)
     _, cache = model.run_with_cache(tokens)
@@ -191,7 +188,6 @@ def test_a_head_that_writes_nothing_has_no_role() -> None:
     assert head_roles(model, tokens).induction[layer][head] == 0
 
 
-@needs_hooked
 def test_without_either_head_the_skill_is_gone() -> None:
     model, tokens = load_induction(), RepeatedSequences(256, seed=99).batch(0)
     roles = head_roles(model, tokens)
@@ -244,7 +240,6 @@ def test_grid_frequency_shares_equal_a_projection_on_the_products() -> None:
         torch.testing.assert_close(grid_frequency_shares(values)[:, k - 1], expected, atol=1e-10, rtol=0)
 
 
-@needs_hooked
 def test_modular_addition_is_right_on_every_sum() -> None:
     model, sums = load_modular_addition(), all_sums()
     with torch.no_grad():
@@ -255,7 +250,6 @@ def test_modular_addition_is_right_on_every_sum() -> None:
     assert recipe["train_share"] <= 0.5
 
 
-@needs_hooked
 def test_modular_addition_uses_few_frequencies_throughout() -> None:
     reading, recipe = (
         fourier_reading(load_modular_addition()),
@@ -271,7 +265,6 @@ def test_modular_addition_uses_few_frequencies_throughout() -> None:
     assert set(reading.neuron_frequency[on].tolist()) <= set(reading.key_frequencies)
 
 
-@needs_hooked
 def test_an_untrained_model_has_no_key_frequencies() -> None:
     model, source = load_modular_addition(), generator()
     with torch.no_grad():
@@ -282,7 +275,6 @@ def test_an_untrained_model_has_no_key_frequencies() -> None:
     assert reading.neurons_explained < 0.5
 
 
-@needs_hooked
 def test_only_the_answer_silences_the_other_positions() -> None:
     model, sums = load_modular_addition(), all_sums()[:7]
     with torch.no_grad():
@@ -296,7 +288,6 @@ def test_only_the_answer_silences_the_other_positions() -> None:
 # -- files and loading -----------------------------------------------------------------------------------------------
 
 
-@needs_hooked
 @pytest.mark.parametrize("load", LOADERS)
 def test_loading_is_quick_silent_and_leaves_the_seed_alone(load: Callable[[], Any]) -> None:
     load()
@@ -312,7 +303,6 @@ def test_loading_is_quick_silent_and_leaves_the_seed_alone(load: Callable[[], An
     assert torch.equal(torch.rand(3), expected)
 
 
-@needs_hooked
 @pytest.mark.parametrize("load", LOADERS)
 def test_dtype_is_chosen_or_refused(load: Callable[..., Any], without_type_checks: None) -> None:
     assert next(load(dtype=torch.float64).parameters()).dtype == torch.float64
@@ -322,11 +312,34 @@ def test_dtype_is_chosen_or_refused(load: Callable[..., Any], without_type_check
         load(dtype=torch.int64)
 
 
-@pytest.mark.skipif(TL_MAJOR < 4, reason="TransformerLens 3 has HookedTransformer")
+def plain_logits(directory: Path, tokens: torch.Tensor) -> torch.Tensor:
+    """The model written out, from its file alone, in float64."""
+    w = {name: value.double() for name, value in load_file(directory / "model.safetensors").items()}
+    x = w["embed.W_E"][tokens] + w["pos_embed.W_pos"][: tokens.shape[1]]
+    future = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool).triu(1)
+    for layer in range(2):
+        b = {name.removeprefix(f"blocks.{layer}."): v for name, v in w.items() if name.startswith(f"blocks.{layer}.")}
+        if not b:
+            break
+        q, k, v = (
+            torch.einsum("bpm,hmd->bhpd", x, b[f"attn.W_{letter}"]) + b[f"attn.b_{letter}"][:, None] for letter in "QKV"
+        )
+        scores = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(future, -torch.inf)
+        x = x + torch.einsum("bhpd,hdm->bpm", scores.softmax(-1) @ v, b["attn.W_O"]) + b["attn.b_O"]
+        if "mlp.W_in" in b:
+            x = x + (x @ b["mlp.W_in"] + b["mlp.b_in"]).relu() @ b["mlp.W_out"] + b["mlp.b_out"]
+    return x @ w["unembed.W_U"] + w["unembed.b_U"]
+
+
+@pytest.mark.parametrize("host", [pytest.param("hooked", marks=needs_hooked), "bridge"])
 @pytest.mark.parametrize("load", LOADERS)
-def test_loading_says_what_is_missing_on_transformer_lens_4(load: Callable[[], Any]) -> None:
-    with pytest.raises(ValueError, match=r"exists as a HookedTransformer only.*install transformer_lens<4"):
-        load()
+def test_logits_are_those_of_the_model_written_out(load: Callable[..., Any], host: str) -> None:
+    is_induction = load is load_induction
+    tokens = RepeatedSequences(8, seed=3).batch(0) if is_induction else all_sums()[::100]
+    expected = plain_logits(INDUCTION_DIRECTORY if is_induction else MODULAR_ADDITION_DIRECTORY, tokens)
+    with torch.no_grad():
+        found = load(dtype=torch.float64, host=host)(tokens)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("directory", DIRECTORIES)
@@ -345,7 +358,6 @@ def test_recipe_says_how(directory: Path) -> None:
     assert {"command", "seed", "versions", "steps", "optimizer", "cpu_seconds", "test"} <= load_recipe(directory).keys()
 
 
-@needs_hooked
 def test_both_can_be_decomposed_and_stay_themselves() -> None:
     for model, tokens, pattern in (
         (load_induction(), RepeatedSequences(2).batch(0), "blocks.*.attn.W_[QKVO]"),
@@ -367,7 +379,6 @@ def modular() -> Decomposition:
     return decompose(load_modular_addition(), MODULAR_SITES, gate_width=2)
 
 
-@needs_hooked
 @pytest.mark.parametrize("make", ["singular", "rotated", "aligned", "in planes", "across planes", "rows"])
 def test_hand_made_pieces_sum_to_the_matrices(make: Any) -> None:
     decomposition = modular()
@@ -385,7 +396,6 @@ def test_hand_made_pieces_sum_to_the_matrices(make: Any) -> None:
         assert (weight.weight - weights[name]).abs().max() < 64 * torch.finfo(torch.float32).eps * largest, name
 
 
-@needs_hooked
 def test_only_rotation_across_planes_mixes_frequencies() -> None:
     model = load_modular_addition()
     keys = fourier_reading(model).key_frequencies
@@ -429,7 +439,6 @@ def test_singular_ranks_equal_cutting_the_weights_themselves() -> None:
         assert kl_of_rank(letter, len(ids)) < 0.01 <= kl_of_rank(letter, len(ids) - 1)
 
 
-@needs_hooked
 def test_always_on_is_exact_with_everything_on_and_the_adversary_is_worse_than_chance() -> None:
     decomposition = decompose(load_induction(), {"blocks.*.attn.W_V": 64}, gate_width=2)
     put_pieces(decomposition, rotated_pieces({n: w.target_weight for n, w in decomposition.items()}))
@@ -443,7 +452,6 @@ def test_always_on_is_exact_with_everything_on_and_the_adversary_is_worse_than_c
     assert with_none["adversarial"] > with_none["stochastic"] > 0.1
 
 
-@needs_hooked
 def test_objective_with_every_gate_fully_on() -> None:
     decomposition = modular()
     put_pieces(decomposition, rotated_pieces({n: w.target_weight for n, w in decomposition.items()}))
