@@ -6,7 +6,10 @@ gates per batch.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -17,7 +20,9 @@ from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.inputs import checked_decomposition
 from spd_lens.core.squashings import importance_of
 from spd_lens.data.streams import first_batches
+from spd_lens.support.names import near_names
 from spd_lens.support.progress import tqdm
+from spd_lens.support.tables import format_table
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,10 @@ class SiteHarvest:
     _activations: Float[Tensor, "C k"]
     _before: int
 
+    def __repr__(self) -> str:
+        fired = int((self.firing_rate > 0).sum())
+        return f"SiteHarvest({fired} of {len(self.firing_rate)} subcomponents fire, {self.n_positions:,} positions)"
+
     def most_used(self, n: int, *, below: float = 1.0) -> list[int]:
         """Ids of the subcomponents with the highest firing rate that is at most `below`, most frequent first."""
         rates = torch.where(self.firing_rate <= below, self.firing_rate, -1.0)
@@ -57,6 +66,9 @@ class SiteHarvest:
 
     def examples(self, c: int) -> list[Example]:
         """The positions where subcomponent `c` had the largest `importance * |activation|`, strongest first."""
+        count = len(self.firing_rate)
+        if isinstance(c, bool) or not isinstance(c, Integral) or not 0 <= c < count:
+            raise ValueError(f"c={c!r}; expected the id of a subcomponent, in 0..{count - 1}")
         found = []
         for k in range(self._scores.shape[1]):
             if self._scores[c, k] <= 0:
@@ -74,6 +86,50 @@ class SiteHarvest:
         return found
 
 
+class Harvest(Mapping[str, SiteHarvest]):
+    """What `harvest` found: a `SiteHarvest` for every site, by its name; printed, a table of all sites."""
+
+    def __init__(self, sites: Mapping[str, SiteHarvest], threshold: float) -> None:
+        self._sites = dict(sites)
+        self.threshold = threshold
+
+    def __getitem__(self, site: str) -> SiteHarvest:
+        if site not in self._sites:
+            raise KeyError(f"no harvested site {site!r}; near: {near_names(str(site), self._sites)}")
+        return self._sites[site]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sites)
+
+    def __len__(self) -> int:
+        return len(self._sites)
+
+    def __repr__(self) -> str:
+        positions = next((found.n_positions for found in self.values()), 0)
+        return f"Harvest({len(self)} sites, {positions:,} positions, fires above {self.threshold:g})"
+
+    def __str__(self) -> str:
+        return f"{self!r}\n{format_table(_HEADER, self._rows())}"
+
+    def _repr_html_(self) -> str:
+        def row(cells: Sequence[str], tag: str) -> str:
+            return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+        body = "".join(row(cells, "td") for cells in self._rows())
+        return f"<p>{escape(repr(self))}</p><table>{row(_HEADER, 'th')}{body}</table>"
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        rows = []
+        for name, found in self.items():
+            rates = found.firing_rate
+            used = ", ".join(f"{c} ({float(rates[c]):.1%})" for c in found.most_used(3))
+            rows.append((name, str(len(rates)), str(int((rates > 0).sum())), f"{float(rates.sum()):.1f}", used or "-"))
+        return rows
+
+
+_HEADER = ("site", "C", "ever fires", "fires per position", "most used")
+
+
 @torch.no_grad()
 def harvest(
     decomposition: Decomposition,
@@ -84,13 +140,16 @@ def harvest(
     before: int = 10,
     after: int = 4,
     threshold: float = 0.1,
-) -> dict[str, SiteHarvest]:
-    """Firing rates and top examples (with `before` and `after` tokens of context) of every subcomponent.
+) -> Harvest:
+    """Firing rates and top examples (with `before` and `after` tokens of context) of every subcomponent, by site.
 
     A subcomponent fires where its importance exceeds `threshold`; examples are ranked by importance times
     `|activation|`, at most one per sequence and batch. Needs batches with tokens.
     """
     checked_decomposition(decomposition, "harvest")
+    for name, number, least in (("top_k", top_k, 1), ("before", before, 0), ("after", after, 0)):
+        if isinstance(number, bool) or not isinstance(number, Integral) or number < least:
+            raise ValueError(f"{name}={number!r}; expected a whole number, at least {least}")
     source = first_batches(batches, decomposition, max_batches, purpose="harvest")
     collectors = {
         name: _Collector(weight.n_subcomponents, top_k, before, after) for name, weight in decomposition.items()
@@ -109,7 +168,7 @@ def harvest(
             if batch.position_mask is not None:
                 g = g * batch.position_mask.unsqueeze(-1)
             collector.add(g, a, batch.tokens, batch.position_mask, threshold)
-    return {name: collector.finish() for name, collector in collectors.items()}
+    return Harvest({name: collector.finish() for name, collector in collectors.items()}, threshold)
 
 
 class _Collector:

@@ -69,3 +69,23 @@ def test_inputs_without_tokens_are_refused(decomposition: Decomposition) -> None
         harvest(decomposition, [Batch(torch.rand(2, 3, 16), start_at=1)])
     with pytest.raises(ValueError, match="not one batch"):
         harvest(decomposition, [])
+
+
+def test_a_harvest_prints_a_table_and_not_its_tensors(decomposition: Decomposition) -> None:
+    found = harvest(decomposition, tokens(6))
+    assert repr(found) == "Harvest(1 sites, 72 positions, fires above 0.1)"
+    fired = int((found[SITE].firing_rate > 0).sum())
+    assert repr(found[SITE]) == f"SiteHarvest({fired} of 20 subcomponents fire, 72 positions)"
+    assert f"{float(found[SITE].firing_rate.sum()):.1f}" in str(found).splitlines()[-1].split()
+    assert f"<td>{SITE}</td><td>20</td><td>{fired}</td>" in found._repr_html_()
+
+
+def test_a_mistyped_site_or_id_is_named(decomposition: Decomposition, without_type_checks: None) -> None:
+    found = harvest(decomposition, tokens(6))
+    with pytest.raises(KeyError, match=r"no harvested site 'blocks\.1\.mlp\.W_on'; near: 'blocks\.1\.mlp\.W_in'"):
+        found["blocks.1.mlp.W_on"]
+    for c in (20, -1, True, "3"):
+        with pytest.raises(ValueError, match=r"expected the id of a subcomponent, in 0\.\.19"):
+            found[SITE].examples(c)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="top_k=0; expected a whole number, at least 1"):
+        harvest(decomposition, tokens(6), top_k=0)
