@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 
 import torch
 from torch import nn
@@ -39,9 +40,11 @@ def decompose_layer(
     """
     host = open_host(model)
     count = host.n_layers()
+    if isinstance(layer, bool) or not isinstance(layer, Integral):
+        raise TypeError(f"layer={layer!r}; expected the number of a block, 0..{count - 1}")
     if not 0 <= layer < count:
         raise ValueError(f"layer={layer}; this model has blocks 0..{count - 1}")
-    chosen = host.default_sites(layer) if sites is None else tuple(sites)
+    chosen = host.default_sites(layer) if sites is None else _names_within_block(sites, layer)
     if not chosen:
         raise ValueError(f"block {layer} has no MLP matrices; name sites, for example sites=('attn.W_V', 'attn.W_O')")
     patterns = {f"blocks.{layer}.{site}": n_subcomponents for site in chosen}
@@ -67,24 +70,51 @@ def decompose(
     Raises ValueError or TypeError as `decompose_layer`; the model is then unchanged.
     """
     host = open_host(model)
+    if isinstance(seed, bool) or not isinstance(seed, Integral):
+        raise TypeError(f"seed={seed!r}; expected a whole number")
     counts = _matched_counts(host, n_subcomponents)
     sites = check_sites(host, counts)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(int(seed))
     settings = {
         "n_subcomponents": {site.name: _count(site, counts[site.name]) for site in sites},
         "gate": gate,
         "gate_width": gate_width if gate_width is not None else DEFAULT_WIDTH.get(gate),
         "init": init,
-        "seed": seed,
+        "seed": int(seed),
     }
     return Decomposition(host, *swap_sites(host, sites, settings, generator), settings)
 
 
+def _names_within_block(sites: Sequence[str], layer: int) -> tuple[str, ...]:
+    if isinstance(sites, str) or not isinstance(sites, Iterable):
+        raise TypeError(f"sites={sites!r}; expected a list of names, for example sites=[{str(sites)!r}]")
+    chosen = tuple(sites)
+    odd = [site for site in chosen if not isinstance(site, str)]
+    if odd:
+        raise TypeError(f"sites holds {odd[0]!r}; expected names such as 'mlp.W_in'")
+    whole = [site for site in chosen if site.startswith("blocks.")]
+    if whole:
+        raise ValueError(
+            f"sites holds {whole[0]!r}; expected names within block {layer}, such as {whole[0].split('.', 2)[-1]!r} "
+            "(whole names: decompose(model, {name: C}))"
+        )
+    return chosen
+
+
 def _matched_counts(host: Host, patterns: Mapping[str, int | None]) -> dict[str, int | None]:
     names = host.site_names()
+    if not isinstance(patterns, Mapping):
+        raise TypeError(
+            f"given {patterns!r} for the sites; expected {{pattern: C}}, for example {{'blocks.0.mlp.W_*': None}} "
+            "(None: 1.5 times the rank bound)"
+        )
+    odd = [pattern for pattern in patterns if not isinstance(pattern, str)]
+    if odd:
+        raise TypeError(f"{odd[0]!r} is no pattern of site names; expected text such as 'blocks.0.mlp.W_*'")
     if not patterns:
         raise ValueError(f"no pattern given; sites of this model: {near_names('', names)}")
-    return match_sites(patterns, names)
+    plain = {p: int(c) if isinstance(c, Integral) and not isinstance(c, bool) else c for p, c in patterns.items()}
+    return match_sites(plain, names)
 
 
 def _count(site: Site, count: int | None) -> int:

@@ -48,6 +48,8 @@ def _check_site(site: Site, count: int | None, host: Host) -> None:
         )
     if target.device.type != "meta" and not bool(torch.isfinite(target).all()):
         raise ValueError(f"{site.name} contains NaN or infinite entries; there is no decomposition of that")
+    if target.device.type != "meta" and not bool(target.any()):
+        raise ValueError(f"{site.name} is zero everywhere, so there is nothing to decompose; leave it out")
     existing = set(host.model.hook_dict)
     clash = [name for name in site.point_names() if name in existing]
     if clash:

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spd_lens.core.decomposition import Decomposition
+from spd_lens.core.inputs import checked_decomposition, checked_tokens
 from spd_lens.data.batches import Batch, TokenBatches
 from spd_lens.support.progress import tqdm
 
@@ -33,6 +34,12 @@ def cache_residuals(decomposition: Decomposition, batches: TokenBatches) -> Resi
 
     Raises ValueError if an embedding is decomposed (nothing before it could be cached) or there are no blocks.
     """
+    checked_decomposition(decomposition, "cache_residuals")
+    if not isinstance(batches, TokenBatches):
+        raise TypeError(
+            f"batches is a {type(batches).__name__}; expected TokenBatches(tokens, batch_size): rows that keep their place"
+        )
+    checked_tokens(batches.tokens, decomposition.host, name="the tokens of batches")
     layers = [weight.site.layer for weight in decomposition.values()]
     before = [w.site.name for w in decomposition.values() if w.site.layer is None and w.site.is_lookup]
     if before or decomposition.host.n_layers() == 0:
@@ -45,6 +52,6 @@ def cache_residuals(decomposition: Decomposition, batches: TokenBatches) -> Resi
     parts = []
     rows = batches.tokens.split(batches.batch_size)
     for tokens in tqdm(rows, desc=f"residual stream before block {start}", leave=False, disable=len(rows) < 8):
-        residual = decomposition.host.residual_before(start, tokens.to(decomposition.device))
+        residual = decomposition.host.residual_before(start, tokens.to(decomposition.device).long())
         parts.append(residual.to(batches.tokens.device))
     return ResidualBatches(batches, torch.cat(parts), start)
