@@ -37,7 +37,8 @@ def cache_residuals(decomposition: Decomposition, batches: TokenBatches) -> Resi
     checked_decomposition(decomposition, "cache_residuals")
     if not isinstance(batches, TokenBatches):
         raise TypeError(
-            f"batches is a {type(batches).__name__}; expected TokenBatches(tokens, batch_size): rows that keep their place"
+            f"batches is a {type(batches).__name__}; expected TokenBatches(tokens, batch_size), whose rows keep their "
+            "place"
         )
     checked_tokens(batches.tokens, decomposition.host, name="the tokens of batches")
     layers = [weight.site.layer for weight in decomposition.values()]
