@@ -1,12 +1,12 @@
 """`Circuit`: a set of subcomponents, over all positions or each at a position of its own.
 
-A node is a subcomponent `(site, id)`, or with positions `(site, id, position)`. A circuit says nothing about what
+A node is a `Unit` of one subcomponent, everywhere or at one position. A circuit says nothing about what
 stands outside of it; how it was shown to hold is in a `CircuitReport` (`spd_lens.circuits.check`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sized
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from spd_lens.core.decomposition import Decomposition
-from spd_lens.core.interventions import HookList, checked_ids, delta_hooks, mask_hooks
+from spd_lens.core.interventions import HookList, delta_hooks, mask_hooks
+from spd_lens.core.units import Ids, Unit, check_site, units_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,13 +36,19 @@ class Circuit:
         return any(kept.shape[0] > 1 for kept in self.kept.values())
 
     @property
-    def nodes(self) -> list[tuple[str, int, int | None]]:
-        """`(site, id, position)` of every node; position None where it stands for all of them."""
+    def units(self) -> list[Unit]:
+        """The nodes, for all that takes units; without a position where a node stands for all of them."""
         found = []
         for site, kept in self.kept.items():
             for position, c in kept.nonzero().tolist():
-                found.append((site, c, position if self.by_position else None))
+                found.append(Unit(((site, c),), (position,) if self.by_position else None))
         return found
+
+    def as_unit(self, name: str | None = None) -> Unit:
+        """The whole circuit as one unit. Raises ValueError for one with positions, or without nodes."""
+        if self.by_position or not self.n_nodes:
+            raise ValueError(f"{self}: only a circuit of subcomponents at all positions is one unit; use .units")
+        return Unit(tuple((site, c) for site, ids in self.ids.items() for c in ids), None, name)
 
     @property
     def ids(self) -> dict[str, list[int]]:
@@ -81,9 +88,9 @@ class Circuit:
         return [hook for site, kept in self.kept.items() for hook in _hooks(decomposition, site, ~kept, delta=None)]
 
     def __str__(self) -> str:
-        parts = [f"{site}[{', '.join(map(str, ids))}]" for site, ids in self.ids.items() if ids]
+        members = Unit(tuple((site, c) for site, ids in self.ids.items() for c in ids))
         unit = "nodes (subcomponent, position)" if self.by_position else "subcomponents"
-        return f"{self.n_nodes} {unit}: " + (" + ".join(parts) or "none")
+        return f"{self.n_nodes} {unit}: " + (members.label or "none")
 
 
 def _hooks(decomposition: Decomposition, site: str, kept: Tensor, *, delta: float | None) -> HookList:
@@ -93,24 +100,34 @@ def _hooks(decomposition: Decomposition, site: str, kept: Tensor, *, delta: floa
     return mask_hooks(weight, factor) + ([] if delta is None else delta_hooks(weight, delta))
 
 
-def circuit_of(decomposition: Decomposition, ids: Mapping[str, Iterable[int]]) -> Circuit:
-    """The circuit of the named subcomponents `{site: ids}` at all positions; sites that are not named have none.
+def circuit_of(decomposition: Decomposition, ids: Ids, *, n_positions: int | None = None) -> Circuit:
+    """The circuit of the named subcomponents, `{site: ids}` or units; sites that are not named have none.
 
-    Raises ValueError for unknown sites and ids, TypeError for ids that are not integers.
+    Units with positions are nodes there; `n_positions` is then the length of the prompts, and units without positions
+    are nodes at all of them. Raises ValueError for unknown sites and ids, TypeError for ids that are not integers.
 
     >>> from spd_lens import decompose
-    >>> from spd_lens.toys import load_tiny_lm
+    >>> from spd_lens.models import load_tiny_lm
     >>> circuit = circuit_of(decompose(load_tiny_lm(), {"blocks.0.mlp.W_in": 8}), {"blocks.0.mlp.W_in": [3, 5]})
     >>> print(circuit)
     2 subcomponents: blocks.0.mlp.W_in[3, 5]
     """
-    from spd_lens.support.names import near_names
-
-    for site in ids:
-        if site not in decomposition:
-            raise ValueError(f"no decomposed site {site!r}; near: {near_names(str(site), decomposition)}")
+    if isinstance(ids, Mapping):
+        for site in ids:
+            check_site(decomposition, site)
+        ids = {site: chosen for site, chosen in ids.items() if not (isinstance(chosen, Sized) and len(chosen) == 0)}
+    empty = isinstance(ids, Sized) and len(ids) == 0
+    units = () if empty else units_of(decomposition, ids)
+    placed = [unit for unit in units if unit.positions is not None]
+    if placed and n_positions is None:
+        raise ValueError(f"{placed[0]} has positions; give n_positions, the length of the prompts")
+    length = (n_positions or 1) if placed else 1
     kept = {}
     for site, weight in decomposition.items():
-        kept[site] = torch.zeros(1, weight.n_subcomponents, dtype=torch.bool, device=weight.V.device)
-        kept[site][0, checked_ids(weight, ids.get(site, ()))] = True
+        kept[site] = torch.zeros(length, weight.n_subcomponents, dtype=torch.bool, device=weight.V.device)
+        for unit in units:
+            for position in (slice(None),) if unit.positions is None else unit.positions:
+                if not isinstance(position, slice) and not -length <= position < length:
+                    raise ValueError(f"{unit}: expected positions in 0..{length - 1}")
+                kept[site][position, unit.ids_at(site)] = True
     return Circuit(kept, {site: k.to(decomposition[site].V.dtype) for site, k in kept.items()})

@@ -14,22 +14,22 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import partial
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from spd_lens.core.decomposition import Decomposition
+from spd_lens.core.interventions import HookList
+from spd_lens.core.units import DELTA, Unit
+from spd_lens.patching.frozen import output_names
+from spd_lens.patching.hooks import Hook, add, hold, probe, put, store, zero
 from spd_lens.patching.runner import Runner
 from spd_lens.support.names import near_names
 from spd_lens.tasks.task import NormalizedMetric, Task
 
 Outside: TypeAlias = Literal["corrupted", "zero"]
-
-
-Hooks: TypeAlias = list[tuple[str, Any]]
 
 
 class Units(ABC):
@@ -59,7 +59,7 @@ class Units(ABC):
         return len(self.labels)
 
     @abstractmethod
-    def hooks(self, kept: Bool[Tensor, " unit"]) -> Hooks:
+    def hooks(self, kept: Bool[Tensor, " unit"]) -> HookList:
         """Hooks for a pass over the clean prompts in which only the units in `kept` are live."""
 
     @abstractmethod
@@ -89,7 +89,7 @@ class Units(ABC):
         """The value at each hook point on the clean prompts, and the gradient of the metric by it."""
         values: dict[str, Tensor] = {}
         probes: dict[str, Tensor] = {}
-        hooks = [(name, partial(_probe, name=name, values=values, probes=probes)) for name in names]
+        hooks = [(name, probe(probes, name, values)) for name in names]
         model, host = self.decomposition.model, self.decomposition.host
         with torch.enable_grad(), model.hooks(fwd_hooks=hooks):
             if self._start is None:
@@ -105,7 +105,7 @@ class Units(ABC):
 
     def _recorded(self, names: Sequence[str], tokens: Tensor) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}
-        hooks = [(name, partial(_keep, name=name, values=values)) for name in names]
+        hooks = [(name, store(values, name)) for name in names]
         with torch.no_grad(), self.decomposition.model.hooks(fwd_hooks=hooks):
             self.decomposition.host.forward(tokens)
         return values
@@ -113,6 +113,8 @@ class Units(ABC):
 
 class SubcomponentUnits(Units):
     """One unit for every subcomponent (`"site[3]"`), and one for every site's delta `W - V U` (`"site[delta]"`).
+
+    `units` has them as `Unit`s, in the order of `labels`.
 
     With the deltas, all units together are the target, whatever the decomposition leaves unexplained; a delta has
     `d_in * d_out` parameters, a subcomponent `d_in + d_out`. With `deltas=False` deltas are no units and always left
@@ -124,14 +126,16 @@ class SubcomponentUnits(Units):
     ) -> None:
         super().__init__(decomposition, task, outside)
         self.what = f"{'subcomponents and deltas' if deltas else 'subcomponents'}, left out: {outside}"
-        self.labels, self.parameters, self._slices, self._with_deltas, first = [], [], {}, deltas, 0
+        self.units: list[Unit] = []
+        self.parameters, self._slices, self._with_deltas = [], {}, deltas
         for site, weight in decomposition.items():
             d_in, d_out, count = weight.V.shape[0], weight.U.shape[1], weight.n_subcomponents
-            self.labels += [f"{site}[{c}]" for c in range(count)] + ([f"{site}[delta]"] if deltas else [])
+            first = len(self.units)
+            self.units += [Unit(((site, c),)) for c in [*range(count), *([DELTA] if deltas else [])]]
             self.parameters += [d_in + d_out] * count + ([d_in * d_out] if deltas else [])
-            self._slices[site], first = slice(first, len(self.labels)), len(self.labels)
-        by_identity = {id(point): name for name, point in decomposition.model.hook_dict.items()}
-        self._outputs = {site: by_identity[id(weight)] for site, weight in decomposition.items()}
+            self._slices[site] = slice(first, len(self.units))
+        self.labels = [str(unit) for unit in self.units]
+        self._outputs = output_names(decomposition)
         self._acts, self._deltas = self._values(self.task.corrupted)
 
     def _values(self, tokens: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -144,31 +148,31 @@ class SubcomponentUnits(Units):
         clean = self._recorded([*acts_names.values(), *self._outputs.values()], tokens)
         parts: list[dict[str, Tensor]] = []
         for delta_off in (False, True):
-            hooks: Hooks = []
+            hooks: HookList = []
             parts.append({})
             for site, weight in self.decomposition.items():
-                hooks.append((acts_names[site], _to_zero))
+                hooks.append((acts_names[site], zero()))
                 if delta_off:
-                    hooks.append((weight.site.point_names()[3], _to_zero))
+                    hooks.append((weight.site.point_names()[3], zero()))
                 output = self._outputs[site]
-                hooks.append((output, partial(_take, name=site, values=parts[-1], instead=clean[output])))
+                hooks += [(output, store(parts[-1], site)), (output, hold(clean[output]))]
             with torch.no_grad(), self.decomposition.model.hooks(fwd_hooks=hooks):
                 self.decomposition.host.forward(tokens)
         deltas = {site: parts[0][site] - parts[1][site] for site in self.decomposition}
         return {site: clean[name] for site, name in acts_names.items()}, deltas
 
-    def hooks(self, kept: Bool[Tensor, " unit"]) -> Hooks:
-        hooks: Hooks = []
+    def hooks(self, kept: Bool[Tensor, " unit"]) -> HookList:
+        hooks: HookList = []
         for site, weight in self.decomposition.items():
             acts_name, _, _, delta_name = weight.site.point_names()
             own = kept[self._slices[site]].to(self.decomposition.device)
             value = self._acts[site] if self.outside == "corrupted" else torch.zeros((), device=own.device)
             count = weight.n_subcomponents
-            hooks.append((acts_name, partial(_replace_last, where=~own[:count], by=value)))
+            hooks.append((acts_name, put(~own[:count], value)))
             if not (self._with_deltas and bool(own[-1])):
-                hooks.append((delta_name, _to_zero))
+                hooks.append((delta_name, zero()))
                 if self.outside == "corrupted":
-                    hooks.append((self._outputs[site], partial(_add, value=self._deltas[site])))
+                    hooks.append((self._outputs[site], add(self._deltas[site])))
         return hooks
 
     def scores(self) -> Float[Tensor, " unit"]:
@@ -200,18 +204,14 @@ class HeadAndMLPUnits(Units):
         super().__init__(decomposition, task, outside)
         self.what = f"heads and MLPs, left out: {outside}"
         self.labels, self.parameters, self._places = [], [], []
-        model, host = decomposition.model, decomposition.host
+        host = decomposition.host
         blocks = [(w.site.layer, site.split(".")[2]) for site, w in decomposition.items() if w.site.layer is not None]
         for layer, kind in dict.fromkeys(blocks):
-            name = f"blocks.{layer}.attn.hook_z" if kind == "attn" else f"blocks.{layer}.hook_mlp_out"
-            if kind not in ("attn", "mlp") or name not in model.hook_dict:
-                raise ValueError(f"this model has no hook point {name!r}; near: {near_names(name, model.hook_dict)}")
-            if kind == "mlp":
-                matrices = [s for s in host.site_names() if s.startswith(f"blocks.{layer}.mlp.")]
-                self._place(f"mlp {layer}", name, None, sum(host.site(s).matrix.stored().numel() for s in matrices))
+            if kind == "attn":
+                for head in range(host.n_heads()):
+                    self._place(f"head {layer}.{head}", host.heads_point(layer), head, host.parameters_per_head())
             else:
-                for head in range(int(model.cfg.n_heads)):
-                    self._place(f"head {layer}.{head}", name, head, 4 * int(model.cfg.d_model) * int(model.cfg.d_head))
+                self._place(f"mlp {layer}", host.mlp_point(layer), None, host.mlp_parameters(layer))
         if not self.labels:
             raise ValueError("no head and no MLP has a decomposed matrix; decompose some of blocks.*")
         self._names = list(dict.fromkeys(name for name, _ in self._places))
@@ -222,15 +222,15 @@ class HeadAndMLPUnits(Units):
         self.parameters.append(parameters)
         self._places.append((name, head))
 
-    def hooks(self, kept: Bool[Tensor, " unit"]) -> Hooks:
-        hooks: Hooks = []
+    def hooks(self, kept: Bool[Tensor, " unit"]) -> HookList:
+        hooks: HookList = []
         for name in self._names:
             replaced = [head for (n, head), k in zip(self._places, kept.tolist(), strict=True) if n == name and not k]
             if replaced:
                 value = (
                     self._corrupted[name] if self.outside == "corrupted" else torch.zeros_like(self._corrupted[name])
                 )
-                hooks.append((name, partial(_replace_heads, heads=replaced, by=value)))
+                hooks.append((name, hold(value) if None in replaced else _replace_heads(replaced, value)))
         return hooks
 
     def scores(self) -> Float[Tensor, " unit"]:
@@ -243,43 +243,8 @@ class HeadAndMLPUnits(Units):
         return torch.stack(found).abs()
 
 
-# -- hooks -------------------------------------------------------------------------------------------------------------
-
-
-def _probe(value: Tensor, hook: Any, *, name: str, values: dict[str, Tensor], probes: dict[str, Tensor]) -> Tensor:
-    """Hook: the value plus 0, the 0 a leaf that collects the gradient."""
-    values[name] = value.detach()
-    probes[name] = torch.zeros_like(value, requires_grad=True)
-    return value + probes[name]
-
-
-def _keep(value: Tensor, hook: Any, *, name: str, values: dict[str, Tensor]) -> None:
-    values[name] = value.detach().clone()
-
-
-def _take(value: Tensor, hook: Any, *, name: str, values: dict[str, Tensor], instead: Tensor) -> Tensor:
-    """Hook: keep the value, and let another go on."""
-    values[name] = value.detach().clone()
-    return instead
-
-
-def _replace_last(value: Tensor, hook: Any, *, where: Tensor, by: Tensor) -> Tensor:
-    """Hook: `by` where the last axis is in `where [C]`."""
-    return torch.where(where, by.to(value), value)
-
-
-def _replace_heads(value: Tensor, hook: Any, *, heads: Sequence[int | None], by: Tensor) -> Tensor:
-    """Hook: `by` in place of some heads of `[row pos head d_head]`, or of everything (`[None]`)."""
-    if None in heads:
-        return by.to(value)
-    value = value.clone()
-    value[..., heads, :] = by[..., heads, :].to(value)
-    return value
-
-
-def _to_zero(value: Tensor, hook: Any) -> Tensor:
-    return torch.zeros_like(value)
-
-
-def _add(output: Tensor, hook: Any, *, value: Tensor) -> Tensor:
-    return output + value.to(output)
+def _replace_heads(heads: Sequence[int | None], by: Tensor) -> Hook:
+    """Hook: `by` in place of some heads of `[row pos head d_head]`."""
+    where = torch.zeros(by.shape[-2], 1, dtype=torch.bool)
+    where[list(heads)] = True
+    return put(where, by)

@@ -96,7 +96,7 @@ def find_circuit(
     sites off costs nothing.
 
     >>> from spd_lens import decompose
-    >>> from spd_lens.toys import load_tiny_lm
+    >>> from spd_lens.models import load_tiny_lm
     >>> model = load_tiny_lm()
     >>> decomposition = decompose(model, {"blocks.0.mlp.W_in": 8})
     >>> tokens = model.to_tokens("Call me Ishmael")

@@ -81,7 +81,7 @@ def attribution_graph(
     or if nothing is important; TypeError for wrong types.
 
     >>> from spd_lens import decompose
-    >>> from spd_lens.toys import load_tiny_lm
+    >>> from spd_lens.models import load_tiny_lm
     >>> model = load_tiny_lm()
     >>> decomposition = decompose(model, {"blocks.*.mlp.W_*": 8})
     >>> graph = attribution_graph(decomposition, model.to_tokens("Call me"), importance_above=None)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from spd_lens.hosts.site import Site
+from spd_lens.support.names import near_names
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,45 @@ class Host(ABC):
     def is_causal(self) -> bool:
         """Whether a position sees only itself and what is before it (then padding behind a text changes nothing)."""
         return getattr(getattr(self.model, "cfg", None), "attention_dir", None) == "causal"
+
+    def d_model(self) -> int:
+        """Width of the residual stream; 0 for models without one."""
+        return int(getattr(getattr(self.model, "cfg", None), "d_model", 0) or 0)
+
+    def n_heads(self) -> int:
+        """Number of attention heads of a block; 0 for models without any."""
+        return int(getattr(getattr(self.model, "cfg", None), "n_heads", 0) or 0)
+
+    def parameters_per_head(self) -> int:
+        """Numbers in `W_Q`, `W_K`, `W_V` and `W_O` of one head; shared keys and values count for each head."""
+        return 4 * self.d_model() * int(self.model.cfg.d_head)
+
+    def mlp_parameters(self, layer: int) -> int:
+        """Numbers in the matrices of a block's MLP."""
+        names = [name for name in self.site_names() if name.startswith(f"blocks.{layer}.mlp.")]
+        return sum(self.site(name).matrix.stored().numel() for name in names)
+
+    def heads_point(self, layer: int) -> str:
+        """The HookPoint of what a block's heads give, `[batch pos head d_head]`. Raises ValueError if it has none."""
+        return self._known_point(f"blocks.{layer}.attn.hook_z")
+
+    def mlp_point(self, layer: int) -> str:
+        """The HookPoint of what a block's MLP adds to the residual stream. Raises ValueError if it has none."""
+        return self._known_point(f"blocks.{layer}.hook_mlp_out")
+
+    def _known_point(self, name: str) -> str:
+        if name not in self.model.hook_dict:
+            raise ValueError(f"this model has no hook point {name!r}; near: {near_names(name, self.model.hook_dict)}")
+        return name
+
+    def tokenizer(self) -> Any:
+        """The model's tokenizer, or None."""
+        return getattr(self.model, "tokenizer", None)
+
+    def token_strings(self, ids: Iterable[int]) -> list[str]:
+        """Every token as text, or its number where the model has no tokenizer."""
+        tokenizer = self.tokenizer()
+        return [str(i) if tokenizer is None else str(tokenizer.decode([i])) for i in map(int, ids)]
 
     def default_sites(self, layer: int) -> tuple[str, ...]:
         """Sites of block `layer` that `decompose_layer` takes unless told otherwise: the MLP's matrices."""

@@ -66,7 +66,7 @@ def ablation_effects(
     Raises ValueError for unknown sites, ids, kinds, positions and unfit references; TypeError for wrong types.
 
     >>> from spd_lens import decompose
-    >>> from spd_lens.toys import load_tiny_lm
+    >>> from spd_lens.models import load_tiny_lm
     >>> model = load_tiny_lm()
     >>> decomposition = decompose(model, {"blocks.0.mlp.W_in": 8})
     >>> tokens = model.to_tokens("Call me Ishmael")

@@ -51,7 +51,7 @@ def activation_patching(
 
     >>> from spd_lens import decompose
     >>> from spd_lens.tasks import agreement_task
-    >>> from spd_lens.toys import load_tiny_lm
+    >>> from spd_lens.models import load_tiny_lm
     >>> model = load_tiny_lm()
     >>> task = agreement_task(model.tokenizer, 8, prepend_bos=True)
     >>> decomposition = decompose(model, {"blocks.1.mlp.W_out": 8})

@@ -167,7 +167,7 @@ def pair_task(
 
     Raises ValueError, naming the text and its tokens, if prompts differ in length or an answer is not a single token.
 
-    >>> from spd_lens.toys.tiny_lm import load_tiny_lm_tokenizer
+    >>> from spd_lens.models import load_tiny_lm_tokenizer
     >>> tokenizer = load_tiny_lm_tokenizer()
     >>> task = pair_task(tokenizer, ["The ship"], ["The ships"], [[" is", " was"]], [[" are", " were"]])
     >>> [tokenizer.decode([i]) for i in task.answers[0]]

@@ -182,7 +182,7 @@ def test_only_the_last_position_of_the_last_block_matters_for_the_last_predictio
         minimality=0.01, budgets=(2,), restarts=1,
     )  # fmt: skip
     assert report.circuit.by_position
-    assert {position for _, _, position in report.circuit.nodes} == {11}
+    assert {unit.position for unit in report.circuit.units} == {11}
     assert 1 <= report.n_nodes == report.n_subcomponents <= 16
     assert report.n_candidates == 16 * 12
 
