@@ -26,6 +26,7 @@ from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.masks import SiteMask, sample_masks
 from spd_lens.objective.adversary import PGD, random_sources
 from spd_lens.objective.mask_sources import masks_from_sources
+from spd_lens.support.pages import table_html
 from spd_lens.support.tables import format_table
 from spd_lens.tasks.task import Task
 
@@ -36,7 +37,7 @@ BUDGETS = (20, 40, 80, 160)
 HOLDS_ABOVE = 0.8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CircuitReport:
     """A circuit and how it held. `str(report)` is a table that ends with the verdict.
 
@@ -134,7 +135,8 @@ class CircuitReport:
         ladder = {str(steps): asdict(m) for steps, m in self.adversarial.items()}
         return plain | {"adversarial": ladder, "ids": self.circuit.ids, "verdict": self.verdict}
 
-    def __str__(self) -> str:
+    def _table(self) -> tuple[str, list[str], list[list[str]]]:
+        """Title, header and rows, one for every regime."""
         regimes = {
             "target": self.target,
             "circuit alone (importance masks)": self.importance,
@@ -155,7 +157,17 @@ class CircuitReport:
         size = f"{self.n_nodes:,} nodes of {self.n_candidates:,}"
         size += f" ({self.n_subcomponents:,} subcomponents)" if self.circuit.by_position else ""
         title = f"circuit: {size}, {self.n_parameters:,} parameters"
+        return title, header, rows
+
+    def __str__(self) -> str:
+        title, header, rows = self._table()
         return f"{title}\n{format_table(header, rows)}\nVerdict: {self.verdict}"
+
+    def __repr__(self) -> str:
+        return f"CircuitReport({self.n_nodes:,} nodes of {self.n_candidates:,}; {self.verdict})"
+
+    def _repr_html_(self) -> str:
+        return table_html(*self._table(), notes=[f"Verdict: {self.verdict}"])
 
 
 def check_circuit(

@@ -16,9 +16,10 @@ from torch import Tensor
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.interventions import HookList, delta_hooks, mask_hooks
 from spd_lens.core.units import Ids, Unit, check_site, units_of
+from spd_lens.support.pages import shortened, table_html
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Circuit:
     """Which subcomponents are in the circuit, for every decomposed site.
 
@@ -86,6 +87,15 @@ class Circuit:
         For a circuit without positions this is the model with `W' = W - sum over nodes of V_c U_c`.
         """
         return [hook for site, kept in self.kept.items() for hook in _hooks(decomposition, site, ~kept, delta=None)]
+
+    def __repr__(self) -> str:
+        return f"Circuit({shortened(str(self), 200)})"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (site, str(len(ids)), shortened(", ".join(map(str, ids)), 120)) for site, ids in self.ids.items() if ids
+        ]
+        return table_html(str(self).partition(": ")[0], ("site", "subcomponents", "ids"), rows)
 
     def __str__(self) -> str:
         members = Unit(tuple((site, c) for site, ids in self.ids.items() for c in ids))

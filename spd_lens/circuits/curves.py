@@ -23,10 +23,12 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from scipy.integrate import trapezoid
 from torch import Tensor
 
 from spd_lens.circuits.live_units import HeadAndMLPUnits, Outside, SubcomponentUnits, Units
 from spd_lens.core.decomposition import Decomposition
+from spd_lens.support.pages import table_html
 from spd_lens.support.tables import format_table
 from spd_lens.tasks.task import Task
 
@@ -37,7 +39,7 @@ FRACTIONS = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 _ALL_SIZES = 32
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FaithfulnessCurve:
     """Faithfulness at each of `sizes` (numbers of units); `parameters` are the numbers in the weights of those units.
 
@@ -63,20 +65,32 @@ class FaithfulnessCurve:
 
     def _area(self, heights: Sequence[float]) -> float:
         x = [size / self.n_units for size in self.sizes]
-        return sum((x[i + 1] - x[i]) * (heights[i] + heights[i + 1]) / 2 for i in range(len(x) - 1))
+        return float(trapezoid(heights, x))
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, without the ranking."""
         values = {k: v for k, v in vars(self).items() if k != "ranking"}
         return values | {"cpr": self.cpr, "cmd": self.cmd}
 
-    def __str__(self) -> str:
+    def _table(self) -> tuple[str, tuple[str, ...], list[tuple[str, ...]]]:
         rows = [
             (f"{size:,}", f"{size / self.n_units:.3f}", f"{parameters:,}", f"{f:.3f}")
             for size, parameters, f in zip(self.sizes, self.parameters, self.faithfulness, strict=True)
         ]
-        table = format_table(("units", "fraction", "parameters", "faithfulness"), rows)
-        return f"{self.what}\n{table}\nCPR {self.cpr:.4f}, CMD {self.cmd:.4f}"
+        return self.what, ("units", "fraction", "parameters", "faithfulness"), rows
+
+    def _areas(self) -> str:
+        return f"CPR {self.cpr:.4f}, CMD {self.cmd:.4f}"
+
+    def __str__(self) -> str:
+        title, header, rows = self._table()
+        return f"{title}\n{format_table(header, rows)}\n{self._areas()}"
+
+    def __repr__(self) -> str:
+        return f"FaithfulnessCurve({self.what}: {len(self.sizes)} sizes of {self.n_units} units, {self._areas()})"
+
+    def _repr_html_(self) -> str:
+        return table_html(*self._table(), notes=[self._areas()])
 
 
 def faithfulness_curve(
@@ -147,7 +161,7 @@ def smallest_size(units: Units, ranking: Sequence[int], level: float) -> tuple[i
     return high, reached
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class UnitComparison:
     """Two (or more) kinds of units on the same task at the same level of faithfulness. `str(...)` is one table.
 
@@ -180,8 +194,9 @@ class UnitComparison:
             },
         }
 
-    def __str__(self) -> str:
-        rows = []
+    def _table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]], list[str]]:
+        """Header, rows and notes, one for every kind of units."""
+        rows: list[tuple[str, ...]] = []
         for name, curve in self.curves.items():
             size, parameters, reached = self.sizes[name], self.parameters[name], self.faithfulness[name]
             if size is None or parameters is None or reached is None:
@@ -190,8 +205,19 @@ class UnitComparison:
                 row = (f"{size:,} of {curve.n_units:,}", f"{parameters:,}", f"{reached:.3f}")
             rows.append((name, *row, f"{curve.cpr:.3f}", f"{curve.cmd:.3f}"))
         header = ("units", f"to reach {self.level:g}", "parameters", "faithfulness", "CPR", "CMD")
-        notes = "\n".join(f"{name}: {curve.what}" for name, curve in self.curves.items())
-        return f"{format_table(header, rows)}\n{notes}"
+        return header, rows, [f"{name}: {curve.what}" for name, curve in self.curves.items()]
+
+    def __str__(self) -> str:
+        header, rows, notes = self._table()
+        return "\n".join([format_table(header, rows), *notes])
+
+    def __repr__(self) -> str:
+        found = ", ".join(f"{name}: {size if size is not None else 'not reached'}" for name, size in self.sizes.items())
+        return f"UnitComparison(units to reach {self.level:g}: {found})"
+
+    def _repr_html_(self) -> str:
+        header, rows, notes = self._table()
+        return table_html(f"units to reach {self.level:g}", header, rows, notes)
 
 
 def compare_units(

@@ -13,18 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from spd_lens.core.units import Unit
 from spd_lens.graphs.check import AttributionCheck
 from spd_lens.graphs.page import Context, edge_size, graph_page
 from spd_lens.graphs.pruning import influences, prune
 from spd_lens.graphs.viewer_json import GraphFile, read_graph, write_graph
 from spd_lens.support.files import write_text
+from spd_lens.support.pages import table_html
 from spd_lens.support.tables import format_table
 
 if TYPE_CHECKING:
     import networkx as nx
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AttributionGraph:
     """An attribution graph with its check.
 
@@ -41,14 +43,35 @@ class AttributionGraph:
     tokens: tuple[str, ...]
     settings: dict[str, Any]
 
-    def __str__(self) -> str:
+    def _table(self) -> tuple[str, tuple[str, ...], list[tuple[str, ...]]]:
+        """Title, header and rows of the strongest edges."""
         strongest = sorted(self.graph.edges(data=True), key=lambda e: -edge_size(e[2]))[:15]
         rows = [(self._label(s), self._label(t), f"{d['weight']:+.4g}") for s, t, d in strongest]
         n_nodes, n_edges = self.graph.number_of_nodes(), self.graph.number_of_edges()
         left_out = self.settings.get("left_out", 0)
         title = f"attribution graph: {n_nodes} nodes, {n_edges} edges"
         title += f" ({left_out} important subcomponents left out by max_nodes)" if left_out else ""
-        return f"{title}\n{self.check.summary()}\n" + format_table(("from", "to", "attribution"), rows)
+        return title, ("from", "to", "attribution"), rows
+
+    def __str__(self) -> str:
+        title, header, rows = self._table()
+        return f"{title}\n{self.check.summary()}\n" + format_table(header, rows)
+
+    def __repr__(self) -> str:
+        return f"AttributionGraph({self._table()[0].partition(': ')[2]}; {self.check.summary()})"
+
+    def _repr_html_(self) -> str:
+        return table_html(*self._table(), notes=[self.check.summary()])
+
+    @property
+    def units(self) -> list[Unit]:
+        """The subcomponents of the graph, at their positions, for all that takes units."""
+        found = []
+        for _, data in self.graph.nodes(data=True):
+            if data["kind"] == "subcomponent":
+                where = None if data["position"] is None else (data["position"],)
+                found.append(Unit(((data["site"], data["subcomponent"]),), where))
+        return found
 
     def _label(self, name: str) -> str:
         node = self.graph.nodes[name]

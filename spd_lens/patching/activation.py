@@ -61,7 +61,7 @@ def activation_patching(
     True
     """
     corrupted_tokens = checked_input(decomposition, corrupted_tokens, "corrupted_tokens")
-    units, values, target = prepared(decomposition, corrupted_tokens, clean, metric, ids)
+    units, values, clean_metric = prepared(decomposition, corrupted_tokens, clean, metric, ids)
     return effects_of(
         decomposition,
         corrupted_tokens,
@@ -71,7 +71,7 @@ def activation_patching(
         what="activation patching",
         positions=positions,
         per_pass=per_pass,
-        target=target,
+        clean_metric=clean_metric,
     )
 
 
@@ -82,11 +82,11 @@ def prepared(
     clean = checked_clean(decomposition, clean)
     units = units_of(decomposition, ids)
     sites = list(dict.fromkeys(site for unit in units for site in unit.sites))
-    values, target = clean_activations(decomposition, corrupted_tokens, clean, sites), None
+    values, clean_metric = clean_activations(decomposition, corrupted_tokens, clean, sites), None
     if isinstance(clean, Tensor):
         with torch.no_grad():
-            target = metric_values(metric, decomposition.host.forward(clean), len(clean))
-    return units, values, target
+            clean_metric = metric_values(metric, decomposition.host.forward(clean), len(clean))
+    return units, values, clean_metric
 
 
 def checked_clean(decomposition: Decomposition, clean: Clean) -> Clean:

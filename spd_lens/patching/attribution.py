@@ -17,9 +17,10 @@ from spd_lens.patching.arguments import Metric, Positions, checked_input, metric
 from spd_lens.patching.effects import Effects
 from spd_lens.patching.hooks import probe
 from spd_lens.patching.runner import Replacement, effects_of
+from spd_lens.support.pages import table_html
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AttributionPatching:
     """Estimated effects, with their measured agreement with exact ones (None if none were measured)."""
 
@@ -27,8 +28,16 @@ class AttributionPatching:
     agreement: Agreement | None
 
     def __str__(self) -> str:
-        note = "not compared with exact patching" if self.agreement is None else str(self.agreement)
-        return f"{self.effects}\n{note}"
+        return f"{self.effects}\n{self._note()}"
+
+    def _note(self) -> str:
+        return "not compared with exact patching" if self.agreement is None else str(self.agreement)
+
+    def __repr__(self) -> str:
+        return f"AttributionPatching({self.effects!r}, {self._note()})"
+
+    def _repr_html_(self) -> str:
+        return table_html(*self.effects._table(), notes=[self._note()])
 
 
 def attribution_patching(
@@ -56,7 +65,7 @@ def attribution_patching(
     With a metric that returns `[batch]`, row i's number must depend on row i alone.
     """
     corrupted_tokens = checked_input(decomposition, corrupted_tokens, "corrupted_tokens")
-    units, values, target = prepared(decomposition, corrupted_tokens, clean, metric, ids)
+    units, values, clean_metric = prepared(decomposition, corrupted_tokens, clean, metric, ids)
     chosen = unit_positions(units, positions, corrupted_tokens)
     output, gradients, corrupted = _gradients(decomposition, corrupted_tokens, metric, list(values))
     baseline = metric_values(metric, output, len(corrupted_tokens))
@@ -78,7 +87,7 @@ def attribution_patching(
     # In double: small estimates would be rounded away beside the baseline.
     estimate, baseline = estimate.double(), baseline.double()
     where = None if chosen is None else tuple(chosen)
-    effects = Effects("attribution patching", units, where, estimate + baseline, baseline, target)
+    effects = Effects("attribution patching", units, where, estimate + baseline, baseline, clean_metric)
     agreement = None
     if n_checked:
         cells, n_strongest = sampled(effects.effects, n_checked, generator)

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spd_lens.core.units import Unit
+from spd_lens.support.pages import table_html
 from spd_lens.support.tables import format_table
 
 
@@ -37,7 +38,7 @@ class Effect:
         return self.unit.id
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Effects:
     """What changing each unit did to a metric. `str(effects)` is a table of the largest.
 
@@ -47,7 +48,7 @@ class Effects:
     - `values` `[unit position example]`: the metric in each changed pass. A metric that returned a scalar gives one
       "example"; one that returned `[batch]` keeps its examples.
     - `baseline` `[example]`: the metric with nothing changed.
-    - `target` `[example]`: the metric of the pass that was patched from, where that is known.
+    - `clean_metric` `[example]`: the metric of the pass that was patched from, where that is known.
     """
 
     what: str
@@ -55,7 +56,7 @@ class Effects:
     positions: tuple[int, ...] | None
     values: Float[Tensor, "unit position example"]
     baseline: Float[Tensor, " example"]
-    target: Float[Tensor, " example"] | None = None
+    clean_metric: Float[Tensor, " example"] | None = None
 
     @property
     def effects(self) -> Float[Tensor, "unit position"]:
@@ -64,15 +65,15 @@ class Effects:
 
     @property
     def recovered(self) -> Float[Tensor, "unit position"]:
-        """`effects / (target - baseline)`, means over examples: 1 where a patch restores the whole metric.
+        """`effects / (clean_metric - baseline)`, means over examples: 1 where a patch restores the whole metric.
 
         Raises ValueError if the metric of the clean run is unknown, or no different from the baseline.
         """
-        if self.target is None:
+        if self.clean_metric is None:
             raise ValueError(
                 f"{self.what}: the metric of the clean run is not known here; give clean tokens instead of a cache"
             )
-        span = float((self.target - self.baseline).mean())
+        span = float((self.clean_metric - self.baseline).mean())
         if span == 0:
             raise ValueError(f"{self.what}: clean and corrupted runs have the same metric; nothing can be recovered")
         return self.effects / span
@@ -139,7 +140,8 @@ class Effects:
             grid[:, c] = effects[row]
         return grid
 
-    def __str__(self) -> str:
+    def _table(self) -> tuple[str, list[str], list[list[str]]]:
+        """Title, header and rows of the largest effects."""
         header = ["unit"] + ([] if self.positions is None else ["position"]) + ["effect"]
         has_error = self.values.shape[-1] > 1
         header += ["std. error"] if has_error else []
@@ -150,9 +152,21 @@ class Effects:
         n_cells = self.values.shape[0] * self.values.shape[1]
         shown = f"{n_cells} effects" if n_cells <= 20 else f"the 20 largest of {n_cells} effects"
         title = f"{self.what}: {shown}; metric {float(self.baseline.mean()):.4g} before"
-        if self.target is not None:
-            title += f", {float(self.target.mean()):.4g} in the clean run"
+        if self.clean_metric is not None:
+            title += f", {float(self.clean_metric.mean()):.4g} in the clean run"
+        return title, header, rows
+
+    def __str__(self) -> str:
+        title, header, rows = self._table()
         return title + "\n" + format_table(header, rows)
+
+    def __repr__(self) -> str:
+        n_units, n_positions, n_examples = self.values.shape
+        where = "everywhere" if self.positions is None else f"{n_positions} positions"
+        return f"Effects({self.what!r}: {n_units} units, {where}, {n_examples} examples)"
+
+    def _repr_html_(self) -> str:
+        return table_html(*self._table())
 
     def to_transformer_lens(self) -> Any:
         """The same as TransformerLens 4's `PatchingResult`, with its bootstrap intervals and permutation tests.

@@ -34,11 +34,12 @@ from spd_lens.patching.effects import Effects
 from spd_lens.patching.frozen import Change, Frozen, Held
 from spd_lens.patching.hooks import add, store
 from spd_lens.patching.runner import Replacement, Runner, effects_of
+from spd_lens.support.pages import table_html
 from spd_lens.support.progress import tqdm
 from spd_lens.support.tables import format_table
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PathEffects:
     """What path patching measured for every pair of a sender and a receiver. `str(...)` is a table.
 
@@ -63,7 +64,8 @@ class PathEffects:
         """`values - baseline`, mean over examples."""
         return (self.values - self.baseline).mean(-1)
 
-    def __str__(self) -> str:
+    def _table(self) -> tuple[str, tuple[str, ...], list[tuple[str, ...]]]:
+        """Title, header and rows of the strongest paths."""
         strongest = self.effects.flatten().abs().argsort(descending=True, stable=True)[:20].tolist()
         change, rows = self.direct_change.flatten(2).abs().amax(-1), []
         for i in strongest:
@@ -72,7 +74,18 @@ class PathEffects:
             row = (f"{self.effects[s, r]:+.4g}", f"{change[s, r]:.3g}", f"{total:+.4g}")
             rows.append((f"{self.senders[s]} -> {self.receivers[r]}", *row))
         header = ("path", "effect", "max |change of a|", "total effect of sender")
-        return f"path patching ({self.frozen})\n" + format_table(header, rows)
+        return f"path patching ({self.frozen})", header, rows
+
+    def __str__(self) -> str:
+        title, header, rows = self._table()
+        return title + "\n" + format_table(header, rows)
+
+    def __repr__(self) -> str:
+        n_senders, n_receivers, n_examples = self.values.shape
+        return f"PathEffects({n_senders} senders, {n_receivers} receivers, {n_examples} examples; {self.frozen})"
+
+    def _repr_html_(self) -> str:
+        return table_html(*self._table())
 
 
 def path_patching(

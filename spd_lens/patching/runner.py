@@ -60,7 +60,7 @@ def effects_of(
     what: str,
     positions: Positions,
     per_pass: int | None,
-    target: Float[Tensor, " example"] | None = None,
+    clean_metric: Float[Tensor, " example"] | None = None,
 ) -> Effects:
     """Run every unit at every position as a cell of its own; see `Effects` for what comes back."""
     chosen = unit_positions(units, positions, tokens)
@@ -79,7 +79,7 @@ def effects_of(
     n_positions = 1 if chosen is None else len(chosen)
     values = torch.stack([m for m in measured if m is not None]).unflatten(0, (len(units), n_positions))
     where = None if chosen is None else tuple(chosen)
-    return Effects(what, tuple(units), where, values, baseline, target)
+    return Effects(what, tuple(units), where, values, baseline, clean_metric)
 
 
 def _passes(cells: Sequence[tuple[Unit, int | None]], runner: Runner, per_pass: int | None) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""Pictures of patching and ablation results, and of importances over a text, for notebooks.
+"""Pictures of patching and ablation results, for notebooks.
 
 Heat maps follow TransformerLens's style: plotly, RdBu, white at 0, tokens labelled `"{token}_{position}"` so that
 repeated tokens stay apart. plotly is imported when a figure is drawn (extra `plots`). Text from models and data is
@@ -7,20 +7,16 @@ escaped.
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from spd_lens.patching.effects import Effects
+from spd_lens.pictures.texts import checked_texts, plotly_text
+from spd_lens.support.pages import shortened
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
-
-
-def token_labels(tokens: Sequence[str]) -> list[str]:
-    """`"{token}_{position}"`, line breaks and tabs made visible; for axes, where equal labels would be merged."""
-    return [f"{token.replace(chr(10), '⏎').replace(chr(9), '⇥')}_{i}" for i, token in enumerate(tokens)]
 
 
 def effects_heatmap(
@@ -37,7 +33,7 @@ def effects_heatmap(
 
     if recovered:
         shares = effects.recovered.unsqueeze(-1)
-        effects = replace(effects, values=shares, baseline=shares.new_zeros(1), target=None)
+        effects = replace(effects, values=shares, baseline=shares.new_zeros(1), clean_metric=None)
     grid = effects.grid(site)
     ids = [c for c in range(grid.shape[1]) if not bool(grid[:, c].isnan().all())]
     figure = go.Figure(
@@ -51,7 +47,7 @@ def effects_heatmap(
             hovertemplate="subcomponent %{y} at %{x}: %{z:.4g}<extra></extra>",
         )
     )
-    figure.update_layout(title=f"{effects.what}: {html.escape(site)}", height=180 + 18 * max(6, len(ids)))
+    figure.update_layout(title=plotly_text(f"{effects.what}: {site}"), height=180 + 18 * max(6, len(ids)))
     figure.update_xaxes(title="position", type="category", tickangle=-45)
     figure.update_yaxes(title="subcomponent", type="category", autorange="reversed")
     return figure
@@ -62,10 +58,10 @@ def _position_labels(effects: Effects, tokens: Sequence[str] | None) -> list[str
         return ["all positions"]
     if tokens is None:
         return [str(position) for position in effects.positions]
-    if len(tokens) <= max(effects.positions):
+    texts = checked_texts(tokens, len(tokens), "the prompt")
+    if len(texts) <= max(effects.positions):
         raise ValueError(
-            f"{len(tokens)} tokens for positions up to {max(effects.positions)}; give all tokens of the prompt"
+            f"{len(texts)} tokens for positions up to {max(effects.positions)}; give all tokens of the prompt"
         )
-    # plotly reads tags in labels.
-    labels = [html.escape(label) for label in token_labels(tokens)]
-    return [labels[position] for position in effects.positions]
+    # With positions, so that equal tokens are not merged.
+    return [plotly_text(f"{shortened(texts[position], 40)}_{position}") for position in effects.positions]

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from spd_lens.pictures.texts import checked_texts, drawn_text
 from spd_lens.support.pages import filled_page
 
 if TYPE_CHECKING:
@@ -51,15 +52,48 @@ def strongest(importance: Float[Tensor, "pos C"], n: int) -> list[int]:
     return sorted(chosen, key=lambda c: (chosen[c], c))
 
 
+def by_position(importances: Any, tokens: Any) -> tuple[dict[str, Float[Tensor, "pos C"]], list[str]]:
+    """Importances `[pos C]` of every site on the CPU, and one text per position.
+
+    A batch axis of one prompt is taken off. Raises TypeError or ValueError for anything that is no importance of one
+    prompt, NaN included, and for tokens that do not fit.
+    """
+    if not isinstance(importances, Mapping) or not importances:
+        raise TypeError(
+            f"importances is {'empty' if isinstance(importances, Mapping) else f'a {type(importances).__name__}'}; "
+            "expected {site: importance [pos C]}, as decomposition.importance(prompt) gives"
+        )
+    found = {}
+    for name, g in importances.items():
+        if not isinstance(g, Tensor) or g.ndim not in (2, 3) or (g.ndim == 3 and len(g) != 1):
+            given = tuple(g.shape) if isinstance(g, Tensor) else type(g).__name__
+            raise ValueError(
+                f"the importance at {name} is {given}; expected [pos C], or [1 pos C], of one prompt: choose a row, "
+                "{site: g[0] for site, g in importances.items()}"
+            )
+        g = (g[0] if g.ndim == 3 else g).detach().float().cpu()
+        if bool(g.isnan().any()):
+            raise ValueError(f"the importance at {name} is NaN at {int(g.isnan().sum())} places; its gate is broken")
+        found[str(name)] = g
+    lengths = {name: len(g) for name, g in found.items()}
+    if len(set(lengths.values())) > 1 or 0 in lengths.values():
+        raise ValueError(f"the sites have importances at {lengths} positions; expected those of one prompt")
+    return found, checked_texts(tokens, next(iter(lengths.values())), "the importances")
+
+
 def importance_figure(
-    importances: Mapping[str, Float[Tensor, "pos C"]], tokens: Sequence[str], *, rows_per_site: int = 16
+    importances: Mapping[str, Float[Tensor, ...]], tokens: Sequence[str] | None = None, *, rows_per_site: int = 16
 ) -> Figure:
-    """A heat map per site: tokens across, the strongest subcomponents down, colour = importance in [0, 1]."""
+    """A heat map per site: tokens across, the strongest subcomponents down, colour = importance in [0, 1].
+
+    `importances` are those of one prompt, `[pos C]` or `[1 pos C]` per site; without tokens positions are numbers.
+    """
     import matplotlib.pyplot as plt
 
-    ids = {name: strongest(g, rows_per_site) for name, g in importances.items()}
+    values, texts = by_position(importances, tokens)
+    ids = {name: strongest(g, rows_per_site) for name, g in values.items()}
     heights = [max(1, len(chosen)) for chosen in ids.values()]
-    width = min(16.0, 3.0 + 0.42 * len(tokens))
+    width = min(16.0, 3.0 + 0.42 * len(texts))
     figure, axes = plt.subplots(
         len(ids),
         1,
@@ -71,55 +105,55 @@ def importance_figure(
     )
     image = None
     for axis, (name, chosen) in zip(axes[:, 0], ids.items(), strict=True):
-        axis.set_title(f"{name}: {len(chosen)} strongest of {importances[name].shape[1]}", loc="left", fontsize=10)
+        title = f"{drawn_text(name, 80)}: {len(chosen)} strongest of {values[name].shape[1]}"
+        axis.set_title(title, loc="left", fontsize=10, parse_math=False)
         if not chosen:
-            axis.text(0.5, 0.5, "no importance above 0.1", ha="center", va="center", transform=axis.transAxes)
+            note = f"no importance above {SHOWN_ABOVE:g}"
+            axis.text(0.5, 0.5, note, ha="center", va="center", transform=axis.transAxes)
             axis.set_yticks([])
             continue
-        values = importances[name][:, chosen].T.detach().float().cpu().numpy()
-        image = axis.imshow(values, aspect="auto", cmap="magma_r", vmin=0, vmax=1, interpolation="nearest")
+        shown = values[name][:, chosen].T.numpy()
+        image = axis.imshow(shown, aspect="auto", cmap="magma_r", vmin=0, vmax=1, interpolation="nearest")
         axis.set_yticks(range(len(chosen)), [str(c) for c in chosen], fontsize=7)
         axis.set_ylabel("subcomponent", fontsize=8)
-    labels = [_visible(token) for token in tokens]
-    axes[-1, 0].set_xticks(range(len(tokens)), labels, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
+    look = {"rotation": 60, "ha": "right", "rotation_mode": "anchor", "fontsize": 8, "parse_math": False}
+    axes[-1, 0].set_xticks(range(len(texts)), [drawn_text(text, 14) for text in texts], **look)
     if image is not None:
         figure.colorbar(image, ax=axes[:, 0].tolist(), label="importance", shrink=0.6, pad=0.01)
     return figure
 
 
-def _visible(token: str) -> str:
-    shown = token.replace("\n", "⏎").replace("\t", "⇥").strip(" ") or "␣"
-    shown = shown if len(shown) <= 14 else shown[:13] + "…"
-    # matplotlib would read $ as the start of a formula.
-    return shown.replace("$", r"\$")
-
-
 def importance_page(
-    importances: Mapping[str, Float[Tensor, "pos C"]],
-    tokens: Sequence[str],
+    importances: Mapping[str, Float[Tensor, ...]],
+    tokens: Sequence[str] | None = None,
     *,
     title: str = "Importance of subcomponents",
     rows_per_site: int = 64,
 ) -> str:
     """A self-contained HTML page: the text, and buttons that colour it by one subcomponent's importance."""
+    found, texts = by_position(importances, tokens)
     sites: list[dict[str, Any]] = []
-    for name, g in importances.items():
+    for name, g in found.items():
         rows = [{"id": c, "values": [round(float(v), 3) for v in g[:, c]]} for c in sorted(strongest(g, rows_per_site))]
         sites.append({"name": name, "rows": rows, "active": (g > SHOWN_ABOVE).sum(-1).tolist()})
-    return filled_page("importance.html", title=title, data={"tokens": list(tokens), "sites": sites})
+    return filled_page("importance.html", title=title, data={"tokens": texts, "sites": sites})
 
 
 def save_importance(
-    importances: Mapping[str, Float[Tensor, "pos C"]], tokens: Sequence[str], directory: str | Path, *, title: str
+    importances: Mapping[str, Float[Tensor, ...]],
+    tokens: Sequence[str] | None,
+    directory: str | Path,
+    *,
+    title: str,
 ) -> tuple[Path, Path]:
     """Write `importance.png` and `importance.html` to `directory`; returns both paths."""
     import matplotlib.pyplot as plt
 
-    directory = Path(directory)
+    directory = Path(directory).expanduser()
+    figure = importance_figure(importances, tokens)
     directory.mkdir(parents=True, exist_ok=True)
     picture, page = directory / "importance.png", directory / "importance.html"
-    figure = importance_figure(importances, tokens)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(drawn_text(title, 120), fontsize=11, parse_math=False)
     figure.savefig(picture, dpi=130)
     plt.close(figure)
     page.write_text(importance_page(importances, tokens, title=title), encoding="utf-8")

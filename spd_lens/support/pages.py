@@ -1,25 +1,104 @@
-"""Self-contained HTML pages from templates: data goes in as JSON that no text in it can break out of."""
+"""HTML from Jinja2 templates: pages that need nothing else, and short pieces for notebooks.
+
+Every template is autoescaped, data goes in as JSON that no text in it can break out of, and every page has a
+content-security policy that lets nothing in from outside and runs no script but the page's own.
+"""
 
 from __future__ import annotations
 
-import html
+import base64
+import functools
+import hashlib
 import json
-from importlib import resources
-from typing import Any
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+_SCRIPT = re.compile(r"<script>(.*?)</script>", re.DOTALL)
 
 
 def script_json(value: Any) -> str:
-    """JSON for a `<script type="application/json">` element.
+    """JSON for a `<script type="application/json">` element; numbers that JSON cannot write become null.
 
-    Every `<` is written as `\\u003c`: not only `</script>` ends such an element, `<!--<script>` keeps it from ending.
+    `<`, `>`, `&` and the line separators are written as `\\u....`: not only `</script>` ends such an element,
+    `<!--<script>` keeps it from ending.
     """
-    return json.dumps(value, allow_nan=False).replace("<", "\\u003c")
+    text = json.dumps(_finite(value), allow_nan=False)
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return value
+
+
+@functools.cache
+def _environment() -> Environment:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("spd_lens.support", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["visible"] = visible
+    return environment
 
 
 def filled_page(template: str, *, title: str, data: Any) -> str:
-    """The page `templates/{template}`, its `__TITLE__` escaped and its (last) `__DATA__` as JSON."""
-    page = resources.files("spd_lens.support").joinpath(f"templates/{template}").read_text(encoding="utf-8")
-    # The title may hold the word __DATA__ itself: the data's place is found first.
-    before, after = page.rsplit("__DATA__", 1)
-    title = html.escape(title)
-    return before.replace("__TITLE__", title) + script_json(data) + after.replace("__TITLE__", title)
+    """The page `templates/{template}` with its title, and `data` where its script reads it.
+
+    The policy in its head names the scripts by their SHA-256, so no other script runs in it, whatever the data.
+    """
+    from markupsafe import Markup
+
+    # The script is the template's own and holds no values, so its hash can be taken from the template's text.
+    own = _environment().get_template(template).render(title="", data="", policy="")
+    hashes = [base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in _SCRIPT.findall(own)]
+    scripts = " ".join(f"'sha256-{h}'" for h in hashes) or "'none'"
+    policy = f"default-src 'none'; script-src {scripts}; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+    return (
+        _environment()
+        .get_template(template)
+        .render(title=visible(title), data=Markup(script_json(data)), policy=Markup(policy))
+    )
+
+
+def table_html(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> str:
+    """A table for a notebook: a caption, a header, rows (first column left, others right), and lines below."""
+    template = _environment().get_template("table.html")
+    return template.render(title=title, header=list(header), rows=[list(row) for row in rows], notes=list(notes))
+
+
+# What would reorder, hide or end other text: bidirectional controls, zero-width characters, other control characters.
+_HIDDEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff]"
+)
+
+
+def visible(text: str) -> str:
+    """The text with line breaks, tabs and characters that nobody can see written out.
+
+    >>> visible("a\\nb\\u202ec")
+    'a⏎b<U+202E>c'
+    """
+    text = text.replace("\n", "⏎").replace("\t", "⇥")
+    return _HIDDEN.sub(lambda found: f"<U+{ord(found.group()):04X}>", text)
+
+
+def shortened(text: str, n: int) -> str:
+    """At most `n` characters of the text, an ellipsis in place of the rest."""
+    return text if len(text) <= n else text[: n - 1] + "…"

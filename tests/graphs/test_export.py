@@ -241,7 +241,7 @@ CONTEXTS = {(SITE, 3): [Context(["whale ", HOSTILE], [0.0, 0.9]), Context(["plai
 
 def test_the_page_stands_alone_and_every_text_is_escaped(tmp_path: Path) -> None:
     page = hostile_graph().to_html(tmp_path / "g.html", title=f"T {HOSTILE}", contexts=CONTEXTS).read_text()
-    assert html.escape(f"T {HOSTILE}") in page
+    assert html.unescape(page.split("<h1><bdi>")[1].split("</bdi>")[0]) == f"T {HOSTILE}"
     assert not re.search(r"""(src|href)\s*=\s*["'a-z]|https?://(?!www\.w3\.org/2000/svg)""", page.replace("src=x", ""))
     assert "<img" not in page
     assert page.count("<script") == page.count("</script") == 2
@@ -262,9 +262,10 @@ def test_json_in_a_page_cannot_end_its_element() -> None:
         written = script_json({"t": text})
         assert "<" not in written
         assert json.loads(written) == {"t": text}
-    page = filled_page("graph.html", title="__DATA__", data={"t": "__DATA__ __TITLE__"})
-    assert "<h1>__DATA__</h1>" in page
-    assert '{"t": "__DATA__ __TITLE__"}' in page
+    page = filled_page("graph.html", title="{{ data }}", data={"t": "{{ data }} {% raw %}"})
+    assert "<h1><bdi>{{ data }}</bdi></h1>" in page
+    assert '{"t": "{{ data }} {% raw %}"}' in page
+    assert script_json([float("nan"), {"a": float("inf")}]) == '[null, {"a": null}]'
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -300,6 +301,10 @@ document.body.append(out);
 </script></body>"""
 
 
+# The page's policy runs no script but its own; the driven copy lets the driver run too.
+ANY_SCRIPT = re.compile(r"(script-src )'sha256-[^']*'")
+
+
 def in_browser(page: Path, profile: Path) -> tuple[str, list[str]]:
     """The page's DOM after its scripts ran, and what it wrote to the console."""
     command = [
@@ -315,7 +320,7 @@ def report_of(path: Path, profile: Path) -> tuple[dict[str, Any], list[str]]:
     import base64
 
     driven = path.with_suffix(".driven.html")
-    driven.write_text(path.read_text().replace("</body>", DRIVER))
+    driven.write_text(ANY_SCRIPT.sub(r"\1'unsafe-inline'", path.read_text()).replace("</body>", DRIVER))
     dom, console = in_browser(driven, profile)
     found = re.search(r'<pre id="report">(.*?)</pre>', dom)
     return (json.loads(base64.b64decode(found.group(1))) if found else {}), console
@@ -346,7 +351,8 @@ def test_a_browser_shows_the_graph_and_reacts(tmp_path: Path) -> None:
     # The console is really read.
     broken = tmp_path / "broken.html"
     broken.write_text(path.read_text().replace("</body>", "<script>nothing.here()</script></body>"))
-    assert in_browser(broken, tmp_path / "profile")[1] != []
+    (line,) = in_browser(broken, tmp_path / "profile")[1]
+    assert "Content Security Policy" in line  # what is not the page's own does not run
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (Debian: apt-get install chromium)")
@@ -363,7 +369,7 @@ def test_a_browser_shows_real_graphs(graph: AttributionGraph, tmp_path: Path) ->
     assert (report["nodes"], report["all"]) == (data_set.graph.number_of_nodes(), data_set.graph.number_of_edges())
 
 
-# -- heat maps and strips ------------------------------------------------------------------------------------------
+# -- heat maps -----------------------------------------------------------------------------------------------------
 
 
 def effects(positions: tuple[int, ...] | None = (0, 2)) -> Effects:
@@ -393,21 +399,3 @@ def test_heat_maps_are_blue_and_red_around_zero_with_tokens_that_stay_apart() ->
         effects_heatmap(effects(), SITE, ["a", "b"])
     with pytest.raises(ValueError, match="nothing was measured"):
         effects_heatmap(effects(), "other")
-
-
-def test_strips_colour_every_token_by_importance_and_escape_it() -> None:
-    from spd_lens.pictures import token_strips
-
-    g = torch.zeros(3, 5)
-    g[1, 2], g[2, 4] = 0.8, 0.4
-    strips = token_strips({SITE: g}, ["The", HOSTILE, "\n"], {SITE: [2, 4]})
-    assert "<img" not in strips
-    assert html.escape(HOSTILE) in strips
-    colours = re.findall(r"background:rgba\(122,31,107,([\d.]+)\)", strips)
-    assert [float(c) for c in colours] == pytest.approx([0, 0.6, 0, 0, 0, 0.3])
-    assert strips.count('title="importance 0.800"') == 1
-    assert strips._repr_html_() == strips
-    assert token_strips({SITE: g}, ["a", "b", "c"]).count("white-space:pre-wrap") == 2
-    assert "no importance above 0.1" in token_strips({SITE: 0 * g}, ["a", "b", "c"])
-    with pytest.raises(ValueError, match="importances at 3 positions, but there are 2 tokens"):
-        token_strips({SITE: g}, ["a", "b"])

@@ -113,8 +113,8 @@ def test_a_cache_and_clean_tokens_are_the_same_and_tokens_know_the_target(decomp
     by_cache = activation_patching(decomposition, CORRUPTED, clean_cache(decomposition), metric, {IN: [1], OUT: [2]})
     torch.testing.assert_close(by_tokens.values, by_cache.values)
     with torch.no_grad():
-        torch.testing.assert_close(by_tokens.target, metric(decomposition.model(CLEAN)))
-    span = float((by_tokens.target - by_tokens.baseline).mean())  # pyright: ignore
+        torch.testing.assert_close(by_tokens.clean_metric, metric(decomposition.model(CLEAN)))
+    span = float((by_tokens.clean_metric - by_tokens.baseline).mean())  # pyright: ignore
     torch.testing.assert_close(by_tokens.recovered, by_tokens.effects / span)
     with pytest.raises(ValueError, match="give clean tokens instead of a cache"):
         _ = by_cache.recovered
