@@ -2,6 +2,7 @@
 
 from spd_lens.circuits.check import BUDGETS, CircuitReport, check_circuit
 from spd_lens.circuits.circuit import Circuit, circuit_of
+from spd_lens.circuits.config import CircuitConfig
 from spd_lens.circuits.curves import (
     FaithfulnessCurve,
     UnitComparison,
@@ -17,6 +18,7 @@ from spd_lens.circuits.search import find_circuit
 __all__ = [
     "BUDGETS",
     "Circuit",
+    "CircuitConfig",
     "CircuitReport",
     "FaithfulnessCurve",
     "HeadAndMLPUnits",

@@ -19,17 +19,19 @@ importances that follow the prompt (that is what gates are for).
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from spd_lens.circuits.behaviour import Behaviour, Metrics, Objective
-from spd_lens.circuits.check import BUDGETS, HOLDS_ABOVE, CircuitReport, check_budgets, report_on
+from spd_lens.circuits.behaviour import Behaviour, Metrics
+from spd_lens.circuits.check import CircuitReport, report_on
 from spd_lens.circuits.circuit import Circuit
+from spd_lens.circuits.config import CircuitConfig, CircuitMasks
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.masks import sample_masks
 from spd_lens.core.squashings import importance_of, lower_squash, upper_squash
@@ -40,9 +42,6 @@ from spd_lens.objective.penalties import Power
 from spd_lens.support.progress import tqdm
 from spd_lens.tasks.task import Task
 
-CircuitMasks: TypeAlias = Literal["importance", "stochastic", "pgd", "persistent"]
-
-
 # Where nodes that the gates hold for unimportant start: gradients of the minimality loss end at 0.
 _BELOW = -0.01
 
@@ -50,50 +49,24 @@ _BELOW = -0.01
 def find_circuit(
     decomposition: Decomposition,
     prompts: Task | Tensor,
+    config: CircuitConfig | None = None,
     *,
     position_mask: Bool[Tensor, "row pos"] | None = None,
-    objective: Objective = "kl",
-    masks: CircuitMasks | Sequence[CircuitMasks] = ("stochastic", "pgd"),
-    by_position: bool = False,
-    start: Literal["gates", "all"] = "gates",
-    minimality: float = 2e-3,
-    p: float = 1.0,
-    steps: int = 200,
-    lr: float = 0.05,
-    pgd: PGD | None = None,
-    rows_per_step: int | None = None,
-    tolerance: float = 0.02,
-    prune_tries: int = 60,
     metrics: Metrics | None = None,
-    budgets: Sequence[int] = BUDGETS,
-    restarts: int = 3,
-    holds_above: float = HOLDS_ABOVE,
-    seed: int = 0,
+    **changes: Any,
 ) -> CircuitReport:
     """The nodes that keep the target's behaviour on `prompts` (see the module), with the measured ways it holds.
 
-    What is kept
     - `prompts`: a `Task` (its clean prompts, at the position of the answer) or tokens `[row pos]`, there the positions
       of `position_mask` (None: all). One prompt: tokens `[1 pos]`.
-    - `objective`: `"kl"` to the target's whole distribution, or `"answer"`: `-log p(answers)` of a task.
-
-    How
-    - `masks`: one mask source or several: `"importance"` (outside and delta 0), `"stochastic"` (K1), `"pgd"` (a fresh
-      adversary in every step, budget `pgd`; default 8 steps of 0.2 with one source for all rows and positions),
-      `"persistent"` (K4, cheaper: its sources are kept, one ascent a step).
-    - `by_position`: a node is a subcomponent at one position; for prompts of one template.
-    - `start`: from the gates' largest importance on the prompts, or with all nodes on.
-    - `minimality`: what a node has to be worth, as a share of the behaviour; `p`: exponent of L2. `steps`, `lr` of
-      Adam, cosine to 0; `rows_per_step`: random rows in every step (None: all).
-    - `tolerance`: how far pruning may raise the distance under the same mask sources, as a share of the behaviour;
-      `prune_tries`: how many times the second round of pruning may measure.
+    - `config`: how (see `CircuitConfig`; None: its defaults), and fields of it to change: `steps=100, masks="pgd"`.
+    - `metrics`: as in `check_circuit`.
 
     The report is measured on the same prompts, to which a search that prunes to the limit fits itself: run
-    `check_circuit` on others before anything is claimed. `metrics`, `budgets`, `restarts` and `holds_above` are as
-    there. The model and the decomposition are left as they were.
+    `check_circuit` on others before anything is claimed. The model and the decomposition are left as they were.
 
-    Raises ValueError for unknown mask sources, prompts that do not fit the model, and where switching all decomposed
-    sites off costs nothing.
+    Raises ValueError for choices that make no sense, prompts that do not fit the model, and where switching all
+    decomposed sites off costs nothing; TypeError for unknown choices.
 
     >>> from spd_lens import decompose
     >>> from spd_lens.models import load_tiny_lm
@@ -104,59 +77,32 @@ def find_circuit(
     >>> report.n_nodes <= 8
     True
     """
-    sources = _checked_sources(masks)
-    if steps < 1 or lr <= 0 or minimality < 0 or p <= 0 or tolerance < 0 or prune_tries < 0:
-        raise ValueError(
-            f"steps={steps}, lr={lr}, minimality={minimality}, p={p}, tolerance={tolerance}, prune_tries={prune_tries};"
-            " expected steps of at least 1, lr and p above 0, and none of the others negative"
-        )
-    if rows_per_step is not None and rows_per_step < 1:
-        raise ValueError(f"rows_per_step={rows_per_step}; expected at least 1, or None for all rows")
-    check_budgets(budgets, restarts, 1)
-    pgd = pgd or PGD(8, 0.2, "batch")
-    behaviour = Behaviour(decomposition, prompts, position_mask=position_mask, objective=objective, metrics=metrics)
-    search = _Search(behaviour, sources, pgd, by_position, torch.Generator(decomposition.device).manual_seed(seed))
-    pre = search.starting_point(start)
-    search.optimise(pre, steps=steps, lr=lr, minimality=minimality, p=p, rows_per_step=rows_per_step)
-    circuit, distances = search.prune({name: x.detach() for name, x in pre.items()}, tolerance, prune_tries)
-    how = {
-        "masks": sources, "objective": objective, "by_position": by_position, "start": start, "minimality": minimality,
-        "p": p, "steps": steps, "lr": lr, "pgd": vars(pgd), "tolerance": tolerance, "seed": seed, **distances,
-    }  # fmt: skip
+    config = (config or CircuitConfig()).changed(**changes)
+    behaviour = Behaviour(
+        decomposition, prompts, position_mask=position_mask, objective=config.objective, metrics=metrics
+    )
+    search = _Search(behaviour, config, torch.Generator(decomposition.device).manual_seed(config.seed))
+    pre = search.starting_point()
+    search.optimise(pre)
+    circuit, distances = search.prune({name: x.detach() for name, x in pre.items()})
     return report_on(
         behaviour,
         circuit,
-        budgets=budgets,
+        budgets=config.budgets,
         step_size=0.1,
-        restarts=restarts,
+        restarts=config.restarts,
         draws=8,
-        holds_above=holds_above,
-        seed=seed + 1,
-        how=how,
+        holds_above=config.holds_above,
+        seed=config.seed + 1,
+        how={**dataclasses.asdict(config), **distances},  # pyright: ignore[reportArgumentType]
     )
-
-
-def _checked_sources(masks: CircuitMasks | Sequence[CircuitMasks]) -> tuple[CircuitMasks, ...]:
-    chosen: tuple[Any, ...] = (masks,) if isinstance(masks, str) else tuple(masks)
-    known = get_args(CircuitMasks)
-    if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(known):
-        raise ValueError(f"masks={masks!r}; expected one or several different ones of {', '.join(map(repr, known))}")
-    return chosen
 
 
 class _Search:
     """The two halves of the search, which share prompts, mask sources and scale."""
 
-    def __init__(
-        self,
-        behaviour: Behaviour,
-        sources: tuple[CircuitMasks, ...],
-        pgd: PGD,
-        by_position: bool,
-        generator: torch.Generator,
-    ) -> None:
-        self.behaviour, self.sources, self.pgd, self.generator = behaviour, sources, pgd, generator
-        self.by_position, self.adversary = by_position, None
+    def __init__(self, behaviour: Behaviour, config: CircuitConfig, generator: torch.Generator) -> None:
+        self.behaviour, self.config, self.generator, self.adversary = behaviour, config, generator, None
         with torch.no_grad():
             zeros = {s: torch.zeros(1, w.n_subcomponents, device=w.V.device) for s, w in self.weights.items()}
             g = behaviour.importances(zeros)
@@ -173,53 +119,44 @@ class _Search:
     def weights(self) -> Decomposition:
         return self.behaviour.decomposition
 
-    def starting_point(self, start: str) -> dict[str, Tensor]:
+    def starting_point(self) -> dict[str, Tensor]:
         """Pre-activations `p [pos C]` (or `[1 C]`), to be optimised."""
-        behaviour = self.behaviour
-        if start not in ("gates", "all"):
-            raise ValueError(f"start={start!r}; expected 'gates' or 'all'")
-        if self.by_position and any(len(lead) < 2 for lead in behaviour.leads.values()):
+        behaviour, by_position = self.behaviour, self.config.by_position
+        if by_position and any(len(lead) < 2 for lead in behaviour.leads.values()):
             raise ValueError("by_position=True, but this model's inputs have no positions")
         with torch.no_grad():
-            predicted = self.weights.pre_importances(behaviour.inputs) if start == "gates" else None
+            predicted = self.weights.pre_importances(behaviour.inputs) if self.config.start == "gates" else None
         found = {}
         for name, weight in self.weights.items():
             lead = behaviour.leads[name]
-            n_positions = lead[1] if self.by_position else 1
+            n_positions = lead[1] if by_position else 1
             if predicted is None:
                 value = weight.V.new_ones(n_positions, weight.n_subcomponents)
             else:
                 g = importance_of(predicted[name])
-                kept = tuple({1} if self.by_position else ())
+                kept = tuple({1} if by_position else ())
                 value = g.amax(dim=tuple(d for d in range(g.ndim - 1) if d not in kept)).reshape(n_positions, -1)
                 value = torch.where(value > 0, value, _BELOW).to(weight.V.dtype)
             found[name] = value.detach().clone().requires_grad_(True)
         return found
 
-    def optimise(
-        self,
-        pre: Mapping[str, Tensor],
-        *,
-        steps: int,
-        lr: float,
-        minimality: float,
-        p: float,
-        rows_per_step: int | None,
-    ) -> None:
+    def optimise(self, pre: Mapping[str, Tensor]) -> None:
         """Descend the loss of the module docstring on `pre`, in place."""
+        config, lr, rows_per_step = self.config, self.config.lr, self.config.rows_per_step
         optimizer = torch.optim.Adam(pre.values(), lr=lr)
         n_rows = len(self.behaviour.tokens)
         with torch.enable_grad():
-            for step in tqdm(range(steps), desc="circuit", leave=False, delay=2):
-                optimizer.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+            for step in tqdm(range(config.steps), desc="circuit", leave=False, delay=2):
+                optimizer.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / config.steps))
                 rows = None
                 if rows_per_step is not None and rows_per_step < n_rows:
                     rows = torch.randperm(n_rows, generator=self.generator, device=self.generator.device)
                     rows = rows[:rows_per_step].to(self.behaviour.tokens.device)
                 g = self.behaviour.importances({name: lower_squash(x) for name, x in pre.items()}, rows)
                 upper = {name: upper_squash(x).reshape(1, -1) for name, x in pre.items()}
-                distance = torch.stack([self.distance(source, g, rows) for source in self.sources]).mean()
-                loss = (distance - self.floor) / self.scale + minimality * minimality_loss(upper, penalty=Power(p))
+                distance = torch.stack([self.distance(source, g, rows) for source in config.masks]).mean()
+                penalty = minimality_loss(upper, penalty=Power(config.p))
+                loss = (distance - self.floor) / self.scale + config.minimality * penalty
                 optimizer.zero_grad(set_to_none=True)
                 gradients = torch.autograd.grad(loss, list(pre.values()) + self._sources_in_graph(), allow_unused=True)
                 for x, gradient in zip(pre.values(), gradients, strict=False):
@@ -244,14 +181,16 @@ class _Search:
             case "importance" | "stochastic":
                 drawn = sample_masks(g, kind=source, generator=generator)
             case "pgd":
-                found = behaviour.worst_sources(g, random_sources(g, self.pgd.scope, generator), self.pgd, rows)
+                found = behaviour.worst_sources(
+                    g, random_sources(g, self.config.pgd.scope, generator), self.config.pgd, rows
+                )
                 drawn = masks_from_sources(g, found)
             case "persistent":
                 if self.adversary is None:
                     self.adversary = PersistentSources(g, Persistent(), generator=generator)
                     # Started from what hurts now; later the sources follow.
                     detached = {name: x.detach() for name, x in g.items()}
-                    for _ in range(self.pgd.steps):
+                    for _ in range(self.config.pgd.steps):
                         self.adversary.warm(
                             lambda s: behaviour.distance(behaviour.forward(masks_from_sources(detached, s), rows), rows)
                         )
@@ -260,7 +199,7 @@ class _Search:
 
     # -- pruning -----------------------------------------------------------------------------------------------------
 
-    def prune(self, pre: Mapping[str, Tensor], tolerance: float, tries: int) -> tuple[Circuit, dict[str, float | int]]:
+    def prune(self, pre: Mapping[str, Tensor]) -> tuple[Circuit, dict[str, float | int]]:
         """The smallest set that pruning found, and the distances on the way (shares of the behaviour lost)."""
         sizes = [x.numel() for x in pre.values()]
         importance = torch.cat([x.flatten() for x in pre.values()])
@@ -276,12 +215,12 @@ class _Search:
             return self._lost(nodes(chosen))
 
         before = lost(order)
-        limit = before + tolerance
+        limit = before + self.config.tolerance
         low, high = 0, len(order)
         while low < high:
             middle = (low + high) // 2
             low, high = (low, middle) if lost(order[:middle]) <= limit else (middle + 1, high)
-        kept = _drop_chunks(order[:high], lost, limit, tries)
+        kept = _drop_chunks(order[:high], lost, limit, self.config.prune_tries)
         chosen = nodes(kept)
         circuit = Circuit(
             {name: x > 0 for name, x in chosen.items()},
@@ -297,17 +236,17 @@ class _Search:
         """
         behaviour, total = self.behaviour, 0.0
         g = behaviour.importances(nodes)
-        for source in self.sources:
+        for source in self.config.masks:
             generator = torch.Generator(self.generator.device).manual_seed(0)
             if source in ("importance", "stochastic"):
                 drawn = [sample_masks(g, kind=source, generator=generator)]  # pyright: ignore[reportArgumentType]
             else:
-                pgd = PGD(math.ceil(2.5 * self.pgd.steps), self.pgd.step_size, "batch")
+                pgd = PGD(math.ceil(2.5 * self.config.pgd.steps), self.config.pgd.step_size, "batch")
                 starts = [random_sources(g, "batch", generator) for _ in range(2)]
                 drawn = [masks_from_sources(g, behaviour.worst_sources(g, start, pgd)) for start in starts]
             with torch.no_grad():
                 total += max(float(behaviour.distance(behaviour.forward(masks))) for masks in drawn)
-        return (total / len(self.sources) - self.floor) / self.scale
+        return (total / len(self.config.masks) - self.floor) / self.scale
 
 
 def _drop_chunks(kept: Sequence[int], lost: Any, limit: float, tries: int) -> list[int]:
