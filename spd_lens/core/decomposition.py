@@ -204,7 +204,7 @@ class Decomposition(Mapping[str, DecomposedWeight]):
 
     # -- interventions: lists of TransformerLens hooks -----------------------------------------------------------
 
-    def ablate(self, subcomponents: Mapping[str, Iterable[int] | int] | Unit | Sequence[Unit]) -> HookList:
+    def ablate(self, subcomponents: Mapping[str, Any] | Unit | Sequence[Unit]) -> HookList:
         """Hooks that remove the named subcomponents, or units: their mask is 0, all else (also the delta) stays.
 
         Use with `model.hooks(fwd_hooks=...)`; lists compose by addition, because every hook multiplies the mask
@@ -214,7 +214,7 @@ class Decomposition(Mapping[str, DecomposedWeight]):
             return unit_hooks(self, subcomponents, keep=False)
         return [hook for name, ids in subcomponents.items() for hook in ablation_hooks(self[name], ids)]
 
-    def keep(self, subcomponents: Mapping[str, Iterable[int] | int] | Unit | Sequence[Unit]) -> HookList:
+    def keep(self, subcomponents: Mapping[str, Any] | Unit | Sequence[Unit]) -> HookList:
         """Hooks that keep only the named subcomponents, or units, of each named site: all else there is 0."""
         if not isinstance(subcomponents, Mapping):
             return unit_hooks(self, subcomponents, keep=True)

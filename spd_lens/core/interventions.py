@@ -20,14 +20,14 @@ from spd_lens.core.decomposed_weight import DecomposedWeight
 HookList = list[tuple[str, Any]]
 
 
-def ablation_hooks(weight: DecomposedWeight, ids: Iterable[int] | int) -> HookList:
+def ablation_hooks(weight: DecomposedWeight, ids: Iterable[Any] | Integral | int) -> HookList:
     """The named subcomponents' masks are 0; everything else, also the delta, stays."""
     factor = torch.ones(weight.n_subcomponents, device=weight.V.device)
     factor[checked_ids(weight, ids)] = 0
     return [_mask_hook(weight, factor)]
 
 
-def keeping_hooks(weight: DecomposedWeight, ids: Iterable[int] | int) -> HookList:
+def keeping_hooks(weight: DecomposedWeight, ids: Iterable[Any] | Integral | int) -> HookList:
     """Only the named subcomponents stay: all other masks of this site and its delta mask are 0."""
     factor = torch.zeros(weight.n_subcomponents, device=weight.V.device)
     factor[checked_ids(weight, ids)] = 1
@@ -82,7 +82,7 @@ def _multiply(value: Tensor, hook: Any, *, factor: Tensor, n_trailing: int) -> T
     return value * factor
 
 
-def checked_ids(weight: DecomposedWeight, ids: Iterable[int] | int) -> list[int]:
+def checked_ids(weight: DecomposedWeight, ids: Iterable[Any] | Integral | int) -> list[int]:
     """`ids` (or one id) as plain numbers; TypeError or ValueError if one is no subcomponent of `weight`."""
     count = weight.n_subcomponents
     if isinstance(ids, Integral) or (isinstance(ids, Tensor) and ids.ndim == 0):

@@ -86,7 +86,7 @@ def _site_label(site: str, ids: Sequence[int]) -> str:
 
 
 # What the public functions accept as `ids`; see `units_of`.
-Ids: TypeAlias = Mapping[str, Any] | Unit | Sequence[Unit | Mapping[str, Iterable[int] | int]] | None
+Ids: TypeAlias = Mapping[str, Any] | Unit | Sequence[Unit | Mapping[str, Any]] | None
 
 
 def units_of(decomposition: Mapping[str, DecomposedWeight], ids: Ids) -> tuple[Unit, ...]:

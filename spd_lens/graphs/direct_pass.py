@@ -65,6 +65,11 @@ class DirectPass:
     leaves: dict[Origin, Tensor] = field(default_factory=dict)
     output: Tensor = field(default_factory=lambda: torch.empty(0))
 
+    @property
+    def eps(self) -> float:
+        """The rounding of the coarsest numbers in the pass: a model in half precision rounds what it writes."""
+        return max(torch.finfo(value.dtype).eps for value in (self.output, *self.activations.values()))
+
     def copies(self, value: Tensor) -> Tensor:
         """`[(copy batch) ...]` as `[copy batch ...]`."""
         return value.unflatten(0, (self.n_copies, -1))
@@ -170,7 +175,11 @@ def delta_outputs(decomposition: Decomposition, tokens: Tensor) -> dict[str, Flo
         check_whole_input(site, x)
         weight = decomposition[site]
         unexplained = weight.target_weight - weight.weight
-        found[site] = unexplained[x.clamp_min(0)] * (x >= 0).unsqueeze(-1) if weight.site.is_lookup else x @ unexplained
+        found[site] = (
+            unexplained[x.clamp_min(0)] * (x >= 0).unsqueeze(-1)
+            if weight.site.is_lookup
+            else x.to(unexplained.dtype) @ unexplained
+        )
     return found
 
 

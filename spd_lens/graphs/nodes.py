@@ -21,10 +21,10 @@ def copies_per_pass(decomposition: Decomposition, tokens: Tensor, given: int | N
     if given is not None and (isinstance(given, bool) or given < 1):
         raise ValueError(f"per_pass={given}; expected at least 1 receiver per backward pass, or None")
     per_position = sum(3 * weight.n_subcomponents + weight.U.shape[1] for weight in decomposition.values())
-    cfg = getattr(decomposition.model, "cfg", None)
-    per_position += int(getattr(cfg, "d_vocab", 0) or 0)
+    host = decomposition.host
+    per_position += host.vocabulary_size() or 0
     # What the rest of the model keeps for the backward pass: about twenty residual streams a block.
-    per_position += 20 * decomposition.host.n_layers() * int(getattr(cfg, "d_model", 0) or 0)
+    per_position += 20 * host.n_layers() * host.d_model()
     fitting = max(1, _ENTRIES_PER_PASS // (per_position * tokens.numel()))
     return min(given or min(fitting, _MOST_COPIES), n_receivers)
 

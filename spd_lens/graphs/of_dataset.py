@@ -181,7 +181,7 @@ class _Sums:
         self.senders = [Unit(((site, c),)) for site, c in self.receivers]
         self.senders += [sender_of(origin, 0, None) for origin in whole.leaves if origin[0] != "subcomponent"]
         self.n_readouts = n_readouts
-        self.eps = max(torch.finfo(a.dtype).eps for a in whole.activations.values())
+        self.eps = whole.eps
         shape = (len(self.receivers) + n_readouts, len(self.senders))
         self.signed, self.absolute = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
 

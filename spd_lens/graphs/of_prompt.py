@@ -30,7 +30,7 @@ from spd_lens.graphs.check import Reading, prompt_check
 from spd_lens.graphs.direct_pass import DirectPass, direct_pass, origin_of, sender_of
 from spd_lens.graphs.graph import AttributionGraph
 from spd_lens.graphs.nodes import above_rounding, copies_per_pass, node_attributes, readout_attributes
-from spd_lens.graphs.readouts import Readout, ReadoutsGiven, chosen_readouts, token_strings
+from spd_lens.graphs.readouts import Readout, ReadoutsGiven, chosen_readouts
 from spd_lens.graphs.removals import Drop
 from spd_lens.patching.arguments import checked_input, checked_positions
 from spd_lens.patching.frozen import Frozen
@@ -64,7 +64,8 @@ def attribution_graph(
     - token and position embeddings that are not decomposed, at every position; or, where the first decomposed block is
       a later one, the residual stream that enters it;
     - readouts: with None the likeliest next tokens at `position` (at most 10, until they have 95 % of the probability),
-      or the tokens with the given ids; both as logit minus mean logit, `readout_weight` their probability. Or
+      or the tokens that are given, as ids or as text (`" whale"`); both as logit minus mean logit, `readout_weight`
+      their probability. Or
       `{"he - she": lambda logits: logits[0, -1, 5] - logits[0, -1, 7]}`: functions of the logits `[1 pos d_vocab]`
       that return one number, of equal weight.
 
@@ -104,11 +105,11 @@ def attribution_graph(
     senders = chosen + _fixed_senders(whole, tokens.shape[1])
     weights, from_unshown = _weights(whole, chosen, senders, wanted)
 
-    strings = token_strings(decomposition, tokens[0])
+    strings = decomposition.host.token_strings(tokens[0].tolist())
     graph = _with_nodes(whole, chosen, senders, wanted, strings, position, importances, from_unshown)
     names = list(graph.nodes)
     receivers = [*range(len(chosen)), *range(len(senders), len(senders) + len(wanted))]
-    eps = max(torch.finfo(a.dtype).eps for a in whole.activations.values())
+    eps = whole.eps
     rows, columns = above_rounding(weights, eps).nonzero(as_tuple=True)
     edges = [(names[s], names[receivers[r]]) for r, s in zip(rows.tolist(), columns.tolist(), strict=True)]
     strengths = weights[rows, columns]

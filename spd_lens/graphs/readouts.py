@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.patching.arguments import Metric
+from spd_lens.tasks.task import encode, spelled
 
-# None: the likeliest tokens; token ids; or functions of the logits by name.
-ReadoutsGiven: TypeAlias = Sequence[int] | Mapping[str, Metric] | None
+# None: the likeliest tokens; tokens, as ids or as text; or functions of the logits by name.
+ReadoutsGiven: TypeAlias = int | str | Sequence[int | str] | Tensor | np.ndarray | Mapping[str, Metric] | None
 
 
 @dataclass(frozen=True)
@@ -47,18 +48,37 @@ def chosen_readouts(decomposition: Decomposition, tokens: Tensor, given: Readout
         enough = int((ordered.cumsum(0) < 0.95).sum()) + 1
         ids = ranked[: min(10, enough)].tolist()
     else:
-        ids = [int(i) for i in given]
+        ids = [_token_id(decomposition, item) for item in ([given] if isinstance(given, (int, str)) else given)]
         wrong = [i for i in ids if not 0 <= i < len(probabilities)]
         if wrong or not ids or len(set(ids)) != len(ids):
             raise ValueError(
                 f"readouts={ids}; expected different token ids in 0..{len(probabilities) - 1}, at least one (or None "
                 "for the likeliest, or {name: function of the logits})"
             )
-    texts = token_strings(decomposition, torch.tensor(ids))
+    texts = decomposition.host.token_strings(ids)
     return [
         Readout(f"logit of {text!r}", i, float(probabilities[i]), float(probabilities[i]), _centred_logit(i, position))
         for i, text in zip(ids, texts, strict=True)
     ]
+
+
+def _token_id(decomposition: Decomposition, given: Any) -> int:
+    """The id of a token that is given as an id or as text, written as it follows the prompt (`" whale"`)."""
+    given = given.item() if isinstance(given, (Tensor, np.generic)) else given
+    if isinstance(given, bool) or not isinstance(given, (int, str)):
+        raise TypeError(f"the readout {given!r} is a {type(given).__name__}; expected a token id, or a token as text")
+    if isinstance(given, int):
+        return given
+    tokenizer = decomposition.host.tokenizer()
+    if tokenizer is None:
+        raise ValueError(f"the readout {given!r} is text, but this model has no tokenizer; give the token's id")
+    ids = encode(tokenizer, given)
+    if len(ids) != 1:
+        raise ValueError(
+            f"the readout {given!r} is {len(ids)} tokens for this model, {spelled(tokenizer, ids)}; expected a single "
+            "token" + ("" if given[:1] == " " else ", usually with a space before it")
+        )
+    return ids[0]
 
 
 def _centred_logit(token: int, position: int) -> Callable[[Tensor], Tensor]:
@@ -77,9 +97,3 @@ def _checked_metric(name: str, metric: Metric) -> Callable[[Tensor], Tensor]:
         return found.reshape(())
 
     return value
-
-
-def token_strings(decomposition: Decomposition, ids: Int[Tensor, " pos"]) -> list[str]:
-    """Every token as text, or its number where the model has no tokenizer."""
-    tokenizer = getattr(decomposition.model, "tokenizer", None)
-    return [str(i) if tokenizer is None else str(tokenizer.decode([i])) for i in ids.tolist()]

@@ -747,3 +747,44 @@ def test_mistakes_with_data_sets_are_named(double: Decomposition, without_type_c
     graph = attribution_graph(double, PROMPT, importance_above=None, n_checked=2)
     with pytest.raises(ValueError, match=r"node_threshold=2; expected a share"):
         graph.prune(node_threshold=2)
+
+
+# -- models with a tokenizer, and in half precision ----------------------------------------------------------------
+
+
+def test_readouts_may_be_tokens_as_text(without_type_checks: None) -> None:
+    from spd_lens.models import load_tiny_lm
+
+    model = load_tiny_lm()
+    decomposition = decompose(model, {"blocks.1.mlp.W_*": 4})
+    prompt = model.to_tokens("Call me")
+    (number,) = model.tokenizer(" whale", add_special_tokens=False)["input_ids"]
+    settings: Any = {"importance_above": None, "n_checked": 1}
+    for given in (" whale", number, np.array([number]), [" whale"], [np.int64(number)]):
+        made = attribution_graph(decomposition, prompt, readouts=given, **settings)
+        (name,) = [n for n, data in made.graph.nodes(data=True) if data["kind"] == "readout"]
+        assert (name, made.graph.nodes[name]["label"]) == (f"readout {number}", "logit of ' whale'")
+    with pytest.raises(ValueError, match=r"the readout 'Ishmael' is \d tokens for this model, \['I', .* with a space"):
+        attribution_graph(decomposition, prompt, readouts="Ishmael", **settings)
+    with pytest.raises(TypeError, match="a token id, or a token as text"):
+        attribution_graph(decomposition, prompt, readouts=[1.5], **settings)
+    small = decompose(tiny_transformer(), {"blocks.1.mlp.W_*": 4})
+    with pytest.raises(ValueError, match="has no tokenizer; give the token's id"):
+        attribution_graph(small, PROMPT, readouts=" whale", **settings)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_graphs_of_models_in_half_precision_agree_as_well(dtype: torch.dtype, when: str) -> None:
+    sites = {"blocks.*.mlp.W_*": 4, "blocks.*.attn.W_[VO]": 4}
+    settings: Any = {"readouts": [3], "importance_above": None, "n_checked": 60}
+    whole = attribution_graph(decompose(tiny_transformer(), sites), PROMPT, **settings)
+    model = tiny_transformer()
+    model = model.to(dtype) if when == "before" else model
+    decomposition = decompose(model, sites)
+    if when == "after":
+        decomposition.to(dtype)
+    half = attribution_graph(decomposition, PROMPT, **settings)
+    assert half.check.not_finite == 0
+    assert half.check.correlation == pytest.approx(whole.check.correlation, abs=0.1)
+    assert half.graph.number_of_edges() < whole.graph.number_of_edges()  # rounding is coarser, and is no edge
