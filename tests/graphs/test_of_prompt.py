@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spd_lens import Decomposition, decompose
+from spd_lens import Batch, Decomposition, decompose
 from spd_lens.circuits import Circuit
 from spd_lens.core import units_of
 from spd_lens.graphs import AttributionCheck, AttributionGraph, attribution_graph, dataset_graph, influences, prune
@@ -584,9 +584,9 @@ def test_the_check_of_a_data_set_graph_removes_senders_at_single_positions(doubl
 
 def test_masked_positions_do_not_count(double: Decomposition) -> None:
     data = tokens(2, seed=4, length=6)
-    mask = torch.ones_like(data)
-    mask[:, :2] = 0
-    got = dataset_graph(double, [{"tokens": data, "attention_mask": mask}], importance_above=None, n_checked=4)
+    mask = torch.ones_like(data, dtype=torch.bool)
+    mask[:, :2] = False
+    got = dataset_graph(double, [Batch(data, position_mask=mask)], importance_above=None, n_checked=4)
     assert got.settings["n_positions"] == 8
     # From a position on, under causal attention, to itself and later ones: the sum of a single row by hand.
     one = attribution_graph(double, data[:1], readouts={"s": lambda x: spread(x)[0]}, importance_above=None)
