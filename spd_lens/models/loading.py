@@ -39,8 +39,8 @@ def open_model(
     """A language model by its TransformerLens or Hugging Face name, or from a local Hugging Face folder, in eval mode.
 
     On TransformerLens 3.9 a `HookedTransformer`, on 4.x a `TransformerBridge`; `host` chooses where both exist. Weights
-    are not folded or centred, so both compute the same logits. A folder has `config.json`, the weights, and perhaps a
-    tokenizer (without one, give token ids). Names are looked up on the Hugging Face Hub.
+    are not folded or centred, so both compute the same logits. A folder has `config.json`, the weights and a
+    tokenizer (which a `HookedTransformer` can do without). Names are looked up on the Hugging Face Hub.
 
     Raises ValueError for a name that nobody knows (near names), a path that is no such folder, an architecture that
     TransformerLens does not know, and a host that is not installed; TypeError or ValueError for a `dtype` that is none.
@@ -84,6 +84,11 @@ def _open_folder(folder: Path, host: HostName, dtype: torch.dtype, device: torch
         tokenizer = _tokenizer_of(folder)
         with no_deprecation_warnings():
             if host == "bridge":
+                if tokenizer is None:
+                    raise ValueError(
+                        f"{folder} has no tokenizer, and a TransformerBridge would look for one on the Hub; write one "
+                        "there with tokenizer.save_pretrained(folder)"
+                    )
                 return bridge_around(hf_model, folder.name, tokenizer, device, dtype)
             return _hooked_around(folder, hf_model, tokenizer, device, dtype)
 

@@ -732,7 +732,7 @@ def test_mistakes_with_data_sets_are_named(double: Decomposition, without_type_c
     data = [tokens(2, length=6)]
     for arguments, text in (
         ({"batches": []}, "the data is empty"),
-        ({"batches": [torch.rand(2, 6, 16)]}, "expected tokens"),
+        ({"batches": [torch.rand(2, 6, 16)]}, "expected an integer tensor"),
         ({"batches": data, "importance_above": 1.0}, "no subcomponent is important anywhere"),
         (
             {"batches": data, "metric": lambda logits: logits},
@@ -740,7 +740,7 @@ def test_mistakes_with_data_sets_are_named(double: Decomposition, without_type_c
         ),
         ({"batches": data, "n_checked": 0}, "n_checked=0"),
     ):
-        with pytest.raises(ValueError, match=text):
+        with pytest.raises((TypeError, ValueError), match=text):
             dataset_graph(double, **{"importance_above": None, **arguments})
     with pytest.raises(ValueError, match="this graph has no readout"):
         dataset_graph(double, data, importance_above=None, n_checked=2).prune()

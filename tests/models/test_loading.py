@@ -53,11 +53,23 @@ def test_a_folder_gives_the_logits_of_the_model_that_was_saved(family: str, host
     assert len(decompose_layer(model, 0, 4)) in (2, 3)
 
 
-def test_dtype_is_chosen_and_no_tokenizer_is_needed(tmp_path: Path) -> None:
+@needs_hooked
+def test_a_hooked_transformer_needs_no_tokenizer(tmp_path: Path) -> None:
     _saved("gpt2", tmp_path / "m")
+    assert open_model(tmp_path / "m").tokenizer is None
+
+
+def test_a_bridge_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    _saved("gpt2", tmp_path / "m")
+    with pytest.raises(ValueError, match=r"has no tokenizer.*tokenizer\.save_pretrained"):
+        open_model(tmp_path / "m", host="bridge")
+
+
+def test_dtype_is_chosen(tmp_path: Path) -> None:
+    _saved("gpt2", tmp_path / "m")
+    tiny_tokenizer(PreTrainedTokenizerFast).save_pretrained(tmp_path / "m")  # pyright: ignore[reportAttributeAccessIssue]
     model = open_model(tmp_path / "m", dtype=torch.float64)
     assert {p.dtype for p in model.parameters()} == {torch.float64}
-    assert model.tokenizer is None
     with torch.no_grad():
         assert model(tokens(1)).dtype == torch.float64
 
