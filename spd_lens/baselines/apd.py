@@ -41,11 +41,15 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
+from pydantic import Field
 from torch import Tensor
 
 from spd_lens.baselines.apd_targets import Matrices, Target, between_features, components_between_features, target_of
-from spd_lens.support.files import new_directory, read_json, read_tensors, write_json, write_tensors
+from spd_lens.support.checked_json import CheckedContent, checked_text, read_checked
+from spd_lens.support.files import given_directory, numbers, plain, tensor_hash
+from spd_lens.support.owners import held
 from spd_lens.support.progress import tqdm
+from spd_lens.support.saved_pair import SavedPair
 from spd_lens.toys.resid_mlp import ResidMLP
 from spd_lens.toys.tms import TMS
 from spd_lens.training.checkpoint import load_optimizer_tensors, optimizer_tensors
@@ -57,6 +61,7 @@ EPSILON = 1e-16
 # Attributions of as many components are taken together as keep the tensors in the processor's cache.
 ENTRIES_AT_ONCE = 250_000
 FORMAT = "spd_lens APD run"
+FORMAT_VERSION = 2
 
 
 # What the members of one run may differ in; everything else decides the shapes and the operations of a step.
@@ -251,17 +256,26 @@ def train_apd(
     """
     members = _checked(models, configs)
     run = _Run(models, members)
-    directory = None if out_dir is None else Path(out_dir)
+    if out_dir is None:
+        _train(run, None, checkpoint_every, log_every)
+    else:
+        directory = given_directory(out_dir, "out_dir")
+        directory.mkdir(parents=True, exist_ok=True)
+        with held(directory / "running.json", "training"):
+            _train(run, directory, checkpoint_every, log_every)
+    return run.results()
+
+
+def _train(run: _Run, directory: Path | None, checkpoint_every: int, log_every: int) -> None:
+    first = run.config
     step = 0 if directory is None else run.load(directory)
-    first = members[0]
-    for now in tqdm(range(step, first.steps), initial=step, total=first.steps, desc=f"APD x {len(members)}"):
+    for now in tqdm(range(step, first.steps), initial=step, total=first.steps, desc=f"APD x {len(run.members)}"):
         losses = run.step(now)
         last = now + 1 == first.steps
         if last or now % log_every == 0:
             run.log.append({"step": now, **{name: loss.tolist() for name, loss in losses.items()}})
         if directory is not None and (last or (now + 1) % checkpoint_every == 0):
             run.save(directory, now + 1)
-    return run.results()
 
 
 class _Run:
@@ -348,27 +362,60 @@ class _Run:
         return found
 
     def save(self, directory: Path, step: int) -> None:
-        """Everything that the next step depends on, with the configs it belongs to."""
-        configs = [dataclasses.asdict(m) for m in self.members]
-        with new_directory(directory, replace=True) as temporary:
-            about = {"format": FORMAT, "format_version": 1, "step": step, "configs": configs, "log": self.log}
-            write_json(temporary / "run.json", about)
-            write_tensors(temporary / "run.safetensors", {**self.parameters, **optimizer_tensors(self.adam, "adam")})
+        """Everything that the next step depends on, with the models and configs it belongs to."""
+        content = {
+            "step": step,
+            "configs": [dataclasses.asdict(m) for m in self.members],
+            "models": self._hashes(),
+            "log": self.log,
+        }
+
+        def about(digest: str) -> str:
+            return checked_text({**content, "sha256": digest}, format_name=FORMAT, version=FORMAT_VERSION)
+
+        _files(directory).write({**self.parameters, **optimizer_tensors(self.adam, "adam")}, about)
+
+    def _hashes(self) -> list[dict[str, str]]:
+        """What every member's model is: a hash of each of its matrices."""
+        each = range(len(self.members))
+        everything = {**self.matrices, **{f"constant {name}": t for name, t in self.constants.items()}}
+        return [{name: tensor_hash(t[i]) for name, t in everything.items()} for i in each]
 
     @torch.no_grad()
     def load(self, directory: Path) -> int:
-        """Undo `save`; the step to go on from, 0 where nothing was saved."""
-        if not directory.exists():
+        """Undo `save`; the step to go on from, 0 where nothing was saved. Raises ValueError for a run of others."""
+        files = _files(directory)
+        if not (directory / files.config).exists() and not (directory / files.tensors).exists():
             return 0
-        saved = read_json(directory / "run.json", format_name=FORMAT, newest_version=1)
-        if [APDConfig(**c) for c in saved["configs"]] != list(self.members):
-            raise ValueError(f"{directory} holds an APD run of {len(saved['configs'])} members with other configs")
-        tensors = read_tensors(directory / "run.safetensors")
+        saved, tensors = files.load()
+        if saved.configs != plain([dataclasses.asdict(m) for m in self.members]):
+            raise ValueError(f"{directory} holds an APD run of {len(saved.configs)} members with other configs")
+        if saved.models != self._hashes():
+            raise ValueError(f"{directory} holds an APD run on other models; choose another out_dir")
+        if saved.step > self.config.steps or any(tensors[n].shape != p.shape for n, p in self.parameters.items()):
+            raise ValueError(f"{directory / files.config} is damaged: its step or its sizes are not of this run")
+        load_optimizer_tensors(self.adam, "adam", tensors)
         for name, p in self.parameters.items():
             p.copy_(tensors[name])
-        load_optimizer_tensors(self.adam, "adam", tensors)
-        self.log = saved["log"]
-        return saved["step"]
+        self.log = numbers(saved.log)
+        return saved.step
+
+
+class _SavedRun(CheckedContent):
+    """The fields of `run.json`."""
+
+    step: int = Field(ge=1)
+    sha256: str
+    configs: list[dict[str, Any]]
+    models: list[dict[str, str]]
+    log: list[dict[str, Any]]
+
+
+def _files(directory: Path) -> SavedPair[_SavedRun]:
+    def read(path: Path) -> _SavedRun:
+        return read_checked(path, _SavedRun, format_name=FORMAT, version=FORMAT_VERSION)
+
+    return SavedPair(directory, "run.safetensors", "run.json", read, lambda saved: saved.sha256)
 
 
 def _stacked(members: Sequence[Matrices]) -> Matrices:

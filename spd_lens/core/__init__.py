@@ -3,9 +3,11 @@
 Call `decompose` or `decompose_layer` and use the `Decomposition` they return; `Unit` names subcomponents; the rest are
 the pure functions that it is made of."""
 
+from spd_lens.core.card import model_card
 from spd_lens.core.decomposed_weight import DecomposedWeight, ReadPoint
 from spd_lens.core.decomposing import decompose, decompose_layer
 from spd_lens.core.decomposition import Decomposition
+from spd_lens.core.fingerprint import target_fingerprint
 from spd_lens.core.gates import (
     DEFAULT_WIDTH,
     MAX_OFFSET,
@@ -66,11 +68,13 @@ __all__ = [
     "make_gate",
     "mask_from_source",
     "matmul_or_lookup",
+    "model_card",
     "record_inputs",
     "relative_faithfulness",
     "route",
     "sample_masks",
     "sample_routing",
+    "target_fingerprint",
     "unit_hooks",
     "units_of",
     "upper_squash",

@@ -30,6 +30,7 @@ from spd_lens.core.swap import check_sites, swap_out, swap_sites
 from spd_lens.core.units import ALIVE_ABOVE, Unit, unit_hooks
 from spd_lens.hosts.host import Host
 from spd_lens.hosts.opening import open_host
+from spd_lens.support.files import numbers
 from spd_lens.support.names import near_names
 from spd_lens.support.tables import format_table
 
@@ -52,6 +53,8 @@ class Decomposition(Mapping[str, DecomposedWeight]):
         self._weights = weights
         self.global_gate = global_gate
         self.training_record: dict[str, Any] = {}
+        # The Hub's repository, revision and commit, if it was loaded from there.
+        self.loaded_from: dict[str, str | None] | None = None
         self._removed = False
 
     # -- a mapping ---------------------------------------------------------------------------------------------
@@ -110,6 +113,7 @@ class Decomposition(Mapping[str, DecomposedWeight]):
         With `start_at=L`, `batch` is the residual stream that enters block L and only blocks from L on are run.
         """
         self.require_present()
+        self._require_reached(start_at)
         starts = {self._first_block([name]) for name in self} if self.host.can_start_at_blocks() else set()
         layers = [layer for layer in starts if layer is not None and layer > (start_at or 0)]
         with (
@@ -140,6 +144,15 @@ class Decomposition(Mapping[str, DecomposedWeight]):
             batch, start_at = residuals[first], first
         with given_masks(self._weights, masks):
             return self._run(batch, start_at)
+
+    def _require_reached(self, start_at: int | None) -> None:
+        """ValueError if a pass from block `start_at` on would leave out a site."""
+        first = None if start_at is None else self._first_block(self)
+        if start_at is not None and (first is None or first < start_at):
+            raise ValueError(
+                f"a pass from block {start_at} on does not reach every decomposed site ({', '.join(self)}); start "
+                "before the first of them, or run the tokens"
+            )
 
     def _first_block(self, names: Iterable[str]) -> int | None:
         """The first block that masks on these sites can reach; None if that is before the blocks, or there are none."""
@@ -285,10 +298,15 @@ class Decomposition(Mapping[str, DecomposedWeight]):
             for name, tensor in own.items():
                 tensor.copy_(saved[name])
 
-    def save_pretrained(self, directory: str | Path) -> Path:
+    def save_pretrained(self, directory: str | Path, *, license: str = "other") -> Path:
         """Write subcomponents, gates, settings and provenance to `directory`, replacing an earlier save there.
 
-        Raises ValueError if the directory holds something else, OSError if the disk is full; nothing is lost then.
+        Other files stay as they are, also a `README.md` that is not a generated one, or was edited. Whatever moment it
+        is killed at, the earlier save or the new one loads. `license` is for the card, in the Hub's words: "mit",
+        "apache-2.0".
+
+        Raises ValueError if files of other programs have the names of ours, OSError if the disk is full; nothing is
+        lost then.
         """
         self.require_present()
         return write_decomposition(
@@ -298,16 +316,23 @@ class Decomposition(Mapping[str, DecomposedWeight]):
             sites=[weight.site for weight in self.values()],
             settings=self.settings,
             training=self.training_record,
+            license=license,
+            loaded_from=self.loaded_from,
         )
 
     @staticmethod
-    def from_pretrained(directory_or_hub_id: str | Path, model: nn.Module) -> Decomposition:
+    def from_pretrained(
+        directory_or_hub_id: str | Path, model: nn.Module, *, revision: str | None = None
+    ) -> Decomposition:
         """Load a saved decomposition, from a directory or the Hugging Face Hub, onto a model of equal weights.
+
+        `revision` is a branch, a tag or (the only thing that cannot change) a commit of the Hub's repository; where
+        it came from is in `loaded_from` and in what is saved from then on.
 
         Raises ValueError, naming the site, if a weight differs from the one it was made from, and for a truncated,
         altered, foreign or newer save; the model is then unchanged.
         """
-        saved = read_decomposition(directory_or_hub_id)
+        saved = read_decomposition(directory_or_hub_id, revision)
         host = open_host(model)
         sites = check_sites(host, saved.settings["n_subcomponents"])
         check_same_weights(saved, sites)
@@ -315,16 +340,25 @@ class Decomposition(Mapping[str, DecomposedWeight]):
         decomposition = Decomposition(host, *swapped, saved.settings)
         try:
             decomposition.load_tensors(saved.tensors)
-        except BaseException:
+        except BaseException as error:
             decomposition.remove()
+            if isinstance(error, ValueError):
+                raise ValueError(f"{saved.directory} is damaged: {error}") from error
             raise
-        decomposition.training_record = saved.config.get("training") or {}
+        decomposition.training_record = numbers(saved.config.training)
+        decomposition.loaded_from = saved.loaded_from or saved.config.provenance.loaded_from
         return decomposition
 
-    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
-        """Upload the decomposition with a generated card to the Hugging Face Hub; returns the commit's address."""
+    def push_to_hub(
+        self, repo_id: str, *, private: bool = False, token: str | None = None, license: str = "other"
+    ) -> str:
+        """Upload the decomposition with a generated card to the Hugging Face Hub; returns the commit's address.
+
+        A README of your own that is there stays.
+        """
         with tempfile.TemporaryDirectory() as folder:
-            return upload(self.save_pretrained(Path(folder) / "decomposition"), repo_id, private=private, token=token)
+            saved = self.save_pretrained(Path(folder) / "decomposition", license=license)
+            return upload(saved, repo_id, private=private, token=token)
 
     # -- state -------------------------------------------------------------------------------------------------
 

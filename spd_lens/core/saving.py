@@ -1,8 +1,9 @@
-"""The saved form of a decomposition: a directory that can be checked, loaded and put on the Hugging Face Hub.
+"""The saved form of a decomposition: files that can be checked, loaded and put on the Hugging Face Hub.
 
-It holds `subcomponents.safetensors` (every V, U and gate), `spd_config.json` (settings and provenance: model,
-weight-processing state, a hash of every decomposed weight, versions, training configuration, metrics) and a generated
-`README.md`. It loads onto a model with the same weights only.
+They are `subcomponents.safetensors` (every V, U and gate), `spd_config.json` (settings and provenance: model,
+weight-processing state, a hash of every decomposed weight, versions, training configuration, metrics; a checksum over
+it all) and a generated `README.md`. Other files in their directory are left alone. A save loads onto a model with the
+same weights only.
 """
 
 from __future__ import annotations
@@ -10,29 +11,75 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from pydantic import Field, PositiveInt
 from torch import Tensor
 
+from spd_lens.core.card import is_replaceable, model_card
 from spd_lens.hosts.host import Host
 from spd_lens.hosts.site import Site
-from spd_lens.support.files import new_directory, read_json, read_tensors, tensor_hash, write_json, write_tensors
+from spd_lens.support.checked_json import CheckedContent, checked_text, read_checked, read_json_object
+from spd_lens.support.files import given_directory, given_path, tensor_hash
+from spd_lens.support.saved_pair import SavedPair
 from spd_lens.support.versions import library_versions
 
 FORMAT = "spd_lens decomposition"
-FORMAT_VERSION = 1
-
-
+FORMAT_VERSION = 2
 TENSORS, CONFIG, CARD = "subcomponents.safetensors", "spd_config.json", "README.md"
+_SHA256 = r"^[0-9a-f]{64}$"
+
+
+class SavedProvenance(CheckedContent):
+    """What a decomposition was made from; `loaded_from` if it was itself loaded from the Hub."""
+
+    model_name: str
+    host: str
+    weight_processing: str
+    details: dict[str, Any]
+    loaded_from: dict[str, str | None] | None = None
+
+
+class SavedSettings(CheckedContent):
+    """What rebuilds the modules of a decomposition."""
+
+    n_subcomponents: dict[str, PositiveInt] = Field(min_length=1)
+    gate: Literal["scalar", "vector", "shared", "attention", "global"]
+    gate_width: PositiveInt | None
+    init: Literal["normal", "paper", "exact"]
+    seed: int
+
+
+class SavedConfig(CheckedContent):
+    """The fields of `spd_config.json`."""
+
+    settings: SavedSettings
+    tensors_sha256: str = Field(pattern=_SHA256)
+    provenance: SavedProvenance
+    weight_hashes: dict[str, str]
+    weight_dtypes: dict[str, str]
+    versions: dict[str, str]
+    training: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class SavedDecomposition:
     """What `read_decomposition` found: trained tensors by name, the settings that rebuild their modules, the rest."""
 
+    directory: Path
     tensors: dict[str, Tensor]
     settings: dict[str, Any]
-    config: dict[str, Any]
+    config: SavedConfig
+    loaded_from: dict[str, str | None] | None
+
+
+def _files(directory: Path) -> SavedPair[SavedConfig]:
+    def read(path: Path) -> SavedConfig:
+        if not path.exists():
+            raise ValueError(f"{path} is missing: {directory} does not hold a {FORMAT}")
+        return read_checked(path, SavedConfig, format_name=FORMAT, version=FORMAT_VERSION)
+
+    return SavedPair(directory, TENSORS, CONFIG, read, lambda config: config.tensors_sha256)
 
 
 def write_decomposition(
@@ -43,111 +90,144 @@ def write_decomposition(
     sites: Sequence[Site],
     settings: Mapping[str, Any],
     training: Mapping[str, Any],
+    license: str,
+    loaded_from: Mapping[str, str | None] | None = None,
 ) -> Path:
-    """Write a decomposition to `directory`, replacing an earlier save there; returns the path.
+    """Write a decomposition to `directory`, replacing an earlier save there and nothing else; returns the path.
 
-    Raises ValueError if `directory` holds something else, OSError if the disk is full; what was there is intact.
+    Raises ValueError if files of other programs have the names of ours, OSError if the disk is full; what was there
+    is intact.
     """
-    directory = Path(directory)
-    if directory.exists() and any(directory.iterdir()) and not (directory / CONFIG).is_file():
-        raise ValueError(f"{directory} holds other files; choose a new or empty directory")
+    directory = given_directory(directory)
+    _check_names(directory)
     provenance = host.provenance()
-    with new_directory(directory, replace=True) as temporary:
-        config = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "settings": dict(settings),
-            "tensors_sha256": write_tensors(temporary / TENSORS, tensors),
-            "provenance": vars(provenance) | {"details": dict(provenance.details)},
-            "weight_hashes": {site.name: tensor_hash(site.matrix.read()) for site in sites},
-            "versions": library_versions(),
-            "training": dict(training),
-        }
-        write_json(temporary / CONFIG, config)
-        (temporary / CARD).write_text(model_card(config), encoding="utf-8")
+    content = {
+        "settings": dict(settings),
+        "provenance": {**vars(provenance), "details": dict(provenance.details), "loaded_from": loaded_from},
+        "weight_hashes": {site.name: tensor_hash(site.matrix.read()) for site in sites},
+        "weight_dtypes": {site.name: _dtype(site) for site in sites},
+        "versions": library_versions(),
+        "training": dict(training),
+    }
+    others = {CARD: model_card(content, license=license)} if is_replaceable(directory / CARD) else {}
+
+    def config(digest: str) -> str:
+        return checked_text({**content, "tensors_sha256": digest}, format_name=FORMAT, version=FORMAT_VERSION)
+
+    _files(directory).write(tensors, config, others)
     return directory
 
 
-def read_decomposition(directory_or_hub_id: str | Path) -> SavedDecomposition:
+def _check_names(directory: Path) -> None:
+    """ValueError if a file of another program stands where ours would be written."""
+    foreign = None
+    for name in (TENSORS, CONFIG):
+        if (directory / name).is_dir():
+            foreign = name
+    if foreign is None and (directory / CONFIG).exists():
+        try:
+            content = read_json_object(directory / CONFIG)
+        except ValueError:
+            return  # a damaged save of ours may be written anew
+        foreign = CONFIG if content.get("format") != FORMAT else None
+    elif foreign is None and (directory / TENSORS).exists():
+        try:
+            _files(directory).load()
+        except ValueError:
+            foreign = TENSORS
+    if foreign is not None:
+        raise ValueError(f"{directory / foreign} is of another program; choose a directory without such a file")
+
+
+def read_decomposition(directory_or_hub_id: str | Path, revision: str | None = None) -> SavedDecomposition:
     """Read a save from a directory, or from the Hugging Face Hub if there is no such directory.
 
     Raises ValueError for a truncated, altered, foreign or newer save.
     """
-    directory = Path(directory_or_hub_id)
+    directory, loaded_from = given_path(directory_or_hub_id, "the name of a saved decomposition"), None
+    if directory.is_file():
+        raise ValueError(f"{directory} is a file; expected the directory that save_pretrained wrote")
     if not directory.is_dir():
-        directory = _download(str(directory_or_hub_id))
-    config = read_json(directory / CONFIG, format_name=FORMAT, newest_version=FORMAT_VERSION)
-    for key in ("settings", "weight_hashes", "tensors_sha256", "provenance"):
-        if key not in config:
-            raise ValueError(f"{directory / CONFIG} is damaged: it has no {key!r}")
-    tensors = read_tensors(directory / TENSORS, config["tensors_sha256"])
-    return SavedDecomposition(tensors, config["settings"], config)
+        directory, loaded_from = _download(str(directory_or_hub_id), revision)
+    elif revision is not None:
+        raise ValueError(f"revision={revision!r} is for the Hub, but {directory} is a directory here; leave it away")
+    config, tensors = _files(directory).load()
+    _check_counts(directory, config, tensors)
+    return SavedDecomposition(directory, tensors, config.settings.model_dump(), config, loaded_from)
+
+
+def _check_counts(directory: Path, config: SavedConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Every size in the JSON is one that the tensors have, before anything of that size is made."""
+    counts, hashes = config.settings.n_subcomponents, config.weight_hashes
+    if counts.keys() != hashes.keys() or counts.keys() != config.weight_dtypes.keys():
+        odd = sorted(counts.keys() ^ hashes.keys())
+        raise ValueError(f"{directory / CONFIG} is damaged: settings and weight_hashes name other sites: {odd[:3]}")
+    for name, count in counts.items():
+        V = tensors.get(f"{name}.V")
+        if V is not None and (V.ndim != 2 or V.shape[1] != count):
+            raise ValueError(
+                f"{directory / CONFIG} is damaged: it gives {name} {count} subcomponents, but V in {TENSORS} has shape "
+                f"{tuple(V.shape)}"
+            )
+    most = max((size for t in tensors.values() for size in t.shape), default=0)
+    largest = max(counts.values(), default=0)
+    if largest > most or (config.settings.gate_width or 0) > most:
+        raise ValueError(f"{directory / CONFIG} is damaged: it names sizes that no tensor in {TENSORS} has")
 
 
 def check_same_weights(saved: SavedDecomposition, sites: Sequence[Site]) -> None:
     """Raise ValueError, naming the site, unless every weight is the one that the decomposition was made from."""
-    made_from = saved.config["provenance"]
+    made_from, config = saved.config.provenance, saved.config
     for site in sites:
-        if tensor_hash(site.matrix.read()) != saved.config["weight_hashes"].get(site.name):
-            raise ValueError(
-                f"{site.name} differs from the weight that this decomposition was made from "
-                f"({made_from['model_name']}, {made_from['host']}, {made_from['weight_processing']}); load the same "
-                "model with the same weight processing"
-            )
+        if tensor_hash(site.matrix.read()) == config.weight_hashes[site.name]:
+            continue
+        then, now = config.weight_dtypes[site.name], _dtype(site)
+        dtypes = f" It was {then} and is {now} here: load the model as {then}." if then != now else ""
+        raise ValueError(
+            f"{site.name} differs from the weight that this decomposition was made from "
+            f"({made_from.model_name}, {made_from.host}, {made_from.weight_processing}); load the same "
+            f"model with the same weight processing.{dtypes}"
+        )
 
 
-def _download(hub_id: str) -> Path:
+def _dtype(site: Site) -> str:
+    return str(site.matrix.stored().dtype).removeprefix("torch.")
+
+
+# -- the Hub -----------------------------------------------------------------------------------------------------------
+
+
+def _download(hub_id: str, revision: str | None) -> tuple[Path, dict[str, str | None]]:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=[TENSORS, CONFIG, CARD]))
+        directory = Path(snapshot_download(hub_id, revision=revision, allow_patterns=[TENSORS, CONFIG, CARD]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        at = "" if revision is None else f" at revision {revision!r}"
         raise ValueError(
             f"{hub_id!r} is not a directory here, and the Hugging Face Hub did not give a decomposition of that "
-            f"name: {error}"
+            f"name{at}: {error}"
         ) from error
+    # The cache has one directory for each commit, called by its hash.
+    commit = directory.name if directory.parent.name == "snapshots" else None
+    return directory, {"hub_id": hub_id, "revision": revision, "commit": commit}
 
 
 def upload(directory: Path, repo_id: str, *, private: bool, token: str | None) -> str:
-    """Put a saved decomposition on the Hugging Face Hub; returns the address of the commit."""
+    """Put a saved decomposition on the Hugging Face Hub; returns the address of the commit.
+
+    A README there that is not a card of ours, or was edited, stays.
+    """
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
     api.create_repo(repo_id, private=private, exist_ok=True)
-    commit = api.upload_folder(repo_id=repo_id, folder_path=str(directory), commit_message="Upload decomposition")
+    keeps_readme = api.file_exists(repo_id, CARD) and not is_replaceable(Path(api.hf_hub_download(repo_id, CARD)))
+    commit = api.upload_folder(
+        repo_id=repo_id,
+        folder_path=str(directory),
+        commit_message="Upload decomposition",
+        ignore_patterns=[CARD] if keeps_readme else None,
+    )
     return str(commit.commit_url)
-
-
-def model_card(config: Mapping[str, Any]) -> str:
-    """A README for the Hub: what was decomposed, how to load it, how it was trained and what was measured."""
-    made_from, training = config["provenance"], config["training"] or {}
-    sites = "\n".join(f"| `{name}` | {count} |" for name, count in config["settings"]["n_subcomponents"].items())
-    lines = [
-        "---",
-        "library_name: spd_lens",
-        "tags: [interpretability, parameter-decomposition, transformer-lens]",
-        "---",
-        f"# SPD decomposition of {made_from['model_name']}",
-        "",
-        "Stochastic Parameter Decomposition (arXiv 2506.20790): each matrix below is written as a sum of rank-one "
-        "subcomponents with a gate that predicts, per input, how much each one matters.",
-        "",
-        f"Made from a {made_from['host']} ({made_from['weight_processing']}); gate: {config['settings']['gate']}; "
-        f"seed {config['settings']['seed']}.",
-        "",
-        "| site | C |",
-        "|---|---|",
-        sites,
-        "",
-        "```python",
-        "from spd_lens import Decomposition",
-        "decomposition = Decomposition.from_pretrained(PATH_OR_HUB_ID, model)",
-        "```",
-        "",
-        f"Trained for {training.get('steps', 0)} steps. Final metrics: {training.get('final', 'not recorded')}.",
-        "",
-        "Versions: " + ", ".join(f"{k} {v}" for k, v in config["versions"].items()) + ".",
-        "",
-    ]
-    return "\n".join(lines)

@@ -7,6 +7,7 @@ so that a resumed run finds its place without reading again what it has seen.
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -212,6 +213,18 @@ class TokenBatches:
         """One pass over all rows in their own order, the last batch possibly smaller."""
         for rows in torch.arange(len(self.tokens)).split(self.batch_size):
             yield self._batch(rows)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What identifies these batches: two of the same fingerprint give the same batches."""
+        rows = hashlib.sha256(str(tuple(self.tokens.shape)).encode())
+        for part in self.tokens.split(4096):
+            rows.update(part.cpu().to(torch.int64).contiguous().numpy().tobytes())
+        return {
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "exclude": list(self.exclude),
+            "tokens": rows.hexdigest(),
+        }
 
     def _order(self, epoch: int) -> Int[Tensor, " n"]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)

@@ -17,7 +17,8 @@ from spd_lens.evaluation.intervals import Interval, PerText
 from spd_lens.evaluation.site_report import THRESHOLDS, SiteReport
 from spd_lens.evaluation.verdict import Verdict, judge
 from spd_lens.objective.divergences import Divergence
-from spd_lens.support.files import read_json, write_text
+from spd_lens.support.checked_json import read_json
+from spd_lens.support.files import write_text
 from spd_lens.support.tables import format_table
 
 FORMAT, FORMAT_VERSION = "spd_lens evaluation", 1

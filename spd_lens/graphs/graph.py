@@ -18,7 +18,7 @@ from spd_lens.graphs.check import AttributionCheck
 from spd_lens.graphs.page import Context, edge_size, graph_page
 from spd_lens.graphs.pruning import influences, prune
 from spd_lens.graphs.viewer_json import GraphFile, read_graph, write_graph
-from spd_lens.support.files import write_text
+from spd_lens.support.files import given_path, write_text
 from spd_lens.support.pages import table_html
 from spd_lens.support.tables import format_table
 
@@ -172,7 +172,7 @@ class AttributionGraph:
         shown when one of its nodes is clicked.
         """
         page = graph_page(self.graph, self.tokens, check=self.check.summary(), title=title, contexts=contexts or {})
-        path = Path(path)
+        path = given_path(path)
         write_text(path, page)
         return path
 

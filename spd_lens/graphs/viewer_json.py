@@ -15,14 +15,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from spd_lens.support.files import write_text
+from pydantic import Field, ValidationError
+
+from spd_lens.support.checked_json import CheckedContent, content_hash, in_words, read_json_object
+from spd_lens.support.files import given_path, write_text
 
 if TYPE_CHECKING:
     import networkx as nx
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _PUBLIC_TYPES = {
     "subcomponent": "cross layer transcoder",
     "delta": "mlp reconstruction error",
@@ -43,7 +46,7 @@ class GraphFile:
 
 def write_graph(path: str | Path, content: GraphFile, *, slug: str, cumulative: Mapping[str, float]) -> Path:
     """Write `content` to `path`; `cumulative` is every node's cumulative share of influence, which viewers prune by."""
-    path = Path(path)
+    path = given_path(path)
     public = public_ids(content.graph)
     nodes = [_node(name, data, public, cumulative, content) for name, data in content.graph.nodes(data=True)]
     links = [
@@ -63,6 +66,7 @@ def write_graph(path: str | Path, content: GraphFile, *, slug: str, cumulative: 
     }
     qparams = {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""}
     whole = {"metadata": metadata, "qParams": qparams, "nodes": nodes, "links": links}
+    metadata["spd_lens"]["checksum"] = _checksum(whole)
     write_text(path, json.dumps(whole, indent=1, allow_nan=False) + "\n")
     return path
 
@@ -130,52 +134,101 @@ def _number(value: float | None) -> float | None:
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 
+class _Node(CheckedContent):
+    """What stands under a node's key `spd_lens`."""
+
+    id: str
+    kind: Literal["subcomponent", "delta", "embedding", "readout"]
+    label: str
+    site: str
+    subcomponent: int = Field(ge=-1)
+    number: int = Field(ge=-2)
+    position: Annotated[int, Field(ge=0)] | None
+    token: str | None
+    row: int
+    activation: float | None
+    importance: float | None
+    probability: float | None
+    readout_weight: float | None
+    from_unshown: float | None
+    firing_rate: float | None = None
+
+
+class _Link(CheckedContent):
+    """What stands under a link's key `spd_lens`."""
+
+    weight: float
+    absolute: float | None = None
+
+
 def read_graph(path: str | Path) -> GraphFile:
     """Read what `write_graph` wrote.
 
-    Raises ValueError, saying where, for a file that is absent, damaged, from another program, or newer.
+    Raises ValueError, saying where, for a file that is absent, damaged, from another program, or of another version.
+    The checksum is over everything, so a graph that was edited elsewhere is refused.
     """
     import networkx as nx
 
-    path = Path(path)
-    whole = _json_object(path)
+    path = given_path(path)
+    whole = read_json_object(path)
+    own = _check_head(path, whole)
+    graph, names = nx.DiGraph(), {}
+    for i, node in enumerate(whole["nodes"]):
+        part = _part(path, node, f"nodes[{i}]", ("node_id", "spd_lens"))
+        data = _checked(path, part["spd_lens"], f"nodes[{i}]", _Node)
+        if not isinstance(part["node_id"], str) or part["node_id"] in names or data["id"] in graph:
+            raise ValueError(f"{path}: nodes[{i}] has no id of its own ({part['node_id']!r})")
+        names[part["node_id"]] = data.pop("id")
+        graph.add_node(names[part["node_id"]], **data)
+    for i, link in enumerate(whole["links"]):
+        part = _part(path, link, f"links[{i}]", ("source", "target", "weight", "spd_lens"))
+        ends = [part["source"], part["target"]]
+        unknown = [end for end in ends if not isinstance(end, str) or end not in names]
+        if unknown:
+            raise ValueError(f"{path}: links[{i}] names the node {unknown[0]!r}, which is not among the nodes")
+        data = _checked(path, part["spd_lens"], f"links[{i}]", _Link)
+        graph.add_edge(names[ends[0]], names[ends[1]], **data)
+    metadata = whole["metadata"]
+    tokens, settings = metadata.get("prompt_tokens"), metadata.get("generation_settings")
+    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+        raise ValueError(f"{path}: metadata.prompt_tokens is missing or no list of strings")
+    if not isinstance(settings, dict) or not isinstance(own.get("check"), dict):
+        raise ValueError(f"{path}: metadata.generation_settings or metadata.spd_lens.check is missing")
+    return GraphFile(graph, tuple(tokens), settings, own["check"])
+
+
+def _check_head(path: Path, whole: dict[str, Any]) -> dict[str, Any]:
+    """Kind, version and checksum; returns what is ours in the metadata."""
     for key, kind in (("metadata", dict), ("qParams", dict), ("nodes", list), ("links", list)):
         if not isinstance(whole.get(key), kind):
             raise ValueError(f"{path}: {key} is missing or no {kind.__name__}; this is not an attribution graph")
     own = whole["metadata"].get("spd_lens")
-    if not isinstance(own, dict) or not isinstance(own.get("format_version"), int):
+    version = own.get("format_version") if isinstance(own, dict) else None
+    if not isinstance(own, dict) or isinstance(version, bool) or not isinstance(version, int):
         raise ValueError(
             f"{path} was not written by spd_lens (metadata.spd_lens is missing); only such graphs are read"
         )
-    if own["format_version"] > FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format version {own['format_version']}; this spd_lens reads up to {FORMAT_VERSION}. Upgrade it"
-        )
-    graph, names = nx.DiGraph(), {}
-    for i, node in enumerate(whole["nodes"]):
-        data = dict(_part(path, node, f"nodes[{i}]", ("node_id", "spd_lens"))["spd_lens"])
-        names[node["node_id"]] = data.pop("id")
-        graph.add_node(names[node["node_id"]], **data)
-    for i, link in enumerate(whole["links"]):
-        _part(path, link, f"links[{i}]", ("source", "target", "weight", "spd_lens"))
-        unknown = [end for end in (link["source"], link["target"]) if end not in names]
-        if unknown:
-            raise ValueError(f"{path}: links[{i}] names the node {unknown[0]!r}, which is not among the nodes")
-        graph.add_edge(names[link["source"]], names[link["target"]], **link["spd_lens"])
-    settings = whole["metadata"].get("generation_settings") or {}
-    return GraphFile(graph, tuple(whole["metadata"].get("prompt_tokens") or ()), settings, own.get("check") or {})
+    if version > FORMAT_VERSION:
+        raise ValueError(f"{path} has format version {version}; this spd_lens reads up to {FORMAT_VERSION}. Upgrade it")
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{path} has format version {version}; this spd_lens reads {FORMAT_VERSION}. Make it again")
+    if own.get("checksum") != _checksum(whole):
+        raise ValueError(f"{path} is damaged or was changed by hand: its checksum does not fit its contents")
+    return own
 
 
-def _json_object(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist")
+def _checksum(whole: Mapping[str, Any]) -> str:
+    """SHA-256 of everything but the checksum itself."""
+    metadata = whole["metadata"]
+    own = {k: v for k, v in metadata["spd_lens"].items() if k != "checksum"}
+    return content_hash({**whole, "metadata": {**metadata, "spd_lens": own}})
+
+
+def _checked(path: Path, value: Any, where: str, kind: type[CheckedContent]) -> dict[str, Any]:
     try:
-        whole = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(whole, dict):
-        raise ValueError(f"{path} holds a {type(whole).__name__}; expected an object with metadata, nodes and links")
-    return whole
+        return kind.model_validate(value).model_dump(exclude_unset=True)
+    except ValidationError as error:
+        raise ValueError(f"{path}: {where}.spd_lens is damaged: {in_words(error)}") from error
 
 
 def _part(path: Path, value: Any, where: str, keys: Sequence[str]) -> dict[str, Any]:

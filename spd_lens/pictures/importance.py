@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spd_lens.pictures.texts import checked_texts, drawn_text
+from spd_lens.support.files import given_directory, write_text
 from spd_lens.support.pages import filled_page
 
 if TYPE_CHECKING:
@@ -149,12 +150,12 @@ def save_importance(
     """Write `importance.png` and `importance.html` to `directory`; returns both paths."""
     import matplotlib.pyplot as plt
 
-    directory = Path(directory).expanduser()
+    directory = given_directory(directory)
     figure = importance_figure(importances, tokens)
     directory.mkdir(parents=True, exist_ok=True)
     picture, page = directory / "importance.png", directory / "importance.html"
     figure.suptitle(drawn_text(title, 120), fontsize=11, parse_math=False)
     figure.savefig(picture, dpi=130)
     plt.close(figure)
-    page.write_text(importance_page(importances, tokens, title=title), encoding="utf-8")
+    write_text(page, importance_page(importances, tokens, title=title))
     return picture, page

@@ -1,6 +1,8 @@
-"""Writing directories and files so that a reader never sees half of one, and reading safetensors with clear errors.
+"""Writing files so that a reader never sees half of one, and reading them with clear errors.
 
-Everything is written under a temporary name beside its final place, flushed to the disk, and renamed. No pickle.
+Everything is written under a temporary name beside its final place, flushed to the disk, and renamed: a kill or a full
+disk leaves what was there before. Links are followed, the umask is respected, and nothing else in the directory is
+touched. No pickle. JSON that is checked as it is read is in `checked_json`, saves of two files in `saved_pair`.
 """
 
 from __future__ import annotations
@@ -8,9 +10,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
-import shutil
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,36 +22,103 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from spd_lens.support.owners import clear_dead_temporaries, discard, temporary_beside
+
 # A write that fails with one of these ran out of room, not into a bug.
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# File systems on networks and in user space answer so where they cannot flush.
+_CANNOT_FLUSH = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EOPNOTSUPP}
+# JSON has no words for these numbers; as in protocol buffers they are written as text.
+_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+# -- paths -----------------------------------------------------------------------------------------------------------
+
+
+def given_path(path: str | os.PathLike[str], what: str = "path") -> Path:
+    """The path that a user gave, with `~` expanded. Raises TypeError or ValueError for what is no path."""
+    if not isinstance(path, (str, os.PathLike)) or isinstance(os.fspath(path), bytes):
+        raise TypeError(f"{what} is a {type(path).__name__}; expected a str or a Path")
+    if os.fspath(path) == "" or "\0" in os.fspath(path):
+        raise ValueError(f"{what}={os.fspath(path)!r} is no path; '.' is the working directory")
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{what}={os.fspath(path)!r}: {error}") from error
+
+
+def given_directory(path: str | os.PathLike[str], what: str = "directory") -> Path:
+    """As `given_path`, for a directory that is there or can be made. Raises ValueError if a file is in the way."""
+    directory = given_path(path, what)
+    for place in (directory, *directory.parents):
+        if place.exists():
+            if not place.is_dir():
+                raise ValueError(f"{what}={str(path)!r}: {place} is a file; expected a directory, or a name for one")
+            break
+    return directory
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def new_directory(path: Path, *, replace: bool) -> Iterator[Path]:
+def new_directory(path: Path) -> Iterator[Path]:
     """A temporary directory that becomes `path` when the block ends without an error, and vanishes otherwise.
 
-    With `replace`, an existing `path` is swapped out only after the new one is complete and on disk.
-    Raises OSError with what to do when the disk is full; what was at `path` before is then intact.
+    Raises ValueError if `path` exists, OSError with what to do when the disk is full.
     """
-    if path.exists() and not replace:
+    if path.exists():
         raise ValueError(f"{path} exists already; choose another name or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
-    tag = uuid.uuid4().hex[:8]
-    temporary = path.parent / f".{path.name}.{tag}.tmp"
-    try:
+    temporary = temporary_beside(path)
+    with clean_failure(path, temporary):
         temporary.mkdir()
         yield temporary
         for file in temporary.iterdir():
-            _flush(file)
-        _put_in_place(temporary, path, path.parent / f".{path.name}.{tag}.old")
+            flush(file)
+        flush(temporary)
+        os.rename(temporary, path)
+    flush(path.parent)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name for a file that becomes `path` when the block ends without an error; links are followed.
+
+    Parent directories are made. Whatever fails, what was at `path` is intact and the temporary is gone.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path} is a directory; expected a name for a file")
+    given_directory(path.parent, "the directory of the file").mkdir(parents=True, exist_ok=True)
+    real = Path(os.path.realpath(path))
+    clear_dead_temporaries(real.parent, real.name[:100])
+    temporary = temporary_beside(real)
+    with clean_failure(path, temporary):
+        yield temporary
+        flush(temporary)
+        os.replace(temporary, real)
+    flush(real.parent)
+
+
+@contextmanager
+def clean_failure(path: Path, *temporaries: Path) -> Iterator[None]:
+    """On any failure remove the temporaries; a full disk becomes an OSError that says what to do."""
+    try:
+        yield
     except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if _is_no_room(error):
-            raise OSError(
-                errno.ENOSPC,
-                f"no room to write {path} ({error}); nothing was changed there. Free some space and save again",
-            ) from error
+        for temporary in temporaries:
+            discard(temporary)
+        raise_if_no_room(path, error)
         raise
+
+
+def raise_if_no_room(path: Path, error: BaseException) -> None:
+    """Turn an error of a full disk into an OSError that says what to do."""
+    if _is_no_room(error):
+        raise OSError(
+            errno.ENOSPC,
+            f"no room to write {path} ({error}); nothing was changed there. Free some space and save again",
+        ) from error
 
 
 def _is_no_room(error: BaseException) -> bool:
@@ -61,32 +129,93 @@ def _is_no_room(error: BaseException) -> bool:
     return isinstance(error, SafetensorError) and any(f"os error {code}" in text for code in _NO_ROOM)
 
 
-def _put_in_place(temporary: Path, path: Path, aside: Path) -> None:
-    if path.exists():
-        os.rename(path, aside)
-        try:
-            os.rename(temporary, path)
-        except BaseException:
-            os.rename(aside, path)
-            raise
-        shutil.rmtree(aside, ignore_errors=True)
-    else:
-        os.rename(temporary, path)
-    _flush(path.parent)
+def flush(path: Path) -> None:
+    """Put a file or a directory on the disk, where the file system can do that.
 
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+    No file system has to flush a directory, and some cannot even open one; the file's own contents are another matter.
+    """
+    is_directory = path.is_dir()
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:
+        if is_directory:
+            return
+        raise
     try:
         os.fsync(handle)
+    except OSError as error:
+        if not is_directory and error.errno not in _CANNOT_FLUSH:
+            raise
     finally:
         os.close(handle)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write a safetensors file and return its SHA-256."""
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
-    return file_hash(path)
+    """Write a safetensors file, readable as the umask says, and return its SHA-256."""
+    with replacing(path) as temporary:
+        put_tensors(temporary, tensors)
+        digest = file_hash(temporary)
+    return digest
+
+
+def put_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file straight to `path`, a temporary of the caller's, and flush it."""
+    # safetensors makes a temporary of its own beside the file, readable by its owner only. It goes into a directory of
+    # ours, whose name has an owner, so that it is found after a kill, and whose mode tells the umask.
+    folder = temporary_beside(path)
+    try:
+        folder.mkdir()
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / "tensors")
+        (folder / "tensors").chmod(folder.stat().st_mode & 0o666)
+        flush(folder / "tensors")
+        os.replace(folder / "tensors", path)
+    finally:
+        discard(folder)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write readable JSON; numbers that are not finite become the texts "NaN", "Infinity" and "-Infinity"."""
+    write_text(path, json_text(content))
+
+
+def json_text(content: Mapping[str, Any]) -> str:
+    """What `write_json` writes."""
+    return json.dumps(plain(content), indent=2, allow_nan=False) + "\n"
+
+
+def plain(value: Any) -> Any:
+    """The value in JSON's own types; see `write_json` for numbers that are not finite."""
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return next(text for text, number in _NOT_FINITE.items() if str(number) == str(value))
+    if isinstance(value, float):
+        return float(value)
+    if value is None or isinstance(value, (str, int, bool)):
+        return value
+    if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
+        return plain(value.item())
+    return str(value)
+
+
+def numbers(value: Any) -> Any:
+    """Undo what `plain` does to numbers that are not finite."""
+    if isinstance(value, dict):
+        return {k: numbers(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [numbers(v) for v in value]
+    return _NOT_FINITE.get(value, value) if isinstance(value, str) else value
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file; what was at `path` stays until the new text is whole. Parent directories are made."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
 
 
 def read_tensors(path: Path, expected_hash: str | None = None) -> dict[str, Tensor]:
@@ -98,46 +227,10 @@ def read_tensors(path: Path, expected_hash: str | None = None) -> dict[str, Tens
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is missing: this is not a complete save") from error
+    except (SafetensorError, KeyError, ValueError, TypeError, OverflowError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write readable JSON."""
-    path.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
-
-
-def read_json(path: Path, *, format_name: str, newest_version: int) -> dict[str, Any]:
-    """Read JSON that `format_name` wrote. Raises ValueError if it is absent, foreign, damaged or from the future."""
-    if not path.is_file():
-        raise ValueError(f"{path} is missing: {path.parent} does not hold a {format_name}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(content, dict) or content.get("format") != format_name:
-        raise ValueError(f"{path} was not written as a {format_name} by spd_lens")
-    if not isinstance(content.get("format_version"), int) or content["format_version"] > newest_version:
-        raise ValueError(
-            f"{path} has format version {content.get('format_version')}; this spd_lens reads up to "
-            f"{newest_version}. Upgrade spd_lens"
-        )
-    return content
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file under a temporary name beside `path` and rename it; parent directories are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        _flush(temporary)
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if _is_no_room(error):
-            raise OSError(errno.ENOSPC, f"no room to write {path} ({error}); nothing was changed there") from error
-        raise
 
 
 def file_hash(path: Path) -> str:

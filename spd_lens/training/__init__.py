@@ -1,12 +1,13 @@
 """Train a decomposition: `train`, its `TrainConfig`, and many small runs at once with `train_many`."""
 
-from spd_lens.training.checkpoint import Checkpoint
+from spd_lens.training.belonging import belongs_to, check_belongs
+from spd_lens.training.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from spd_lens.training.config import Reconstruction, TrainConfig
 from spd_lens.training.loggers import tensorboard_logger, wandb_logger
 from spd_lens.training.loop import TrainResult, make_accelerator, make_learner, train
 from spd_lens.training.many import ManyResult, train_many
 from spd_lens.training.member_adam import MemberAdam
-from spd_lens.training.run_files import RunFiles
+from spd_lens.training.run_files import RunFiles, open_run
 from spd_lens.training.step import Learner, accumulate_gradients
 
 __all__ = [
@@ -19,10 +20,15 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "accumulate_gradients",
+    "belongs_to",
+    "check_belongs",
     "make_accelerator",
     "make_learner",
+    "open_run",
+    "read_checkpoint",
     "tensorboard_logger",
     "train",
     "train_many",
     "wandb_logger",
+    "write_checkpoint",
 ]

@@ -1,33 +1,67 @@
-"""Checkpoints of a run: everything that the next step depends on, as files."""
+"""Checkpoints of a run: everything that the next step depends on, as files, and what it belongs to."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from spd_lens.support.files import read_json, read_tensors
+from spd_lens.support.checked_json import CheckedContent, read_checked, write_checked
+from spd_lens.support.files import file_hash, new_directory, put_tensors, read_tensors
 
 FORMAT = "spd_lens training checkpoint"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+TENSORS, STATE = "state.safetensors", "state.json"
+
+
+class CheckpointState(CheckedContent):
+    """The fields of `state.json`: finished steps, hash of the tensors, and what run it is of."""
+
+    step: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    belongs: dict[str, Any]
+    data: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on disk: the number of finished steps and all tensors by name."""
+    """A checkpoint on disk: the number of finished steps, all tensors by name, and what it belongs to."""
 
     path: Path
     step: int
     tensors: dict[str, Tensor]
+    belongs: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+def write_checkpoint(
+    path: Path, step: int, tensors: Mapping[str, Tensor], *, belongs: Mapping[str, Any], data: Mapping[str, Any]
+) -> None:
+    """Write one checkpoint as the new directory `path`, which is there whole or not at all."""
+    with new_directory(path) as temporary:
+        put_tensors(temporary / TENSORS, tensors)
+        content = {"step": step, "sha256": file_hash(temporary / TENSORS), "belongs": belongs, "data": data}
+        write_checked(temporary / STATE, content, format_name=FORMAT, version=FORMAT_VERSION)
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read one checkpoint. Raises ValueError for a damaged, foreign or newer one."""
-    state = read_json(path / "state.json", format_name=FORMAT, newest_version=FORMAT_VERSION)
-    return Checkpoint(path, state["step"], read_tensors(path / "state.safetensors", state["sha256"]))
+    """Read one checkpoint. Raises ValueError for a damaged, foreign, renamed or newer one."""
+    if not (path / STATE).is_file():
+        raise ValueError(f"{path / STATE} is missing: {path} does not hold a {FORMAT}")
+    state = read_checked(path / STATE, CheckpointState, format_name=FORMAT, version=FORMAT_VERSION)
+    if path.name != checkpoint_name(state.step):
+        raise ValueError(f"{path} holds step {state.step}; expected the name {checkpoint_name(state.step)}")
+    return Checkpoint(path, state.step, read_tensors(path / TENSORS, state.sha256), state.belongs, state.data)
+
+
+def checkpoint_name(step: int) -> str:
+    """Name of the directory of a step's checkpoint."""
+    return f"step-{step:08d}"
 
 
 # -- tensors of things that are not tensors ------------------------------------------------------------------------
@@ -40,10 +74,17 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str, tensors: Mapping[str, Tensor]) -> None:
-    """Undo `optimizer_tensors`."""
+    """Undo `optimizer_tensors`. Raises ValueError for moments of other parameters."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     states: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         if name.startswith(prefix + "."):
             index, key = name.removeprefix(prefix + ".").split(".")
             states.setdefault(int(index), {})[key] = value.clone()
+    for index, state in states.items():
+        shapes = {tuple(value.shape) for key, value in state.items() if key != "step"}
+        if index >= len(parameters) or shapes != {tuple(parameters[index].shape)} or len(state) < 3:
+            raise ValueError(f"the state of Adam ({prefix}.{index}) does not belong to these parameters")
+    if not states:
+        raise ValueError(f"the checkpoint is damaged: it has no state of Adam ({prefix})")
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})

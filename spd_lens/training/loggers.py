@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from spd_lens.support.files import given_directory
+
 Logger = Callable[[int, Mapping[str, float]], None]
 
 
@@ -21,7 +23,7 @@ def tensorboard_logger(directory: str | Path) -> Logger:
     """A logger that writes every log line for TensorBoard."""
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(str(directory))
+    writer = SummaryWriter(str(given_directory(directory)))
 
     def write(step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():

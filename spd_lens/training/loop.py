@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,9 @@ from spd_lens.core.units import ALIVE_ABOVE
 from spd_lens.data.streams import endless_batches
 from spd_lens.hosts.site import match_sites
 from spd_lens.objective.divergences import mean_over_positions
+from spd_lens.support.files import given_path, plain
 from spd_lens.support.progress import tqdm
+from spd_lens.training.belonging import FREE, SeenData, belongs_to, check_belongs, same_data, started
 from spd_lens.training.checkpoint import Checkpoint, read_checkpoint
 from spd_lens.training.config import TrainConfig
 from spd_lens.training.loggers import Logger
@@ -71,8 +73,9 @@ def train(
     - `out_dir`: the run's directory (log and checkpoints), by default `runs/<date>-<time>`.
     - `loggers`: functions `(step, values)` that get every log line as well; `spd_lens.training.wandb_logger` and
       `tensorboard_logger` make them.
-    - `resume_from`: a run's directory or one of its checkpoints; the decomposition must have been made with the
-      same arguments. The resumed run equals the uninterrupted one bit for bit on the same machine.
+    - `resume_from`: a run's directory or one of its checkpoints; model, decomposition and data must be the same, and
+      what differs is named. The resumed run equals the uninterrupted one bit for bit on the same machine. Going on from
+      an older checkpoint sets the newer ones aside.
 
     Ctrl-C finishes the current step, writes a checkpoint and returns with `interrupted=True`; a second one stops at
     once. Raises ValueError for empty data, token ids out of range, and losses that are NaN or infinite (the last
@@ -84,25 +87,35 @@ def train(
     accelerator = make_accelerator(decomposition, config)
     is_main, n_processes, rank = accelerator.is_main_process, accelerator.num_processes, accelerator.process_index
 
-    with _only_subcomponents_trainable(decomposition), stop_on_ctrl_c() as stop:
+    with _only_subcomponents_trainable(decomposition), stop_on_ctrl_c() as stop, ExitStack() as running:
         learner = make_learner(decomposition, config, accelerator)
-        if resume_from is None and is_main:
-            files.begin(config)
+        belongs = belongs_to(decomposition, config, batches)
+        if resume_from is not None:
+            _check_resumed(files, checkpoint, belongs)
+        step = 0 if checkpoint is None else checkpoint.step
+        seen = SeenData(None if checkpoint is None else checkpoint.data)
+        if checkpoint is not None:
+            batches = same_data(batches, checkpoint.data, str(checkpoint.path))
+        stream = endless_batches(batches, decomposition, start=step * n_processes + rank, stride=n_processes)
+        if checkpoint is not None and step < config.steps:
+            stream = started(stream)
+        if is_main:
+            running.enter_context(files.held())
+            if resume_from is None:
+                files.begin(config, belongs)
+            else:
+                files.continue_from(checkpoint, newest=_is_run(resume_from))
         if checkpoint is None:
             _warm_up_faithfulness(learner)
-            step = 0
         else:
-            learner.load(checkpoint.tensors)
-            step = checkpoint.step
-            files.forget_log_after(step)
+            _load(learner, checkpoint)
         good: Checkpoint | None = checkpoint
         bad_step = torch.full((), -1, device=decomposition.device)
-        started, first_step, interrupted = time.perf_counter(), step, False
-        stream = endless_batches(batches, decomposition, start=step * n_processes + rank, stride=n_processes)
+        began, first_step, interrupted = time.perf_counter(), step, False
         bar = tqdm(total=config.steps, initial=step, desc="SPD", unit="step", disable=not is_main)
 
         while step < config.steps:
-            batch = next(stream).to(decomposition.device)
+            batch = seen.note(next(stream)).to(decomposition.device)
             _set_learning_rates(learner, step)
             losses, importances = accumulate_gradients(learner, batch, step)
             total = torch.stack([coefficient(config, name) * loss for name, loss in losses.items()]).sum()
@@ -124,14 +137,15 @@ def train(
                 if (failed := int(bad_step)) >= 0:
                     bar.close()
                     _give_up(learner, failed, losses, good)
-                rate = (step - first_step) * batch.n_positions * n_processes / (time.perf_counter() - started)
+                rate = (step - first_step) * batch.n_positions * n_processes / (time.perf_counter() - began)
                 values = _log_values(total, losses, importances, norms, learner, step - 1, rate, batch.position_mask)
                 if is_main:
                     files.log(step - 1, values)
                 bar.set_postfix({k: f"{values[k]:.3g}" for k in ("loss", "L0") if k in values}, refresh=False)
             if saves and is_main:
-                tensors = learner.tensors()
-                path = files.save(step, tensors, keep=config.keep_checkpoints)
+                data = seen.until(batch, (step - 1) * n_processes)
+                keep = config.keep_checkpoints
+                path = files.save(step, learner.tensors(), keep=keep, belongs=belongs, data=data)
                 good = Checkpoint(path, step, {})
             if interrupted:
                 break
@@ -143,6 +157,27 @@ def train(
     if interrupted:
         tqdm.write(f"stopped after {step} steps; continue with resume_from={str(files.directory)!r}")
     return TrainResult(step, config, log, files.directory, interrupted)
+
+
+def _is_run(resume_from: str | Path) -> bool:
+    """Whether a run's directory was given, whose newest checkpoint is meant, and not one checkpoint's."""
+    return (given_path(resume_from) / "config.json").is_file()
+
+
+def _check_resumed(files: RunFiles, checkpoint: Checkpoint | None, belongs: Mapping[str, Any]) -> None:
+    """ValueError, naming the difference, if a run goes on with another model, decomposition, configuration or data."""
+    if checkpoint is None:
+        # Nothing was learnt from data yet.
+        check_belongs({**files.belongs(), "data": {}}, {**belongs, "data": {}}, str(files.directory))
+    else:
+        check_belongs(checkpoint.belongs, belongs, str(checkpoint.path))
+
+
+def _load(learner: Learner, checkpoint: Checkpoint) -> None:
+    try:
+        learner.load(checkpoint.tensors)
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{checkpoint.path} does not fit this run: {error}") from error
 
 
 def _warm_up_faithfulness(learner: Learner) -> None:
@@ -164,15 +199,15 @@ def _warm_up_faithfulness(learner: Learner) -> None:
 def _resolve_config(config: TrainConfig | None, changes: Mapping[str, Any], resumed: RunFiles | None) -> TrainConfig:
     if resumed is None:
         return (config or TrainConfig()).changed(**changes)
-    saved = resumed.read_config()
-    wanted = (config or saved).changed(**changes)
-    if wanted != saved:
-        different = [k for k, v in wanted.to_json().items() if v != saved.to_json()[k]]
+    saved = resumed.config_values()
+    wanted = (config or resumed.read_config()).changed(**changes)
+    different = [k for k, v in plain(wanted.to_json()).items() if k not in FREE and v != saved.get(k)]
+    if different:
         raise ValueError(
             f"the run in {resumed.directory} was started with another configuration (different: "
             f"{', '.join(different)}); resume with the same one, or start a new run"
         )
-    return saved
+    return wanted
 
 
 def make_accelerator(decomposition: Decomposition, config: TrainConfig) -> Any:

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,11 @@ from spd_lens.data.streams import endless_batches
 from spd_lens.hosts.site import match_sites
 from spd_lens.objective.divergences import divergence
 from spd_lens.objective.mask_sources import SampledMasks, mask_source
-from spd_lens.support.files import read_json, write_json
+from spd_lens.support.checked_json import CheckedContent, read_checked, write_checked
+from spd_lens.support.files import given_directory, plain
 from spd_lens.support.progress import tqdm
+from spd_lens.training.belonging import FREE, SeenData, belongs_to, check_belongs, same_data, started
+from spd_lens.training.checkpoint import Checkpoint
 from spd_lens.training.config import TrainConfig
 from spd_lens.training.loop import stop_on_ctrl_c
 from spd_lens.training.member_adam import MemberAdam
@@ -43,6 +47,7 @@ from spd_lens.training.terms import faithfulness as faithfulness_term
 # What members may differ in; everything else decides which operations a step consists of.
 MAY_DIFFER = ("seed", "lr", "gate_lr", "faithfulness_warmup_lr", "faithfulness", "minimality", "frequency")
 FORMAT = "spd_lens run of many"
+FORMAT_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +74,8 @@ def train_many(
     """Train every decomposition on batches of its own; each ends as after `train(decomposition, batches, config)`.
 
     - `configs`: one for all, or one for each; they may differ in seed, learning rates and coefficients.
-    - `out_dir`: where checkpoints go; a run that finds its own there is continued. None: no files.
+    - `out_dir`: where checkpoints go; a run that finds its own there is continued, on the same models and data only.
+      None: no files.
 
     Members do not influence each other: one whose loss becomes infinite or NaN is reported in `failed`.
     Ctrl-C finishes the step, writes a checkpoint if there is an `out_dir`, and returns with `interrupted=True`.
@@ -79,25 +85,28 @@ def train_many(
     config, n_members = members[0], len(members)
     stack = _Stack(decompositions)
     run = _Run(stack, members)
-    files = None if out_dir is None else _open(Path(out_dir), members)
-    checkpoint = None if files is None else files.newest()
-    log: list[dict[str, Any]] = []
-    if files is not None and checkpoint is not None:
-        run.load(checkpoint.tensors)
-        files.forget_log_after(checkpoint.step)
-        log = files.read_log()
-    else:
-        run.warm_up_faithfulness()
-    step = 0 if checkpoint is None else checkpoint.step
-    streams = [
-        endless_batches(source, member, start=step) for source, member in zip(batches, decompositions, strict=True)
-    ]
     interrupted = False
-    bar = tqdm(total=config.steps, initial=step, desc=f"SPD x {n_members}", unit="step")
-    with stop_on_ctrl_c() as stop:
+    with ExitStack() as running, stop_on_ctrl_c() as stop:
+        files, belongs, checkpoint = None, {}, None
+        if out_dir is not None:
+            files = RunFiles(given_directory(out_dir, "out_dir"))
+            belongs = _belongs(decompositions, members, batches)
+            running.enter_context(files.held())
+            checkpoint = _opened(files, members, belongs)
+        step = 0 if checkpoint is None else checkpoint.step
+        log: list[dict[str, Any]] = []
+        seen, streams = _data(batches, decompositions, checkpoint, goes_on=step < config.steps)
+        if files is not None:
+            files.continue_from(checkpoint, newest=True)
+            log = files.read_log()
+        if checkpoint is not None:
+            run.load(checkpoint.tensors)
+        else:
+            run.warm_up_faithfulness()
+        bar = tqdm(total=config.steps, initial=step, desc=f"SPD x {n_members}", unit="step")
         while step < config.steps and not interrupted:
-            x = torch.stack([_inputs(next(stream)) for stream in streams]).to(stack.device)
-            losses, importances = run.step(x, step)
+            given = [own.note(next(stream)) for own, stream in zip(seen, streams, strict=True)]
+            losses, importances = run.step(torch.stack([_inputs(batch) for batch in given]).to(stack.device), step)
             step += 1
             bar.update()
             interrupted = stop.is_set()
@@ -109,7 +118,8 @@ def train_many(
                 if files is not None:
                     files.log(step - 1, values)
             if saves and files is not None:
-                files.save(step, run.tensors(), keep=config.keep_checkpoints)
+                data = {str(i): own.until(b, step - 1) for i, (own, b) in enumerate(zip(seen, given, strict=True))}
+                files.save(step, run.tensors(), keep=config.keep_checkpoints, belongs=belongs, data=data)
     bar.close()
     stack.write_back()
     for decomposition, member in zip(decompositions, members, strict=True):
@@ -311,17 +321,64 @@ def _inputs(batch: Batch) -> Tensor:
     return batch.inputs
 
 
-def _open(directory: Path, members: Sequence[TrainConfig]) -> RunFiles:
-    files, path = RunFiles(directory), directory / "members.json"
-    wanted = [m.to_json() for m in members]
-    if path.is_file():
-        saved = read_json(path, format_name=FORMAT, newest_version=1)["members"]
-        if [TrainConfig.from_json(m) for m in saved] != list(members):
-            raise ValueError(f"{directory} holds a run of {len(saved)} members with other configurations")
-        return files
-    files.begin(members[0])
-    write_json(path, {"format": FORMAT, "format_version": 1, "members": wanted})
-    return files
+class _Members(CheckedContent):
+    """The fields of `members.json`."""
+
+    members: list[dict[str, Any]]
+    belongs: dict[str, Any]
+
+
+def _belongs(
+    decompositions: Sequence[Decomposition], members: Sequence[TrainConfig], batches: Sequence[Any]
+) -> dict[str, Any]:
+    """What the files of a run belong to, by member."""
+    each = zip(decompositions, members, batches, strict=True)
+    return {f"member {i}": belongs_to(d, m, source) for i, (d, m, source) in enumerate(each)}
+
+
+def _opened(files: RunFiles, members: Sequence[TrainConfig], belongs: Mapping[str, Any]) -> Checkpoint | None:
+    """Begin a run in a directory that is held, or find the checkpoint of the one that is there.
+
+    Raises ValueError, naming the difference, if that one is another.
+    """
+    path = files.directory / "members.json"
+    if not path.is_file():
+        files.begin(members[0], {})
+        content = {"members": [m.to_json() for m in members], "belongs": belongs}
+        write_checked(path, content, format_name=FORMAT, version=FORMAT_VERSION)
+        return None
+    saved = read_checked(path, _Members, format_name=FORMAT, version=FORMAT_VERSION)
+    numbers = [{k: v for k, v in m.to_json().items() if k not in FREE} for m in members]
+    if [{k: v for k, v in m.items() if k not in FREE} for m in plain(saved.members)] != plain(numbers):
+        raise ValueError(
+            f"{files.directory} holds a run of {len(saved.members)} members with other configurations; choose another "
+            "out_dir"
+        )
+    checkpoint = files.newest()
+    for name, own in belongs.items():
+        then = saved.belongs if checkpoint is None else checkpoint.belongs
+        found = then.get(name)
+        if not isinstance(found, dict):
+            raise ValueError(f"{path} is damaged: it does not say what {name} belongs to")
+        if checkpoint is None:
+            found, own = {**found, "data": {}}, {**own, "data": {}}
+        check_belongs(found, own, f"{files.directory} ({name})")
+    return checkpoint
+
+
+def _data(
+    batches: Sequence[Any], decompositions: Sequence[Decomposition], checkpoint: Checkpoint | None, *, goes_on: bool
+) -> tuple[list[SeenData], list[Iterator[Batch]]]:
+    """For every member the record of its data and the batches that come next; ValueError for other data than before."""
+    seen, streams = [], []
+    for i, (source, member) in enumerate(zip(batches, decompositions, strict=True)):
+        before = None if checkpoint is None else checkpoint.data[str(i)]
+        if checkpoint is not None:
+            source = same_data(source, before, f"{checkpoint.path} (member {i})")
+        stream = endless_batches(source, member, start=0 if checkpoint is None else checkpoint.step)
+        seen.append(SeenData(before))
+        streams.append(started(stream) if checkpoint is not None and goes_on else stream)
+    return seen, streams
 
 
 def _checked_configs(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import html
 import json
 import re
@@ -206,9 +207,41 @@ def test_a_data_set_graph_has_the_same_file(tmp_path: Path) -> None:
     assert sizes[0] == pytest.approx(max(d["absolute"] for _, _, d in made.graph.edges(data=True)), rel=1e-4)
 
 
+def _with_fitting_checksum(whole: Any) -> Any:
+    """Computed as the docs say: over the sorted values without itself."""
+    own = whole.get("metadata", {}).get("spd_lens")
+    if own:
+        own.pop("checksum", None)
+        text = json.dumps(whole, sort_keys=True, separators=(",", ":"))
+        own["checksum"] = hashlib.sha256(text.encode()).hexdigest()
+    return whole
+
+
+def _with(whole: Any, *path: Any, value: Any) -> Any:
+    part = whole
+    for key in path[:-1]:
+        part = part[key]
+    part[path[-1]] = value
+    return whole
+
+
+def test_a_graph_that_was_changed_by_hand_is_refused(graph: AttributionGraph, tmp_path: Path) -> None:
+    path = graph.to_json(tmp_path / "graph.json")
+    whole = json.loads(path.read_text())
+    whole["links"][0]["spd_lens"]["weight"] += 1
+    path.write_text(json.dumps(whole))
+    with pytest.raises(ValueError, match="its checksum does not fit its contents"):
+        AttributionGraph.from_json(path)
+
+
 @pytest.mark.parametrize(
     ("damage", "text"),
     [
+        (lambda w: _with(w, "nodes", 0, "spd_lens", "kind", value="other"), r"nodes\[0\].spd_lens is damaged: kind"),
+        (lambda w: _with(w, "nodes", 1, "node_id", value=w["nodes"][0]["node_id"]), r"nodes\[1\] has no id of its own"),
+        (lambda w: _with(w, "links", 0, "spd_lens", "weight", value="x"), r"links\[0\].spd_lens is damaged: weight"),
+        (lambda w: _with(w, "metadata", "prompt_tokens", value=[1]), "prompt_tokens is missing or no list"),
+        (lambda w: _with(w, "metadata", "spd_lens", "format_version", value=1), "has format version 1"),
         (lambda w: "{", "is damaged"),
         (lambda w: "[1]", "holds a list; expected an object"),
         (lambda w: {"metadata": {}}, "qParams is missing"),
@@ -218,7 +251,7 @@ def test_a_data_set_graph_has_the_same_file(tmp_path: Path) -> None:
         (lambda w: {**w, "nodes": [{"node_id": "1"}]}, r"nodes\[0\] has no 'spd_lens'"),
         (lambda w: {**w, "links": [{**w["links"][0], "source": "9_9_9"}]}, r"links\[0\] names the node '9_9_9'"),
         (
-            lambda w: {**w, "metadata": {"spd_lens": {"format_version": 1, "check": {"edges": []}}}},
+            lambda w: {**w, "metadata": {**w["metadata"], "spd_lens": {"format_version": 2, "check": {"edges": []}}}},
             "the check in metadata.spd_lens is incomplete",
         ),
     ],
@@ -226,7 +259,7 @@ def test_a_data_set_graph_has_the_same_file(tmp_path: Path) -> None:
 def test_files_that_are_no_graph_are_named(graph: AttributionGraph, tmp_path: Path, damage: Any, text: str) -> None:
     path = graph.to_json(tmp_path / "graph.json")
     broken = damage(json.loads(path.read_text()))
-    path.write_text(broken if isinstance(broken, str) else json.dumps(broken))
+    path.write_text(broken if isinstance(broken, str) else json.dumps(_with_fitting_checksum(broken)))
     with pytest.raises(ValueError, match=text):
         AttributionGraph.from_json(path)
     with pytest.raises(ValueError, match="does not exist"):
