@@ -247,7 +247,7 @@ class _Count:
         masked = frozenset(rows)
         start = self.batch.start_at
         if self.decomposition.host.can_start_at_blocks():
-            start = max(start or 0, self.decomposition._first_block(rows) or 0)
+            start = max(start or 0, self.decomposition.starts.first_block(rows) or 0)
         for node in self._nodes_from(start):
             is_clean = not any(above & masked for above in node.above)
             self._node(term, self._needed(node, rows), masked, forward=self.performed or not is_clean)

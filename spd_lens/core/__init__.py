@@ -23,7 +23,7 @@ from spd_lens.core.gates import (
 )
 from spd_lens.core.inputs import as_mask, as_tensor, checked_decomposition, checked_tokens
 from spd_lens.core.masks import MaskKind, SiteMask, mask_from_source, sample_masks
-from spd_lens.core.passes import CleanPass, given_masks, record_inputs
+from spd_lens.core.passes import BlockStarts, CleanPass, given_masks, record_inputs
 from spd_lens.core.routing import Routing, route, sample_routing
 from spd_lens.core.saving import CONFIG, TENSORS
 from spd_lens.core.squashings import importance_of, lower_squash, upper_squash
@@ -39,6 +39,7 @@ __all__ = [
     "TENSORS",
     "WHOLE",
     "AttentionGate",
+    "BlockStarts",
     "CleanPass",
     "DecomposedWeight",
     "Decomposition",

@@ -13,6 +13,9 @@ Cost when watched: `2 C (d_in + d_out)` multiply-adds per position, against `d_i
 
 from __future__ import annotations
 
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,9 +26,10 @@ from transformer_lens.hook_points import HookPoint
 
 from spd_lens.core.gates import Gate, matmul_or_lookup
 from spd_lens.core.masks import SiteMask
+from spd_lens.core.pass_state import PassState
 from spd_lens.core.squashings import importance_of
 from spd_lens.core.subcomponents import Subcomponents
-from spd_lens.hosts.site import POINT_SUFFIXES, Site
+from spd_lens.hosts.site import POINT_SUFFIXES, Site, is_from_transformer_lens
 
 if TYPE_CHECKING:
     from transformer_lens import FactoredMatrix
@@ -47,28 +51,116 @@ class ReadPoint(HookPoint):
 
     Existing HookPoints become one by having their class changed, so every name, alias, hook and reference that
     the host or the user holds stays valid; `__call__` rather than a hook is used because hooks that a user adds
-    later would run after ours.
+    later would run after ours. Compiled graphs leave it out: they would remember which hooks there were at first.
     """
 
+    readers: Sequence[DecomposedWeight] = ()
+
+    @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         out = super().__call__(*args, **kwargs)
-        for weight in self.__dict__.get("spd_readers", ()):
+        for weight in self.readers:
             weight.receive_input(out)
         return out
+
+
+class HeadResults(HookPoint):
+    """What each head adds to `W_O`'s output, where the host computes that: masks act here, before the user's hooks.
+
+    A hook that takes a head away then takes away what the masked weight makes of it.
+    """
+
+    weights: Sequence[DecomposedWeight] = ()
+
+    @torch.compiler.disable
+    def forward(self, x: Tensor) -> Tensor:
+        """`[batch pos head d_out]`, masked."""
+        return x if not self.weights else self.weights[0].masked_heads(x)
+
+
+@dataclass(frozen=True, eq=False)
+class MaskedAlready:
+    """Stands for the input of a site whose masks have acted head by head; `rest` is what belongs to no head."""
+
+    rest: Tensor | None
+
+
+class UnknownImportance(HookPoint):
+    """The importance point of a site whose importance no single pass knows (the global gate): it never fires.
+
+    TransformerLens's caches hook every point there is and may; anybody else is told what to call.
+    """
+
+    def add_hook(self, hook: Any, *args: Any, **kwargs: Any) -> Any:
+        """As a HookPoint, but ValueError for a hook that is not one of TransformerLens's caches."""
+        if not is_from_transformer_lens(hook):
+            raise ValueError(
+                f"{self.name} never fires: the global gate needs the inputs of all sites before it can say anything "
+                "about one; use decomposition.importance(tokens) instead of hooking the importance (a hook of your own "
+                "on all points: leave this one out)"
+            )
+        return super().add_hook(hook, *args, **kwargs)
+
+
+@dataclass(eq=False)
+class Swapped:
+    """What a `DecomposedWeight` knows besides its parameters.
+
+    - `points`: the site's own HookPoints by suffix. `tied_to`: the weight whose factors it uses the other way round.
+    - `state`: what running passes have left, shared by the sites of one decomposition.
+    - `decomposition`: the `Decomposition`, once it is made.
+    """
+
+    site: Site
+    points: dict[str, HookPoint]
+    tied_to: DecomposedWeight | None
+    state: PassState
+    decomposition: Any = None
 
 
 class DecomposedWeight(ReadPoint):
     """One site's weight as subcomponents, standing in for the HookPoint that the weight's output passes.
 
     Made by `decompose`, never directly. `V [d_in, C]` and `U [C, d_out]` are trained; `target_weight [d_in, d_out]`
-    is the frozen matrix; `gate` predicts importance.
+    is the frozen matrix; `gate` predicts importance (None where the global gate does it).
     """
 
-    site: Site
-    points: dict[str, HookPoint]
+    swapped: Swapped
     gate: Gate | None
     subcomponents: Subcomponents
-    tied_to: DecomposedWeight | None
+
+    @property
+    def site(self) -> Site:
+        """Where in the model it stands."""
+        return self.swapped.site
+
+    @property
+    def points(self) -> dict[str, HookPoint]:
+        """The site's own HookPoints, by suffix."""
+        return self.swapped.points
+
+    @property
+    def tied_to(self) -> DecomposedWeight | None:
+        """The weight whose factors this one uses the other way round, or None."""
+        return self.swapped.tied_to
+
+    def __repr__(self) -> str:
+        (d_in, C), d_out = self.V.shape, self.U.shape[1]
+        gate = "the global gate" if self.gate is None else f"{self.gate.kind} gate"
+        return f"DecomposedWeight({self.site.name}: {d_in} x {d_out}, C={C}, {gate})"
+
+    def _repr_html_(self) -> str:
+        return f"<code>{html.escape(repr(self))}</code>"
+
+    def _apply(self, fn: Any, recurse: bool = True) -> DecomposedWeight:
+        """Moves with the model; V, U and the gate stay in float32 (or wider) when the model becomes half precision."""
+
+        def keeping_precision(t: Tensor) -> Tensor:
+            moved = fn(t)
+            narrower = moved.is_floating_point() and moved.dtype.itemsize < t.dtype.itemsize
+            return t.to(moved.device) if narrower and moved.dtype.itemsize < 4 else moved
+
+        return super()._apply(keeping_precision, recurse)
 
     # -- parameters ------------------------------------------------------------------------------------------
 
@@ -108,16 +200,12 @@ class DecomposedWeight(ReadPoint):
         return min(self.V.shape[0], self.U.shape[1])
 
     def subcomponent(self, c: int) -> FactoredMatrix:
-        """The rank-one piece `V[:, c] U[c, :]` as TransformerLens's `FactoredMatrix [d_in, d_out]`."""
+        """The rank-one matrix `V[:, c] U[c, :]` as TransformerLens's `FactoredMatrix [d_in, d_out]`."""
         from transformer_lens import FactoredMatrix
 
         if not 0 <= c < self.n_subcomponents:
             raise ValueError(f"subcomponent {c} of {self.site.name}: expected 0..{self.n_subcomponents - 1}")
         return FactoredMatrix(self.V[:, c : c + 1], self.U[c : c + 1, :])
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles take nothing of a pass: an input that a raising hook left behind cannot be copied."""
-        return {**self.__dict__, "current_input": None, "recording": None, "given": None}
 
     # -- the forward pass ------------------------------------------------------------------------------------
 
@@ -125,45 +213,85 @@ class DecomposedWeight(ReadPoint):
         """Whether any of the site's four HookPoints has a hook of any kind."""
         return any(_has_hook(point) for point in self.points.values())
 
+    def is_needed(self) -> bool:
+        """Whether the running pass does anything here but pass the output on."""
+        state = self.swapped.state
+        return state.recording is not None or self.swapped.site.name in state.given or self.is_watched()
+
     def receive_input(self, x: Tensor) -> None:
-        """Keep the input that the matmul is about to read, if this pass needs it; drop an older one."""
-        state = self.__dict__
-        if state["recording"] is None and state["given"] is None and not self.is_watched():
-            state["current_input"] = None
-            return
-        state["current_input"] = x
+        """Keep the input that the matmul is about to read, if this pass needs it."""
+        site, state = self.swapped.site, self.swapped.state
+        if self.is_needed():
+            state.keep(site.name, site.layer, x)
+        else:
+            state.forget(site.name, site.layer)
 
     def forward(self, x: Tensor) -> Tensor:
         """`y` of M2 for the clean output `x` (called `y0` there)."""
-        y0, state = x, self.__dict__
-        recording, given = state["recording"], state["given"]
-        watched = recording is None and given is None and self.is_watched()
-        if recording is None and given is None and not watched:
+        y0, state, name = x, self.swapped.state, self.swapped.site.name
+        recording, given = state.recording, state.given.get(name)
+        if recording is None and given is None and not self.is_watched():
             return y0
         x = self._take_input(y0)
+        if isinstance(x, MaskedAlready):
+            return y0 if x.rest is None else (y0 + x.rest).to(y0.dtype)
         if recording is not None:
-            recording[self.site.name] = x
+            if name in recording:
+                raise RuntimeError(
+                    f"{name} was reached twice in one clean pass: a hook runs the model again inside it. Run the model "
+                    "before, and let the hook use what came out"
+                )
+            recording[name] = x
             return y0
         if given is not None:
             return self.masked_output(y0, x, given)
         return self._hooked_output(y0, x)
 
-    def _take_input(self, y0: Tensor) -> Tensor:
-        x = self.__dict__["current_input"]
+    def _take_input(self, y0: Tensor) -> Any:
+        site = self.site
+        x = self.swapped.state.take(site.name, site.layer)
         if x is None:
             raise RuntimeError(
-                f"{self.site.name}: its output HookPoint was called without its input having passed through "
-                "the model; run the whole model (or from the block onwards), not the HookPoint alone"
+                f"{site.name}: its output HookPoint was called without its input having passed through "
+                "the model; run the whole model (or from the block onwards), not the HookPoint alone, and add and "
+                "remove hooks on a site's points between passes, not inside one"
             )
-        self.__dict__["current_input"] = None
-        if self.site.module_output is not None and self.site.module_output._forward_hooks:
+        if site.module_output is not None and site.module_output._forward_hooks:
             raise RuntimeError(
-                f"{self.site.name}: a PyTorch forward hook on its {type(self.site.module_output).__name__} may change "
+                f"{site.name}: a PyTorch forward hook on its {type(site.module_output).__name__} may change "
                 "the output before the masks act on it; use a TransformerLens hook"
             )
-        if self.site.flatten_input and x.ndim > y0.ndim:
+        if site.flatten_input and isinstance(x, Tensor) and x.ndim > y0.ndim:
             x = rearrange(x, "... head_index d_head -> ... (head_index d_head)")
         return x
+
+    def masked_heads(self, results: Float[Tensor, "batch pos head d_out"]) -> Tensor:
+        """M2 for each head's share `z_h @ W_h` of the output; patched activations, which no head owns, come later."""
+        state, site = self.swapped.state, self.site
+        if state.recording is not None or not self.is_needed():
+            return results
+        z = state.take(site.name, site.layer)
+        if z is None:
+            return results  # the output's HookPoint will say so
+        x = rearrange(z, "... head d_head -> ... (head d_head)")
+        a = self.activations(x)
+        given = state.given.get(site.name)
+        patched, mask, delta = (a, *self._given_factors(given, a)) if given is not None else self._hooked_factors(x, a)
+        rest = None
+        if patched is not a:
+            moved = patched - a if mask is None else mask * (patched - a)
+            rest = moved @ self.U
+        state.keep(site.name, site.layer, MaskedAlready(rest))
+        if mask is None and delta is None:
+            return results
+        one = torch.ones((), dtype=a.dtype, device=a.device)
+        factor = (one if mask is None else mask) - (one if delta is None else delta.unsqueeze(-1))
+        V = rearrange(self.V, "(head d_head) C -> head d_head C", head=z.shape[-2])
+        a_by_head = (z.to(V.dtype).unsqueeze(-2) @ V).squeeze(-2)
+        change = (factor.unsqueeze(-2) * a_by_head) @ self.U
+        if delta is not None:
+            change = change - (1 - delta)[..., None, None] * results
+        return (results + change).to(results.dtype)
 
     def activations(self, x: Tensor) -> Float[Tensor, "*batch C"]:
         """`a = x @ V` (a row look-up at embedding sites, M4)."""
@@ -176,13 +304,19 @@ class DecomposedWeight(ReadPoint):
         if routed is not None and routed.device.type == "cpu" and routed.ndim == n_leading <= 2:
             return self._routed_output(y0, x, given, routed)
         a = self.activations(x)
-        mask = _over_heads(given.mask, a, n_trailing=1)
-        delta, routed = (_over_heads(value, a, n_trailing=0) for value in (given.delta, routed))
+        return self._combine(y0, a, a, *self._given_factors(given, a))
+
+    def _given_factors(self, given: SiteMask, a: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Mask and delta mask, 1 where the site stays with the target."""
+        mask = _over_heads(self._as_factor(given.mask, a), a, n_trailing=1)
+        delta, routed = (
+            _over_heads(value, a, n_trailing=0) for value in (self._as_factor(given.delta, a), given.routed)
+        )
         if routed is not None:
             routed = routed.to(a.device)
             mask = None if mask is None else torch.where(routed.unsqueeze(-1), mask, 1.0)
             delta = None if delta is None else torch.where(routed, delta, 1.0)
-        return self._combine(y0, x, a, a, mask, delta)
+        return mask, delta
 
     def _routed_output(self, y0: Tensor, x: Tensor, given: SiteMask, routed: Bool[Tensor, "*batch"]) -> Tensor:
         """M2 at the routed rows alone; the others keep `y0`."""
@@ -195,32 +329,46 @@ class DecomposedWeight(ReadPoint):
         x_rows, y_rows = at_rows(x), at_rows(y0)
         mask, delta = (None if value is None else at_rows(value) for value in (given.mask, given.delta))
         a = self.activations(x_rows)
-        change = self._change(y_rows, x_rows, a, a, mask, delta).to(y0.dtype)
+        mask, delta = self._as_factor(mask, a), self._as_factor(delta, a)
+        change = self._change(y_rows, a, a, mask, delta).to(y0.dtype)
         return y0.flatten(0, routed.ndim - 1).index_add(0, rows, change).reshape(y0.shape)
 
     def _hooked_output(self, y0: Tensor, x: Tensor) -> Tensor:
-        acts_point, importance_point, mask_point, delta_point = (self.points[s] for s in POINT_SUFFIXES)
         a = self.activations(x)
+        patched, mask, delta = self._hooked_factors(x, a)
+        if patched is a and mask is None and delta is None:
+            return y0
+        return self._combine(y0, a, patched, mask, delta)
+
+    def _hooked_factors(self, x: Tensor, a: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What the hooks on the site's points make of `a` and of ones, in the order in which the points fire."""
+        acts_point, importance_point, mask_point, delta_point = (self.points[s] for s in POINT_SUFFIXES)
         patched, mask, delta = a, None, None
         # A hook may write in place: it gets a tensor of its own, never the `a` that the delta still needs.
         if _has_hook(acts_point):
-            patched = self._checked(acts_point(a.clone()), a.shape, "acts")
-        if _has_hook(importance_point):
+            patched = self._checked(acts_point(a.clone()), a.shape, "acts").to(a.dtype)
+        if _has_hook(importance_point) and self.gate is not None:
             importance_point(self.live_importance(x, a))
         if _has_hook(mask_point):
-            mask = self._checked(mask_point(self._ones(mask_point, a)), a.shape, "mask")
+            mask = self._as_factor(self._checked(mask_point(self._ones(mask_point, a)), a.shape, "mask"), a)
         if _has_hook(delta_point):
-            delta = self._checked(delta_point(self._ones(delta_point, a[..., 0])), a.shape[:-1], "delta_mask")
-        if patched is a and mask is None and delta is None:
-            return y0
-        return self._combine(y0, x, a, patched, mask, delta)
+            # With an axis after the positions, as everything that TransformerLens caches and slices has one.
+            shape = (*a.shape[:-1], 1)
+            delta = self._checked(delta_point(self._ones(delta_point, a[..., :1])), torch.Size(shape), "delta_mask")
+            delta = self._as_factor(delta, a).expand(shape).squeeze(-1)
+        return patched, mask, delta
 
     @staticmethod
     def _ones(point: HookPoint, like: Tensor) -> Tensor:
         ones = torch.ones_like(like, memory_format=torch.contiguous_format)
         # Only then can a backward hook on the mask see a gradient.
-        wants_gradient = bool(point._backward_hooks or point._backward_pre_hooks) and torch.is_grad_enabled()
-        return ones.requires_grad_(wants_gradient)
+        if (point._backward_hooks or point._backward_pre_hooks) and torch.is_grad_enabled():
+            ones.requires_grad_()
+        return ones
+
+    def _as_factor(self, value: Tensor | None, a: Tensor) -> Any:
+        """A mask of any dtype (bool, integer, float64 from numpy) in one that multiplies into `a` and then `U`."""
+        return value if value is None or value.dtype == a.dtype else value.to(self.V.dtype)
 
     def _checked(self, value: Any, shape: torch.Size, what: str) -> Tensor:
         try:
@@ -229,24 +377,21 @@ class DecomposedWeight(ReadPoint):
             fits = False
         if not fits:
             given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            axis = "; add the last axis: value.unsqueeze(-1)" if given == tuple(shape[:-1]) else ""
             raise ValueError(
                 f"a hook on {self.site.point_stem}_{what} returned {given}; expected a tensor that broadcasts "
-                f"to {tuple(shape)} for this pass"
+                f"to {tuple(shape)} for this pass{axis}"
             )
         return value
 
     def live_importance(self, x: Tensor, a: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch C"]:
         """Importance from the pass that is running, `clamp(p, 0, 1)`; equal to the clean one if nothing is masked.
 
-        Raises ValueError where one pass cannot know it: the global gate needs all sites at once, and the
-        attention gate needs every position, which a key-value cache hides.
+        Raises ValueError where this pass cannot know it: the attention gate needs every position, which a key-value
+        cache hides.
         """
-        if self.gate is None:
-            raise ValueError(
-                f"{self.site.name} is gated by the global gate, which needs the inputs of all sites before it can "
-                "say anything; use decomposition.importance(tokens) instead of hooking the importance"
-            )
-        if self.gate.looks_across_positions and self.__dict__["cached_positions"] != 0:
+        assert self.gate is not None
+        if self.gate.looks_across_positions and self._cached_positions() != 0:
             raise ValueError(
                 f"the attention gate of {self.site.name} looks across positions, but this pass runs with a "
                 "key-value cache and sees only the newest; use decomposition.importance(tokens), or "
@@ -254,14 +399,18 @@ class DecomposedWeight(ReadPoint):
             )
         return importance_of(self.gate(x, a))
 
-    def _combine(
-        self, y0: Tensor, x: Tensor, a: Tensor, patched: Tensor, mask: Tensor | None, delta: Tensor | None
-    ) -> Tensor:
-        return (y0 + self._change(y0, x, a, patched, mask, delta)).to(y0.dtype)
+    def _cached_positions(self) -> int:
+        """How many earlier positions a key-value cache hides from this pass; 0 where embeddings read."""
+        site, state = self.site, self.swapped.state
+        if site.is_lookup:
+            return 0
+        call = state.call_of(site.layer)
+        return state.cached_positions if call is None else call.cached_positions
 
-    def _change(
-        self, y0: Tensor, x: Tensor, a: Tensor, patched: Tensor, mask: Tensor | None, delta: Tensor | None
-    ) -> Tensor:
+    def _combine(self, y0: Tensor, a: Tensor, patched: Tensor, mask: Tensor | None, delta: Tensor | None) -> Tensor:
+        return (y0 + self._change(y0, a, patched, mask, delta)).to(y0.dtype)
+
+    def _change(self, y0: Tensor, a: Tensor, patched: Tensor, mask: Tensor | None, delta: Tensor | None) -> Tensor:
         """`y - y0`: `(m * a' - d * a) @ U - (1 - d) * (y0 - b)`."""
         kept = None if delta is None else delta.unsqueeze(-1)
         if patched is a:
@@ -271,7 +420,7 @@ class DecomposedWeight(ReadPoint):
             coefficients = (patched if mask is None else mask * patched) - (a if kept is None else kept * a)
         change = self.through_U(coefficients, y0)
         if delta is not None:
-            dense = self._dense_part(y0, x)
+            dense = self._dense_part(y0)
             weight = (1 - delta).expand(a.shape[:-1])
             weight = weight.reshape(*weight.shape, *([1] * (dense.ndim - weight.ndim)))
             change = change - weight * dense
@@ -295,12 +444,8 @@ class DecomposedWeight(ReadPoint):
         out = rearrange(coefficients @ U, "... (head d_head) -> ... head d_head", d_head=d_head)
         return out if repeats == 1 else out.repeat_interleave(repeats, dim=-2)
 
-    def _dense_part(self, y0: Tensor, x: Tensor) -> Tensor:
-        """`x @ W` in the shape of `y0`; taken from `y0` itself unless hooks may have changed that in between."""
-        flag = self.site.recompute_dense
-        if flag is not None and getattr(*flag):
-            dense = matmul_or_lookup(x, self.target_weight)
-            return dense.reshape(y0.shape)
+    def _dense_part(self, y0: Tensor) -> Tensor:
+        """`x @ W` in the shape of `y0`, taken from `y0`."""
         bias = self.bias
         if bias is None:
             return y0

@@ -82,7 +82,7 @@ def decompose(
         "init": init,
         "seed": int(seed),
     }
-    return Decomposition(host, *swap_sites(host, sites, settings, generator), settings)
+    return Decomposition(host, swap_sites(host, sites, settings, generator), settings)
 
 
 def _names_within_block(sites: Sequence[str], layer: int) -> tuple[str, ...]:

@@ -7,7 +7,8 @@ lists of ordinary TransformerLens hooks; nothing is switched on or off in the mo
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -20,9 +21,9 @@ from torch import Tensor, nn
 from spd_lens.core.decomposed_weight import DecomposedWeight
 from spd_lens.core.gates import GlobalGate
 from spd_lens.core.inputs import checked_tokens
-from spd_lens.core.interventions import HookList, ablation_hooks, hooks_for_masks, keeping_hooks
+from spd_lens.core.interventions import Factor, HookList, ablation_hooks, hooks_for_masks, keeping_hooks
 from spd_lens.core.masks import SiteMask
-from spd_lens.core.passes import CleanPass, given_masks, record_inputs
+from spd_lens.core.passes import BlockStarts, CleanPass, given_masks, record_inputs
 from spd_lens.core.saving import check_same_weights, read_decomposition, upload, write_decomposition
 from spd_lens.core.squashings import importance_of
 from spd_lens.core.subcomponents import relative_faithfulness, smallest_relative_error
@@ -45,17 +46,33 @@ class Decomposition(Mapping[str, DecomposedWeight]):
         self,
         host: Host,
         weights: dict[str, DecomposedWeight],
-        global_gate: GlobalGate | None,
         settings: dict[str, Any],
     ) -> None:
         self.host = host
         self.settings = settings
         self._weights = weights
-        self.global_gate = global_gate
+        self._sites = [weight.site for weight in weights.values()]
+        self.starts = BlockStarts(host, weights)
         self.training_record: dict[str, Any] = {}
         # The Hub's repository, revision and commit, if it was loaded from there.
         self.loaded_from: dict[str, str | None] | None = None
         self._removed = False
+        for weight in weights.values():
+            weight.swapped.decomposition = self
+
+    @staticmethod
+    def of(model: nn.Module) -> Decomposition:
+        """The decomposition that is in `model`: the way back from a copied or unpickled model.
+
+        Raises ValueError if there is none, or more than one.
+        """
+        weights = [module for module in model.modules() if isinstance(module, DecomposedWeight)]
+        found = {id(weight.swapped.decomposition): weight.swapped.decomposition for weight in weights}
+        if len(found) != 1:
+            names = [weight.site.name for weight in weights]
+            what = f"{len(found)} decompositions, of {', '.join(names)}" if found else "no decomposition"
+            raise ValueError(f"this {type(model).__name__} has {what}; expected one")
+        return next(iter(found.values()))
 
     # -- a mapping ---------------------------------------------------------------------------------------------
 
@@ -83,6 +100,11 @@ class Decomposition(Mapping[str, DecomposedWeight]):
         return self.host.model
 
     @property
+    def global_gate(self) -> GlobalGate | None:
+        """The gate of all sites together, or None where every site has its own; the first site's module holds it."""
+        return next(iter(self._weights.values()))._modules.get("global_gate")  # pyright: ignore[reportReturnType]
+
+    @property
     def device(self) -> torch.device:
         """Where the subcomponents are."""
         return next(iter(self._weights.values())).V.device
@@ -99,30 +121,38 @@ class Decomposition(Mapping[str, DecomposedWeight]):
         return own + ([] if self.global_gate is None else list(self.global_gate.parameters()))
 
     def to(self, *args: Any, **kwargs: Any) -> Decomposition:
-        """Move the model together with its decomposition, as `model.to`; returns itself."""
+        """Move the model together with its decomposition, as `model.to`; returns itself.
+
+        V, U and gates stay in float32 when the model becomes half precision."""
         self.model.to(*args, **kwargs)
-        if self.global_gate is not None:
-            self.global_gate.to(*args, **kwargs)
         return self
 
     # -- running -----------------------------------------------------------------------------------------------
 
-    def clean_pass(self, batch: Tensor, *, start_at: int | None = None, hidden_points: Sequence[str] = ()) -> CleanPass:
+    def clean_pass(
+        self,
+        batch: Tensor,
+        *,
+        start_at: int | None = None,
+        hidden_points: Sequence[str] = (),
+        attention_mask: Tensor | None = None,
+    ) -> CleanPass:
         """The target's output and every site's input, without gradients; hooks on the sites' points do not act.
 
         With `start_at=L`, `batch` is the residual stream that enters block L and only blocks from L on are run.
+        `attention_mask [batch pos]` is 0 where tokens are padding.
         """
         self.require_present()
         self._require_reached(start_at)
-        starts = {self._first_block([name]) for name in self} if self.host.can_start_at_blocks() else set()
+        starts = {self.starts.first_block([name]) for name in self} if self.host.can_start_at_blocks() else set()
         layers = [layer for layer in starts if layer is not None and layer > (start_at or 0)]
         with (
             torch.no_grad(),
             record_inputs(self._weights) as inputs,
             self._capture(hidden_points) as hidden,
-            self.host.record_residuals(layers) as residuals,
+            self.host.record_residuals(layers if attention_mask is None else ()) as residuals,
         ):
-            output = self._run(batch, start_at)
+            output = self._run(batch, start_at, attention_mask)
         return CleanPass(output, inputs, hidden, residuals)
 
     def masked_forward(
@@ -132,42 +162,43 @@ class Decomposition(Mapping[str, DecomposedWeight]):
         *,
         start_at: int | None = None,
         residuals: Mapping[int, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
     ) -> Tensor:
         """The model's output with the given masks at the named sites and the target everywhere else.
 
         With the `residuals` of a clean pass over the same batch, blocks before the first masked site are not run
-        again; the output is the same, bit for bit.
+        again where the output is the same, bit for bit (`starts`).
         """
         self.require_present()
-        first = self._first_block(masks)
-        if residuals and first is not None and first in residuals:
-            batch, start_at = residuals[first], first
+        first = self.starts.first_block(masks)
+        entered = residuals.get(first) if residuals and first is not None and attention_mask is None else None
+        if entered is not None and self.starts.is_exact(first, entered, batch, start_at=start_at):
+            batch, start_at = entered, first
         with given_masks(self._weights, masks):
-            return self._run(batch, start_at)
+            return self._run(batch, start_at, attention_mask)
 
     def _require_reached(self, start_at: int | None) -> None:
         """ValueError if a pass from block `start_at` on would leave out a site."""
-        first = None if start_at is None else self._first_block(self)
+        first = None if start_at is None else self.starts.first_block(self)
         if start_at is not None and (first is None or first < start_at):
             raise ValueError(
                 f"a pass from block {start_at} on does not reach every decomposed site ({', '.join(self)}); start "
                 "before the first of them, or run the tokens"
             )
 
-    def _first_block(self, names: Iterable[str]) -> int | None:
-        """The first block that masks on these sites can reach; None if that is before the blocks, or there are none."""
-        sites, count = [self[name].site for name in names], self.host.n_layers()
-        if count == 0 or any(site.layer is None and site.is_lookup for site in sites):
-            return None
-        return min((count - 1 if site.layer is None else site.layer for site in sites), default=None)
-
     def masked_hidden(
-        self, batch: Tensor, masks: Mapping[str, SiteMask], points: Sequence[str], *, start_at: int | None = None
+        self,
+        batch: Tensor,
+        masks: Mapping[str, SiteMask],
+        points: Sequence[str],
+        *,
+        start_at: int | None = None,
+        attention_mask: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """As `masked_forward`, but the activations of the named hook points, with gradients (L7)."""
         self.require_present()
         with given_masks(self._weights, masks), self._capture(points) as hidden:
-            self._run(batch, start_at)
+            self._run(batch, start_at, attention_mask)
         return hidden
 
     @contextmanager
@@ -180,12 +211,21 @@ class Decomposition(Mapping[str, DecomposedWeight]):
         for point in points:
             if point not in known:
                 raise ValueError(f"no hook point {point!r}; near: {near_names(point, known)}")
-        with self.model.hooks(fwd_hooks=[(point, partial(_store, found=found, name=point)) for point in points]):
+        # Of this thread only: others may run the same model meanwhile.
+        store = partial(_store, found=found, thread=threading.get_ident())
+        with self.model.hooks(fwd_hooks=[(point, partial(store, name=point)) for point in points]):
             yield found
 
-    def _run(self, batch: Tensor, start_at: int | None) -> Tensor:
+    def _run(self, batch: Tensor, start_at: int | None, attention_mask: Tensor | None = None) -> Tensor:
         self.require_present()
-        return self.host.forward(batch) if start_at is None else self.host.forward_from(start_at, batch)
+        if start_at is None:
+            return self.host.forward(batch, attention_mask)
+        if attention_mask is not None:
+            raise ValueError(
+                f"an attention_mask was given with start_at={start_at}: a pass that starts at a block has lost what "
+                "the mask does before it; give the tokens"
+            )
+        return self.host.forward_from(start_at, batch)
 
     def pre_importances(self, inputs: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "*batch _"]]:
         """Pre-activations `p [batch pos C]` of every site's gate, from the clean inputs `x` (S4)."""
@@ -235,12 +275,13 @@ class Decomposition(Mapping[str, DecomposedWeight]):
 
     def mask(
         self,
-        masks: Mapping[str, Float[Tensor, ...]],
-        delta: float | Mapping[str, float | Float[Tensor, ...]] = 1.0,
+        masks: Mapping[str, Factor],
+        delta: float | Mapping[str, Factor] = 1.0,
     ) -> HookList:
         """Hooks that multiply the masks of the named sites by `mask` (`[C]` or `[batch pos C]`).
 
-        `delta` is one number for all named sites, or `{site: Tensor [batch pos]}`.
+        `delta` is one number for all named sites, or `{site: Tensor [batch pos]}`. Masks may be tensors or arrays of
+        any dtype.
         """
         return hooks_for_masks(self, masks, delta)
 
@@ -337,7 +378,7 @@ class Decomposition(Mapping[str, DecomposedWeight]):
         sites = check_sites(host, saved.settings["n_subcomponents"])
         check_same_weights(saved, sites)
         swapped = swap_sites(host, sites, saved.settings, torch.Generator().manual_seed(0))
-        decomposition = Decomposition(host, *swapped, saved.settings)
+        decomposition = Decomposition(host, swapped, saved.settings)
         try:
             decomposition.load_tensors(saved.tensors)
         except BaseException as error:
@@ -363,10 +404,12 @@ class Decomposition(Mapping[str, DecomposedWeight]):
     # -- state -------------------------------------------------------------------------------------------------
 
     def remove(self) -> None:
-        """Give the model back as it was: same modules, hook names and outputs. Calling it twice is an error."""
+        """Give the model back as it was: same modules, hook names and outputs. Calling it twice is an error.
+
+        After an interrupt inside it, it can be called again.
+        """
         self.require_present()
-        for weight in reversed(list(self._weights.values())):
-            swap_out(self.host, weight)
+        swap_out(self.host, self._sites)
         self._removed = True
 
     def require_present(self) -> None:
@@ -375,5 +418,6 @@ class Decomposition(Mapping[str, DecomposedWeight]):
             raise ValueError("this decomposition was removed from its model; decompose it again, or load a saved one")
 
 
-def _store(value: Tensor, hook: Any, *, found: dict[str, Tensor], name: str) -> None:
-    found[name] = value
+def _store(value: Tensor, hook: Any, *, found: dict[str, Tensor], name: str, thread: int) -> None:
+    if threading.get_ident() == thread:
+        found[name] = value

@@ -9,15 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from functools import partial
 from numbers import Integral
-from typing import Any
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Shaped
 from torch import Tensor
 
 from spd_lens.core.decomposed_weight import DecomposedWeight
 
 HookList = list[tuple[str, Any]]
+
+# What a mask may be given as: numbers, booleans, a tensor or an array of any dtype.
+Factor: TypeAlias = Shaped[Tensor, "..."] | np.ndarray | float
 
 
 def ablation_hooks(weight: DecomposedWeight, ids: Iterable[Any] | Integral | int) -> HookList:
@@ -34,8 +38,9 @@ def keeping_hooks(weight: DecomposedWeight, ids: Iterable[Any] | Integral | int)
     return [_mask_hook(weight, factor), _delta_hook(weight, 0.0)]
 
 
-def mask_hooks(weight: DecomposedWeight, mask: Float[Tensor, "*batch C"]) -> HookList:
+def mask_hooks(weight: DecomposedWeight, mask: Factor) -> HookList:
     """The site's mask is multiplied by `mask`, `[C]` or `[batch pos C]`."""
+    mask = torch.as_tensor(mask)
     if mask.shape[-1:] != (weight.n_subcomponents,):
         raise ValueError(
             f"mask for {weight.site.name} has shape {tuple(mask.shape)}; its last axis must be "
@@ -44,15 +49,13 @@ def mask_hooks(weight: DecomposedWeight, mask: Float[Tensor, "*batch C"]) -> Hoo
     return [_mask_hook(weight, mask)]
 
 
-def delta_hooks(weight: DecomposedWeight, delta: float | Float[Tensor, "*batch"]) -> HookList:
+def delta_hooks(weight: DecomposedWeight, delta: Factor) -> HookList:
     """The site's delta mask is multiplied by `delta`, a number or `[batch pos]`."""
     return [_delta_hook(weight, delta)]
 
 
 def hooks_for_masks(
-    weights: Mapping[str, DecomposedWeight],
-    masks: Mapping[str, Float[Tensor, ...]],
-    delta: float | Mapping[str, float | Float[Tensor, ...]],
+    weights: Mapping[str, DecomposedWeight], masks: Mapping[str, Factor], delta: float | Mapping[str, Factor]
 ) -> HookList:
     """`mask_hooks` for all named sites; `delta` is one number for them, or given per site."""
     hooks = [hook for name, mask in masks.items() for hook in mask_hooks(weights[name], mask)]
@@ -61,23 +64,26 @@ def hooks_for_masks(
 
 
 def _mask_hook(weight: DecomposedWeight, factor: Tensor) -> tuple[str, Any]:
-    return weight.site.point_names()[2], partial(_multiply, factor=factor, n_trailing=1)
+    return weight.site.point_names()[2], partial(_multiply, factor=factor)
 
 
-def _delta_hook(weight: DecomposedWeight, factor: float | Tensor) -> tuple[str, Any]:
-    factor = factor if isinstance(factor, Tensor) else weight.V.new_tensor(float(factor))
-    return weight.site.point_names()[3], partial(_multiply, factor=factor, n_trailing=0)
+def _delta_hook(weight: DecomposedWeight, factor: Factor) -> tuple[str, Any]:
+    factor = torch.as_tensor(factor) if isinstance(factor, (Tensor, np.ndarray)) else weight.V.new_tensor(float(factor))
+    # The point has a last axis of length 1, `[batch pos 1]`.
+    return weight.site.point_names()[3], partial(_multiply, factor=factor.unsqueeze(-1) if factor.ndim else factor)
 
 
-def _multiply(value: Tensor, hook: Any, *, factor: Tensor, n_trailing: int) -> Tensor:
+def _multiply(value: Tensor, hook: Any, *, factor: Tensor) -> Tensor:
     """Hook: `value * factor`; a factor given per position also fits values with a head axis after the positions."""
     factor = factor.to(value.device)
-    if factor.ndim == 2 + n_trailing and value.ndim == 3 + n_trailing:
-        factor = factor.unsqueeze(-1 - n_trailing)
-    elif factor.ndim not in (0, n_trailing, value.ndim):
+    if factor.ndim == 3 and value.ndim == 4:
+        factor = factor.unsqueeze(-2)
+    elif factor.ndim not in (0, 1, value.ndim):
+        per_position = hook.name.endswith("_delta_mask")
+        given = tuple(factor.shape[:-1] if per_position else factor.shape)
         raise ValueError(
-            f"{hook.name} is {tuple(value.shape)} in this pass and was given a factor {tuple(factor.shape)}; "
-            f"expected the same number of axes, or {'[C]' if n_trailing else 'one number'}"
+            f"{hook.name} is {tuple(value.shape)} in this pass and was given a factor {given}; "
+            f"expected {'one number or [batch pos]' if per_position else 'the same number of axes, or [C]'}"
         )
     return value * factor
 

@@ -2,46 +2,105 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from spd_lens.core.decomposed_weight import DecomposedWeight
 from spd_lens.core.masks import SiteMask
+from spd_lens.hosts.host import Host
 
 
 @contextmanager
 def record_inputs(weights: Mapping[str, DecomposedWeight]) -> Iterator[dict[str, Tensor]]:
-    """While open, a forward pass stores every site's input `x` in the dict, and the model is the clean target.
+    """While open, a forward pass of this thread stores every site's input `x` in the dict, and the model is the clean
+    target.
 
     Masks and patches that hooks put on the sites' own points are ignored meanwhile (S4); hooks elsewhere act.
+    `weights` are those of one decomposition.
     """
     inputs: dict[str, Tensor] = {}
+    state = next(iter(weights.values())).swapped.state
+    before, state.recording = state.recording, inputs
     try:
-        for weight in weights.values():
-            weight.__dict__["recording"] = inputs
         yield inputs
     finally:
-        for weight in weights.values():
-            weight.__dict__["recording"] = None
+        state.recording = before
 
 
 @contextmanager
 def given_masks(weights: Mapping[str, DecomposedWeight], masks: Mapping[str, SiteMask]) -> Iterator[None]:
-    """While open, the sites named in `masks` use those masks, whatever hooks say on their own points.
+    """While open, passes of this thread use these masks at the sites named in `masks`, whatever hooks say on their own
+    points.
 
     The other sites act as they do without this.
     """
-    before = {name: weight.__dict__["given"] for name, weight in weights.items()}
+    state = next(iter(weights.values())).swapped.state
+    before, state.given = state.given, {**state.given, **masks}
     try:
-        for name, weight in weights.items():
-            weight.__dict__["given"] = masks.get(name, before[name])
         yield
     finally:
-        for name, weight in weights.items():
-            weight.__dict__["given"] = before[name]
+        state.given = before
+
+
+class BlockStarts:
+    """Where passes of one decomposition may start: the one place that knows.
+
+    A pass starts at a block only if that gives, bit for bit, what the whole pass gives. Blocks may read more than the
+    residual stream (the embeddings, per-layer inputs, the mask of padding, another block's keys), so this is tried the
+    first time that it matters, for every block by itself, with one whole and one partial pass; else passes run whole.
+    """
+
+    def __init__(self, host: Host, weights: Mapping[str, DecomposedWeight]) -> None:
+        self._host, self._weights = host, weights
+        self._exact: dict[tuple[Any, ...], bool] = {}
+
+    def first_block(self, sites: Iterable[str]) -> int | None:
+        """The first block that a change at these sites can reach; None if that is before the blocks, or if there are
+        none."""
+        return self._host.first_block(self._weights[name].site for name in sites)
+
+    def is_exact(self, layer: int, residual: Tensor, batch: Tensor, *, start_at: int | None = None) -> bool:
+        """Whether `residual` entering block `layer` gives what the whole pass over `batch` gives.
+
+        `batch` are tokens, or what enters block `start_at`. Tried once for a layer, dtype, device and mode.
+        """
+        if not self._host.can_start_at_blocks():
+            return False
+        key = (layer, start_at, residual.dtype, residual.device, self._host.model.training)
+        if key not in self._exact:
+            self._exact[key] = self._try(layer, residual, batch, start_at)
+        return self._exact[key]
+
+    @torch.no_grad()
+    def residual_before(self, layer: int, tokens: Tensor) -> Tensor | None:
+        """What enters block `layer`; None where passes may not start there."""
+        if not self._host.can_start_at_blocks():
+            return None
+        with record_inputs(self._weights):
+            residual = self._host.residual_before(layer, tokens)
+        return residual if self.is_exact(layer, residual, tokens) else None
+
+    @torch.no_grad()
+    def _try(self, layer: int, residual: Tensor, batch: Tensor, start_at: int | None) -> bool:
+        whole = self._clean(batch, start_at)
+        try:
+            return torch.equal(whole, self._clean(residual.detach(), layer))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
+            # Whatever a block misses when it is entered in the middle, it says in its own words.
+            return False
+
+    def _clean(self, batch: Tensor, start_at: int | None) -> Tensor:
+        devices = [] if batch.device.type == "cpu" else [batch.device]
+        # Dropout, if it is on, draws again what it would have drawn without this.
+        with torch.random.fork_rng(devices), record_inputs(self._weights):
+            return self._host.forward(batch) if start_at is None else self._host.forward_from(start_at, batch)
 
 
 @dataclass(frozen=True)

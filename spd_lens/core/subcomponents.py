@@ -60,18 +60,25 @@ def initial_factors(
 
 
 def smallest_relative_error(W: Float[Tensor, "d_in d_out"], n_subcomponents: int) -> float:
-    """The smallest `|W - V U|^2 / |W|^2` that C subcomponents allow: the tail of W's squared singular values."""
+    """The smallest `|W - V U|^2 / |W|^2` that C subcomponents allow: the tail of W's squared singular values.
+
+    0 for a matrix of zeros, which any number of subcomponents can be.
+    """
     if n_subcomponents >= min(W.shape):
         return 0.0
     squared = torch.linalg.svdvals(W.float()).square()
-    return float(squared[n_subcomponents:].sum() / squared.sum())
+    return float(squared[n_subcomponents:].sum() / squared.sum()) if bool(squared.any()) else 0.0
 
 
 def relative_faithfulness(
     W: Float[Tensor, "d_in d_out"], V: Float[Tensor, "d_in C"], U: Float[Tensor, "C d_out"]
 ) -> Float[Tensor, ""]:
-    """`|W - V U|_F^2 / |W|_F^2` of one site: the share of the matrix's energy that is not explained."""
-    return squared_error(W, V, U) / W.to(at_least_float32(V).dtype).square().sum()
+    """`|W - V U|_F^2 / |W|_F^2` of one site: the share of the matrix's energy that is not explained.
+
+    For a matrix of zeros, which has none, it is `|V U|_F^2` itself: 0 if the sum is right, and a number in any case.
+    """
+    energy = W.to(at_least_float32(V).dtype).square().sum()
+    return squared_error(W, V, U) / torch.where(energy == 0, torch.ones_like(energy), energy)
 
 
 def squared_error(W: Tensor, V: Tensor, U: Tensor) -> Tensor:

@@ -5,18 +5,21 @@ Everything is checked before anything is changed, and a failure half-way undoes 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
-from spd_lens.core.decomposed_weight import DecomposedWeight, ReadPoint
+from spd_lens.core.decomposed_weight import DecomposedWeight, HeadResults, ReadPoint, Swapped, UnknownImportance
 from spd_lens.core.gates import Gate, GlobalGate, make_gate
+from spd_lens.core.pass_state import CallGuard, PassState
 from spd_lens.core.subcomponents import Subcomponents, initial_factors
 from spd_lens.hosts.host import Host
-from spd_lens.hosts.site import POINT_SUFFIXES, ModuleInput, Site
+from spd_lens.hosts.site import POINT_SUFFIXES, ModuleInput, PointOutput, Site
+from spd_lens.support.interrupts import hold_interrupts
 from spd_lens.support.names import near_names
 
 
@@ -67,23 +70,61 @@ def _check_ties(sites: Sequence[Site]) -> None:
 
 def swap_sites(
     host: Host, sites: Sequence[Site], settings: Mapping[str, Any], generator: torch.Generator
-) -> tuple[dict[str, DecomposedWeight], GlobalGate | None]:
+) -> dict[str, DecomposedWeight]:
     """Make subcomponents and gates for checked sites and swap them in; on any failure the model is unchanged.
 
     `settings` holds `n_subcomponents` per site, `gate`, `gate_width` and `init`.
     """
-    prepared = [(site, *_make_modules(site, settings, generator)) for site in sites]
-    global_gate = _make_global_gate(sites, settings, generator) if settings["gate"] == "global" else None
-    weights: dict[str, DecomposedWeight] = {}
+    with _default_dtype(torch.float32):
+        prepared = [(site, *_make_modules(site, settings, generator)) for site in sites]
+        global_gate = _make_global_gate(sites, settings, generator) if settings["gate"] == "global" else None
     try:
-        for site, factors, gate in prepared:
-            tied_to = None if site.tied_to is None else weights[site.tied_to]
-            weights[site.name] = swap_in(host, site, factors, gate, tied_to)
+        # A Ctrl-C that waited is raised inside `try`: the model is then whole again.
+        with hold_interrupts():
+            return _swap_all(host, prepared, global_gate)
     except BaseException:
-        for weight in reversed(list(weights.values())):
-            swap_out(host, weight)
+        swap_out(host, sites)
         raise
-    return weights, global_gate
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Same seed, same start: whatever default a notebook has set."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _swap_all(
+    host: Host, prepared: Sequence[tuple[Site, Subcomponents | None, Gate | None]], global_gate: GlobalGate | None
+) -> dict[str, DecomposedWeight]:
+    state = PassState()
+    weights: dict[str, DecomposedWeight] = {}
+    for site, factors, gate in prepared:
+        tied_to = None if site.tied_to is None else weights[site.tied_to]
+        weights[site.name] = _swap_in(host, Swapped(site, {}, tied_to, state), factors, gate)
+    has_cache = any(gate is not None and gate.looks_across_positions for *_, gate in prepared)
+    guarded = dict(_guarded(host, site) for site, *_ in prepared)
+    for layer, module in guarded.items():
+        if module is not None:
+            CallGuard(host, layer, module, state, asks_cache=has_cache).install()
+    if global_gate is not None:
+        # A module of the model, so that it moves with it and stands in its parameters; the first site has it.
+        first = next(iter(weights.values()))
+        first._modules["global_gate"] = global_gate.train(host.model.training)
+    return weights
+
+
+def _guarded(host: Host, site: Site) -> tuple[int | None, nn.Module | None]:
+    """The block in whose calls a site reads and uses its input (or that runs just before), as number and module; the
+    model where there are no blocks."""
+    if host.n_layers() == 0:
+        return None, host.model
+    layer = host.first_block([site])
+    return layer, None if layer is None else host.block(layer)
 
 
 def _make_modules(
@@ -116,15 +157,22 @@ def _master_dtype(target: Tensor) -> torch.dtype:
     return torch.float64 if target.dtype == torch.float64 else torch.float32
 
 
-def _hand_over_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook on a consumer module: give its input to the sites that read it."""
-    entry = module.__dict__["spd_entry"]
-    for read, weight in entry["readers"]:
-        weight.receive_input(read(args, kwargs))
-    is_last = next(reversed(module._forward_pre_hooks)) == entry["handle_id"]
-    if not is_last and any(weight.__dict__["current_input"] is not None for _, weight in entry["readers"]):
+class InputReader:
+    """Forward pre-hook on a module that multiplies: give its input to the sites that read it."""
+
+    def __init__(self) -> None:
+        self.readers: list[tuple[Callable[..., Tensor], DecomposedWeight]] = []
+
+    @torch.compiler.disable
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for read, weight in self.readers:
+            weight.receive_input(read(args, kwargs))
+        hooks = module._forward_pre_hooks
+        if next(reversed(hooks.values())) is self or not any(weight.is_needed() for _, weight in self.readers):
+            return
         # A later pre-hook may still change what the matmul reads; being last next time costs nothing.
-        module._forward_pre_hooks.move_to_end(entry["handle_id"])  # pyright: ignore[reportAttributeAccessIssue]
+        own = next(key for key, hook in hooks.items() if hook is self)
+        hooks.move_to_end(own)  # pyright: ignore[reportAttributeAccessIssue]
         raise RuntimeError(
             f"a PyTorch forward pre-hook was added to a {type(module).__name__} after it was decomposed, and runs "
             "after the input has been read. The order is put right now: run the pass again, or use a "
@@ -132,118 +180,109 @@ def _hand_over_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
         )
 
 
-def _note_cached_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook on a block: tell gates that look across positions how many of them a cache hides."""
-    entry = module.__dict__["spd_cache_entry"]
-    hidden = entry["host"].cached_positions(args, kwargs)
-    for weight in entry["weights"]:
-        weight.__dict__["cached_positions"] = hidden
+def _reader_on(module: nn.Module) -> InputReader | None:
+    return next((hook for hook in module._forward_pre_hooks.values() if isinstance(hook, InputReader)), None)
 
 
 def _become(point: HookPoint, cls: type[HookPoint]) -> None:
     point.__class__ = cls
 
 
-def swap_in(
-    host: Host, site: Site, subcomponents: Subcomponents | None, gate: Gate | None, tied_to: DecomposedWeight | None
-) -> DecomposedWeight:
-    """Turn the HookPoint that `site`'s output passes into its `DecomposedWeight`, and add the four new points."""
-    weight = site.output
-    already_read = isinstance(weight, ReadPoint)
+def _swap_in(host: Host, swapped: Swapped, subcomponents: Subcomponents | None, gate: Gate | None) -> DecomposedWeight:
+    """Turn the HookPoint that the site's output passes into its `DecomposedWeight`, and add the four new points."""
+    site, weight = swapped.site, swapped.site.output
+    kinds = {"importance": HookPoint if gate is not None else UnknownImportance}
+    swapped.points = {suffix: kinds.get(suffix, HookPoint)() for suffix in POINT_SUFFIXES}
+    weight.swapped = swapped  # pyright: ignore[reportAttributeAccessIssue]
+    # TransformerLens 4 refuses to patch a model with any submodule in training mode.
+    training = host.model.training
+    if subcomponents is not None:
+        weight._modules["subcomponents"] = subcomponents.train(training)
+    weight._modules["gate"] = None if gate is None else gate.train(training)
     _become(weight, DecomposedWeight)
     assert isinstance(weight, DecomposedWeight)
-    state = weight.__dict__
-    state.update(site=site, tied_to=tied_to, recording=None, given=None, current_input=None, cached_positions=0)
-    if not already_read:
-        state["spd_readers"] = []
-    state["points"] = {suffix: HookPoint() for suffix in POINT_SUFFIXES}
-    try:
-        # TransformerLens 4 refuses to patch a model with any submodule in training mode.
-        training = host.model.training
-        if subcomponents is not None:
-            weight._modules["subcomponents"] = subcomponents.train(training)
-        weight._modules["gate"] = None if gate is None else gate.train(training)
-        for name, point in zip(site.point_names(), weight.points.values(), strict=True):
-            host.add_point(site.parent, name, point.train(training))
-        _connect(host, weight)
-    except BaseException:
-        swap_out(host, weight)
-        raise
+    for name, point in zip(site.point_names(), swapped.points.values(), strict=True):
+        host.add_point(site.parent, name, point.train(training))
+    if isinstance(site.by_head, HookPoint):
+        _become(site.by_head, HeadResults)
+        site.by_head.weights = [weight]  # pyright: ignore[reportAttributeAccessIssue]
+    _connect(weight)
     return weight
 
 
-def _connect(host: Host, weight: DecomposedWeight) -> None:
+def _connect(weight: DecomposedWeight) -> None:
     source = weight.site.source
     if isinstance(source, ModuleInput):
-        state = source.module.__dict__
-        if "spd_entry" not in state:
-            handle = source.module.register_forward_pre_hook(_hand_over_input, with_kwargs=True)
-            state["spd_entry"] = {"readers": [], "handle": handle, "handle_id": handle.id}
-        state["spd_entry"]["readers"].append((source.read, weight))
+        reader = _reader_on(source.module)
+        if reader is None:
+            reader = InputReader()
+            source.module.register_forward_pre_hook(reader, with_kwargs=True)
+        reader.readers.append((source.read, weight))
     else:
         if not isinstance(source.point, ReadPoint):
             _become(source.point, ReadPoint)
-        source.point.__dict__.setdefault("spd_readers", []).append(weight)
-    if weight.gate is not None and weight.gate.looks_across_positions:
-        block = _block_before(host, weight.site)
-        if block is None:
-            return
-        state = block.__dict__
-        if "spd_cache_entry" not in state:
-            handle = block.register_forward_pre_hook(_note_cached_positions, with_kwargs=True)
-            state["spd_cache_entry"] = {"host": host, "weights": [], "handle": handle}
-        state["spd_cache_entry"]["weights"].append(weight)
+        assert isinstance(source.point, ReadPoint)
+        source.point.readers = [*source.point.readers, weight]
 
 
-def _block_before(host: Host, site: Site) -> nn.Module | None:
-    """The last block whose call starts before the site's matmul runs; None for embeddings and for plain models."""
-    if host.n_layers() == 0 or site.is_lookup:
-        return None
-    return host.block(host.n_layers() - 1 if site.layer is None else site.layer)
+def swap_out(host: Host, sites: Sequence[Site]) -> None:
+    """Undo the swap of these sites exactly, from wherever it has come to; the HookPoints keep the hooks on them.
 
-
-def swap_out(host: Host, weight: HookPoint) -> None:
-    """Undo `swap_in` exactly; the HookPoint keeps the hooks that stand on it.
-
-    `weight` comes in as a DecomposedWeight and is a plain HookPoint (or ReadPoint) afterwards.
+    Calling it again, after an interrupt inside it, finishes what it has begun.
     """
-    assert isinstance(weight, DecomposedWeight)
-    site = weight.site
-    for name in site.point_names():
-        host.remove_point(site.parent, name)
-    _disconnect(host, weight)
-    for key in ("site", "tied_to", "recording", "given", "current_input", "cached_positions", "points"):
-        weight.__dict__.pop(key, None)
-    for key in ("subcomponents", "gate"):
-        weight._modules.pop(key, None)
-    still_read = bool(weight.__dict__.get("spd_readers"))
-    if not still_read:
-        weight.__dict__.pop("spd_readers", None)
-    _become(weight, ReadPoint if still_read else HookPoint)
+    with hold_interrupts():
+        for site in reversed(sites):
+            for name in site.point_names():
+                host.remove_point(site.parent, name)
+            _disconnect(site)
+            if isinstance(site.by_head, HookPoint):
+                vars(site.by_head).pop("weights", None)
+                _become(site.by_head, HookPoint)
+            _, module = _guarded(host, site)
+            state = site.output.swapped.state if hasattr(site.output, "swapped") else None
+            for guard in _guards_on(module):
+                if guard.state is state:
+                    guard.remove()
+            for key in ("subcomponents", "gate", "global_gate"):
+                site.output._modules.pop(key, None)
+            still_read = isinstance(site.output, ReadPoint) and bool(site.output.readers)
+            if isinstance(site.output, ReadPoint):
+                _become(site.output, ReadPoint if still_read else HookPoint)
+            for key in ("swapped",) if still_read else ("swapped", "readers"):
+                vars(site.output).pop(key, None)
 
 
-def _disconnect(host: Host, weight: DecomposedWeight) -> None:
-    source = weight.site.source
-    if isinstance(source, ModuleInput):
-        _leave(source.module, "spd_entry", "readers", lambda item: item[1] is weight)
-    else:
-        readers = source.point.__dict__.get("spd_readers", [])
-        readers[:] = [reader for reader in readers if reader is not weight]
-        if not readers and type(source.point) is ReadPoint:
-            source.point.__dict__.pop("spd_readers", None)
-            _become(source.point, HookPoint)
-    block = _block_before(host, weight.site)
-    if block is not None:
-        _leave(block, "spd_cache_entry", "weights", lambda item: item is weight)
+def is_own_hook(hook: Any) -> bool:
+    """Whether a PyTorch hook on a module is one that the swap has put there."""
+    return isinstance(hook, InputReader) or isinstance(getattr(hook, "__self__", None), CallGuard)
 
 
-def _leave(module: nn.Module, key: str, members: str, is_mine: Any) -> None:
-    entry = module.__dict__.get(key)
-    if entry is None:
+def _guards_on(module: nn.Module | None) -> list[CallGuard]:
+    if module is None:
+        return []
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    found = [getattr(hook, "__self__", None) for hook in hooks]
+    return [guard for guard in found if isinstance(guard, CallGuard)]
+
+
+def _disconnect(site: Site) -> None:
+    source, weight = site.source, site.output
+    if isinstance(source, PointOutput):
+        point = source.point
+        if isinstance(point, ReadPoint):
+            point.readers = [reader for reader in point.readers if reader is not weight]
+            if not point.readers:
+                vars(point).pop("readers", None)
+                if type(point) is ReadPoint:
+                    _become(point, HookPoint)
         return
-    entry[members] = [item for item in entry[members] if not is_mine(item)]
-    if not entry[members]:
-        # By id, not by handle: a deep copy's handle still refers to the original's hooks.
-        module._forward_pre_hooks.pop(entry["handle"].id, None)
-        module._forward_pre_hooks_with_kwargs.pop(entry["handle"].id, None)
-        del module.__dict__[key]
+    reader = _reader_on(source.module)
+    if reader is None:
+        return
+    reader.readers = [item for item in reader.readers if item[1] is not weight]
+    if not reader.readers:
+        # By what it is, not by handle: a deep copy's handle still refers to the original's hooks.
+        hooks = source.module._forward_pre_hooks
+        for key in [key for key, hook in hooks.items() if hook is reader]:
+            hooks.pop(key)
+            source.module._forward_pre_hooks_with_kwargs.pop(key, None)

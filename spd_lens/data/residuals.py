@@ -12,6 +12,7 @@ from torch import Tensor
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.fingerprint import difference, target_fingerprint
 from spd_lens.core.inputs import checked_decomposition, checked_tokens
+from spd_lens.core.swap import is_own_hook
 from spd_lens.data.batches import Batch, TokenBatches
 from spd_lens.hosts.site import Site
 from spd_lens.support.progress import tqdm
@@ -65,8 +66,8 @@ def cache_residuals(decomposition: Decomposition, batches: TokenBatches) -> Resi
 
     The result fits this target only, and decompositions without a site before that block; others are refused.
 
-    Raises ValueError if an embedding is decomposed (nothing before it could be cached), there are no blocks, or hooks
-    were left on the model, which would enter the streams.
+    Raises ValueError if an embedding is decomposed (nothing before it could be cached), there are no blocks, passes may
+    not start at that block (`Decomposition.starts`), or hooks were left on the model, which would enter the streams.
     """
     checked_decomposition(decomposition, "cache_residuals")
     if not isinstance(batches, TokenBatches):
@@ -88,7 +89,13 @@ def cache_residuals(decomposition: Decomposition, batches: TokenBatches) -> Resi
     parts = []
     rows = batches.tokens.split(batches.batch_size)
     for tokens in tqdm(rows, desc=f"residual stream before block {start}", leave=False, disable=len(rows) < 8):
-        residual = decomposition.host.residual_before(start, tokens.to(decomposition.device).long())
+        residual = decomposition.starts.residual_before(start, tokens.to(decomposition.device).long())
+        if residual is None:
+            raise ValueError(
+                f"passes of this model cannot start at block {start}: its blocks read more than the residual stream "
+                "(the mask of padding, position embeddings, or another block's values), so a cache would train on "
+                "another model; train on the tokens"
+            )
         parts.append(residual.to(batches.tokens.device))
     return ResidualBatches(batches, torch.cat(parts), start, target_of(decomposition))
 
@@ -105,10 +112,7 @@ def target_of(decomposition: Decomposition) -> dict[str, Any]:
 def require_no_hooks(decomposition: Decomposition) -> None:
     """ValueError if TransformerLens hooks or plain PyTorch hooks of the user's are on the model."""
     for name, module in decomposition.model.named_modules():
-        state = module.__dict__
-        own = {state[key]["handle"].id for key in ("spd_entry", "spd_cache_entry") if key in state}
-        before, after = set(module._forward_pre_hooks) - own, set(module._forward_hooks)
-        if before or after:
+        if not all(map(is_own_hook, (*module._forward_pre_hooks.values(), *module._forward_hooks.values()))):
             raise ValueError(
                 f"{name or 'the model'} has a hook on it, which would change what is cached; remove it first "
                 "(model.reset_hooks() for TransformerLens's)"

@@ -159,9 +159,10 @@ class Start:
 def start_of(decomposition: Decomposition, tokens: Tensor) -> Start:
     """Where passes over these tokens begin."""
     host, model = decomposition.host, decomposition.model
-    first = decomposition._first_block(decomposition)
-    if first and host.can_start_at_blocks():
-        return Start(first, host.residual_before(first, tokens), {})
+    first = decomposition.starts.first_block(decomposition)
+    residual = decomposition.starts.residual_before(first, tokens) if first else None
+    if residual is not None:
+        return Start(first, residual, {})
     own = {id(weight) for weight in decomposition.values()}
     points = host.embedding_points()
     return Start(None, tokens, {what: name for what, name in points.items() if id(model.hook_dict[name]) not in own})

@@ -18,12 +18,14 @@ encoder-decoder models.
 
 from __future__ import annotations
 
+import inspect
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -75,6 +77,10 @@ class ScaledMatrix(StoredMatrix):
         super().write(matrix / self._scale())
 
 
+# One thread at a time puts stand-ins into the list of blocks; passes of others go on through them.
+_surgery = threading.RLock()
+
+
 class _Reached(Exception):
     """Ends a pass at a block; carries the residual stream that would have entered it."""
 
@@ -82,33 +88,47 @@ class _Reached(Exception):
         self.residual = residual
 
 
-def _stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
-    """Forward pre-hook on a block: end the pass here."""
-    raise _Reached(argument(args, kwargs, name="hidden_states", index=0))
+class _StopsHere(nn.Module):
+    """Stands for a block at which one thread's pass ends; passes of other threads go on through it."""
 
-
-def _enter(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, residual: Tensor
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Forward pre-hook on a block: let `residual` enter it instead."""
-    if "hidden_states" in kwargs:
-        return args, {**kwargs, "hidden_states": residual}
-    return (residual, *args[1:]), kwargs
-
-
-class _SkippedBlock(nn.Module):
-    """Stands for a block that is left out of a pass; what it returns never reaches the block that is entered."""
-
-    def __init__(self, block: nn.Module, unused: Any) -> None:
+    def __init__(self, block: nn.Module) -> None:
         super().__init__()
-        self.__dict__.update(block=block, unused=unused)
+        self.__dict__.update(block=block, thread=threading.get_ident())
 
     def __getattr__(self, name: str) -> Any:
         # The loop around the blocks may ask a block which kind of attention it has.
         return getattr(self.__dict__["block"], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != self.__dict__["thread"]:
+            return self.__dict__["block"](*args, **kwargs)
+        return self.stand_in(args, kwargs)
+
+    def stand_in(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """What the pass gets instead of the block's output."""
+        raise _Reached(argument(args, kwargs, name="hidden_states", index=0))
+
+
+class _SkippedBlock(_StopsHere):
+    """Stands for a block that is left out of one thread's pass; what it returns never reaches the entered block."""
+
+    def __init__(self, block: nn.Module, unused: Any) -> None:
+        super().__init__(block)
+        self.__dict__.update(unused=unused)
+
+    def stand_in(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         return self.__dict__["unused"]
+
+
+def _enter(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, residual: Tensor, thread: int
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Forward pre-hook on a block: let `residual` enter it instead."""
+    if threading.get_ident() != thread:
+        return None
+    if "hidden_states" in kwargs:
+        return args, {**kwargs, "hidden_states": residual}
+    return (residual, *args[1:]), kwargs
 
 
 def _refuse(*args: Any, method: str, **kwargs: Any) -> None:
@@ -121,6 +141,38 @@ def _refuse(*args: Any, method: str, **kwargs: Any) -> None:
         f"{method}() cannot be called on a decomposed model: {reason}. Call decomposition.remove(), then "
         f"{method}(), then decompose again{without}"
     )
+
+
+def _own_keys(bridge: Any) -> list[str]:
+    """Names in the Hugging Face model of the parameters that decomposed HookPoints hold."""
+    keys = []
+    for name, module in bridge.original_model.named_modules():
+        if isinstance(module, HookPoint):
+            keys += [f"{name}.{key}" for key, _ in module.named_parameters()]
+    # A module reached on two ways counts once.
+    return list(dict.fromkeys(keys))
+
+
+def _state_dict(*args: Any, bridge: Any, **kwargs: Any) -> dict[str, Tensor]:
+    """Stands in for `bridge.state_dict`, which leaves out what is not Hugging Face's: V, U and gates are in it."""
+    state = type(bridge).state_dict(bridge, *args, **kwargs)
+    if args or kwargs.get("destination") is not None or kwargs.get("prefix"):
+        return state  # the whole module tree, with ours in it
+    whole = bridge.original_model.state_dict(keep_vars=kwargs.get("keep_vars", False))
+    return {**state, **{key: whole[key] for key in _own_keys(bridge)}}
+
+
+def _load_state_dict(
+    state_dict: Mapping[str, Tensor], strict: bool = True, *args: Any, bridge: Any, **kwargs: Any
+) -> Any:
+    """Stands in for `bridge.load_state_dict`: V, U and gates that are missing are named."""
+    missing = [key for key in _own_keys(bridge) if key not in state_dict]
+    if strict and missing:
+        raise RuntimeError(
+            f"this state_dict has no {missing[0]!r} (and {len(missing) - 1} more): it comes from a model that is not "
+            "decomposed like this one; decompose that one alike before saving, or load with strict=False"
+        )
+    return type(bridge).load_state_dict(bridge, state_dict, strict, *args, **kwargs)
 
 
 def _multiplies_itself(mlp: nn.Module) -> bool:
@@ -321,6 +373,11 @@ class BridgeHost(Host):
         state.pop("spd_points", None)
         if points:
             state["spd_points"] = points
+        for name, stands_in in (("state_dict", _state_dict), ("load_state_dict", _load_state_dict)):
+            if points:
+                state[name] = partial(stands_in, bridge=self.model)
+            else:
+                state.pop(name, None)
         attributes = {name.rsplit(".", 1)[-1] for name in points}
         for method, (weights, _) in _FORBIDDEN.items():
             if points and (weights is None or any(f"hook_{weight}_acts" in attributes for weight in weights)):
@@ -331,25 +388,41 @@ class BridgeHost(Host):
 
     # -- running -------------------------------------------------------------------------------------------------
 
+    def _forward_masked(self, batch: Tensor, attention_mask: Tensor) -> Tensor:
+        parameters = inspect.signature(self.model.original_model.forward).parameters
+        if "attention_mask" not in parameters:
+            raise ValueError(
+                f"a {type(self.model.original_model).__name__} takes no attention_mask; leave padded positions out, or "
+                "give rows of equal length"
+            )
+        return self.model(batch, attention_mask=attention_mask)
+
     def residual_before(self, layer: int, tokens: Tensor) -> Float[Tensor, "batch pos d_model"]:
-        handle = self._block(layer).register_forward_pre_hook(_stop, with_kwargs=True, prepend=True)
-        try:
-            self.model(tokens)
-        except _Reached as reached:
-            return reached.residual
-        finally:
-            handle.remove()
+        with _surgery:
+            block = self._block(layer)
+            blocks, index = self._blocks()._modules, list(self._blocks()._modules)[layer]
+            try:
+                blocks[index] = _StopsHere(block)
+                self.model(tokens)
+            except _Reached as reached:
+                return reached.residual
+            finally:
+                blocks[index] = block
         raise RuntimeError(f"the pass ended without calling block {layer}")
 
     def forward_from(self, layer: int, residual: Float[Tensor, "batch pos d_model"]) -> Tensor:
         # Stands for embeddings that no block reads: it gives the model the shape, dtype and device to make masks and
         # position embeddings for, and keeps the embedding's own sites from firing.
         unread = residual.new_zeros(*residual.shape[:-1], self.model.embed.W_E.shape[-1])
-        with self._entering(layer, residual):
+        with _surgery, self._entering(layer, residual):
             return self.model(unread)
 
     def can_start_at_blocks(self) -> bool:
         return True
+
+    def can_be_mapped(self) -> bool:
+        # Hugging Face's code writes in place.
+        return False
 
     @contextmanager
     def _entering(self, layer: int, residual: Tensor) -> Iterator[None]:
@@ -362,7 +435,8 @@ class BridgeHost(Host):
         skipped = dict(list(blocks.items())[:layer])
         # What the loop can take apart: TransformerLens's native models unpack `(hidden_states,)`.
         unused = residual if isinstance(self.model.original_model, PreTrainedModel) else (residual,)
-        handle = block.register_forward_pre_hook(partial(_enter, residual=residual), with_kwargs=True, prepend=True)
+        enter = partial(_enter, residual=residual, thread=threading.get_ident())
+        handle = block.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
         try:
             blocks.update({index: _SkippedBlock(other, unused) for index, other in skipped.items()})
             yield

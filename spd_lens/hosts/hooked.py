@@ -127,7 +127,7 @@ class HookedHost(Host):
                 source=PointOutput(attn.hook_z),
                 bias=(attn, "b_O"),
                 flatten_input=True,
-                recompute_dense=(attn.cfg, "use_attn_result"),
+                by_head=attn.hook_result,
                 module_output=attn,
             )
         kind = weight[-1]
@@ -186,6 +186,9 @@ class HookedHost(Host):
                 f"{name} cannot be decomposed exactly: this architecture normalises its output before {point}, "
                 "so no HookPoint sees x @ W; leave it out, or decompose the matrices that read the residual stream"
             )
+
+    def _forward_masked(self, batch: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.model(batch, attention_mask=attention_mask)
 
     def residual_before(self, layer: int, tokens: Tensor) -> Float[Tensor, "batch pos d_model"]:
         return self.model(tokens, stop_at_layer=layer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
@@ -118,6 +120,20 @@ class Host(ABC):
         blocks = getattr(self.model, "blocks", None)
         return None if blocks is None else blocks[layer]
 
+    def first_block(self, sites: Iterable[Site]) -> int | None:
+        """The first block that a change at these sites can reach; None if that is before the blocks, or there are none.
+
+        After the blocks stands W_U: nothing before the last block needs to run for it.
+        """
+        sites, count = list(sites), self.n_layers()
+        if count == 0 or any(site.layer is None and site.is_lookup for site in sites):
+            return None
+        return min((count - 1 if site.layer is None else site.layer for site in sites), default=None)
+
+    def can_be_mapped(self) -> bool:
+        """Whether `torch.vmap` may run the model."""
+        return True
+
     # -- HookPoints -------------------------------------------------------------------------------------------
 
     def add_point(self, parent: nn.Module, name: str, point: HookPoint) -> None:
@@ -140,9 +156,22 @@ class Host(ABC):
 
     # -- running ----------------------------------------------------------------------------------------------
 
-    def forward(self, batch: Tensor) -> Tensor:
-        """The model's output (logits for a language model) on a batch of tokens or inputs."""
-        return self.model(batch)
+    def forward(self, batch: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The model's output (logits for a language model) on a batch of tokens or inputs.
+
+        `attention_mask [batch pos]` is 0 where tokens are padding; ValueError where a model cannot take one.
+        """
+        if attention_mask is None:
+            return self.model(batch)
+        if attention_mask.shape != batch.shape:
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)} and tokens {tuple(batch.shape)}; expected the "
+                "same, [batch pos]"
+            )
+        return self._forward_masked(batch, attention_mask.to(device=batch.device, dtype=torch.long))
+
+    def _forward_masked(self, batch: Tensor, attention_mask: Tensor) -> Tensor:
+        raise ValueError(f"a {type(self.model).__name__} takes no attention_mask; leave padded positions out instead")
 
     def residual_before(self, layer: int, tokens: Tensor) -> Float[Tensor, "batch pos d_model"]:
         """The residual stream that enters block `layer`; only the blocks before it are run."""
@@ -158,12 +187,13 @@ class Host(ABC):
 
     @contextmanager
     def record_residuals(self, layers: Iterable[int]) -> Iterator[dict[int, Tensor]]:
-        """While open, a pass stores the residual stream that enters each of these blocks in the dict."""
+        """While open, a pass of this thread stores the residual stream that enters each of these blocks in the dict."""
         found: dict[int, Tensor] = {}
         handles = []
         try:
             for layer in layers:
-                block, note = self.block(layer), partial(_note_residual, found=found, layer=layer)
+                note = partial(_note_residual, found=found, layer=layer, thread=threading.get_ident())
+                block = self.block(layer)
                 assert block is not None
                 handles.append(block.register_forward_pre_hook(note, with_kwargs=True, prepend=True))
             yield found
@@ -193,6 +223,19 @@ class Host(ABC):
 
 
 def _note_residual(
-    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, found: dict[int, Tensor], layer: int
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    found: dict[int, Tensor],
+    layer: int,
+    thread: int,
 ) -> None:
+    if threading.get_ident() != thread:
+        return
+    if layer in found:
+        raise RuntimeError(
+            f"block {layer} was called twice in one pass: a hook runs the model again inside it. Run the model before, "
+            "and let the hook use what came out"
+        )
     found[layer] = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]

@@ -80,6 +80,12 @@ def argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], *, name: str, ind
     return kwargs[name] if name in kwargs else args[index]
 
 
+def is_from_transformer_lens(hook: Any) -> bool:
+    """Whether a hook is one of TransformerLens's own, such as those that fill its caches."""
+    function = getattr(hook, "func", hook)
+    return str(getattr(function, "__module__", "")).split(".")[0] == "transformer_lens"
+
+
 @dataclass(frozen=True, eq=False)
 class Site:
     """One weight matrix `W [d_in, d_out]` of the host and everything the swap has to know about it.
@@ -94,8 +100,8 @@ class Site:
     - `is_lookup`: `x` is one-hot and given as integer indices; an index of -1 stands for the zero vector (M4).
     - `flatten_input`: `x` arrives as `[... heads d_head]` and is seen as `[... (heads d_head)]`.
     - `tied_to`: the site whose matrix is the transpose of this one; both share their subcomponents.
-    - `recompute_dense`: `(object, flag)`; while the flag is true other hooks may change the output between the
-      matmul and the HookPoint, so `x @ W` is computed rather than taken as `y0 - b`.
+    - `by_head`: a HookPoint that sees what each head adds to the output, `[... heads d_out]`, in passes where the host
+      computes that; hooks on it come before the output is summed.
     - `module_output`: the module whose return value is `y0`; its own PyTorch forward hooks would act in between.
     """
 
@@ -110,13 +116,8 @@ class Site:
     is_lookup: bool = False
     flatten_input: bool = False
     tied_to: str | None = None
-    recompute_dense: tuple[Any, str] | None = None
+    by_head: HookPoint | None = None
     module_output: nn.Module | None = None
-
-    @property
-    def short_name(self) -> str:
-        """The last part of the name: `"W_in"`."""
-        return self.name.rsplit(".", 1)[-1]
 
     def point_names(self) -> tuple[str, ...]:
         """Full names of the four HookPoints, in `POINT_SUFFIXES` order."""

@@ -125,7 +125,7 @@ def change_hooks(decomposition: Decomposition, changes: Mapping[str, Change]) ->
         acts, _, _, delta = decomposition[site].site.point_names()
         hooks.append((acts, put_per_copy(change.where, change.by)))
         if change.no_delta is not None and bool(change.no_delta.any()):
-            hooks.append((delta, put_per_copy(change.no_delta, torch.zeros(()), trailing=0)))
+            hooks.append((delta, put_per_copy(change.no_delta.unsqueeze(-1), torch.zeros(()))))
     return hooks
 
 

@@ -97,7 +97,7 @@ class Runner:
     def __init__(self, decomposition: Decomposition, tokens: Tensor, sites: set[str]) -> None:
         tokens = checked_input(decomposition, tokens)
         self.decomposition, self.host, self.tokens = decomposition, decomposition.host, tokens
-        starts = {self.first_block([site]) for site in sites}
+        starts = {decomposition.starts.first_block([site]) for site in sites} if self.host.can_start_at_blocks() else ()
         with torch.no_grad(), self.host.record_residuals(layer for layer in starts if layer) as residuals:
             self.output = self.host.forward(tokens)
         self.residuals = residuals
@@ -114,12 +114,11 @@ class Runner:
 
     def first_block(self, sites: Sequence[str]) -> int | None:
         """The block that a pass which changes these sites can start at; None: it has to start at the beginning."""
-        count = self.host.n_layers()
-        weights = [self.decomposition[name].site for name in sites]
-        if not self.host.can_start_at_blocks() or any(site.layer is None and site.is_lookup for site in weights):
+        layer = self.decomposition.starts.first_block(sites)
+        if not layer or layer not in self.residuals:
             return None
-        # W_U stands after the last block.
-        return min((count - 1 if site.layer is None else site.layer for site in weights), default=None) or None
+        exact = self.decomposition.starts.is_exact(layer, self.residuals[layer], self.tokens)
+        return layer if exact else None
 
     def run(self, cells: Sequence[tuple[Unit, int | None]], replacement: Replacement) -> Tensor:
         """The output of every cell, `[cell batch ...]`."""
@@ -133,7 +132,7 @@ class Runner:
             by, times = replacement.values[name], replacement.multiply
             hooks.append((acts_name, put_per_copy(replaced, by, times=times)))
             if replacement.others:
-                hooks.append((delta_name, put_per_copy(touched, torch.zeros(()), trailing=0)))
+                hooks.append((delta_name, put_per_copy(touched.unsqueeze(-1), torch.zeros(()))))
         return self.run_hooked(len(cells), hooks, self.first_block([s for u, _ in cells for s in u.sites]))
 
     def run_hooked(self, n_copies: int, hooks: Sequence[tuple[str, Any]], start_at: int | None) -> Tensor:

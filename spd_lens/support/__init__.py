@@ -11,6 +11,7 @@ from spd_lens.support.files import (
     write_tensors,
     write_text,
 )
+from spd_lens.support.interrupts import hold_interrupts
 from spd_lens.support.names import near_names
 from spd_lens.support.owners import clear_dead_temporaries, held, own_mark, temporary_beside
 from spd_lens.support.pages import filled_page, script_json, shortened, table_html, visible
@@ -32,6 +33,7 @@ __all__ = [
     "given_directory",
     "given_path",
     "held",
+    "hold_interrupts",
     "library_versions",
     "near_names",
     "new_directory",

@@ -28,5 +28,9 @@ def workspace(count: int, entries: int, like: Tensor) -> list[Tensor]:
     rooms: dict[Any, list[Tensor]] = _kept.__dict__
     own = rooms.setdefault(like.dtype, [])
     if len(own) < count or len(own[0]) < entries:
-        rooms[like.dtype] = own = [like.new_empty(max(entries, block_entries(like.device))) for _ in range(count)]
+        size = max(entries, block_entries(like.device))
+        # Not as inference tensors, which nothing outside inference mode could write into.
+        with torch.inference_mode(False):
+            own = [torch.empty(size, dtype=like.dtype, device=like.device) for _ in range(count)]
+        rooms[like.dtype] = own
     return [room[:entries] for room in own[:count]]

@@ -396,7 +396,7 @@ def _checked_configs(
         )
     if len({id(d.model) for d in decompositions}) < len(decompositions):
         raise ValueError("two members share one model; give every member a copy of its own (copy.deepcopy)")
-    if decompositions[0].host.provenance().host == "TransformerBridge":
+    if not decompositions[0].host.can_be_mapped():
         raise ValueError(
             "train_many cannot run a TransformerBridge: Hugging Face's code writes in place, which torch.vmap does not "
             "support; use train"

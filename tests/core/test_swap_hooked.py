@@ -126,7 +126,8 @@ def test_new_points_have_a_position_axis_and_start_from_ones(case: Case) -> None
         per_head = heads_apart and site.rsplit(".", 1)[-1] in ("W_Q", "W_K", "W_V")
         assert acts.shape[:2] == (3, 5)
         assert acts.ndim == 3 + per_head, site
-        assert acts.shape == importance.shape == mask.shape == (*delta.shape, N)
+        assert acts.shape == importance.shape == mask.shape == (*delta.shape[:-1], N)
+        assert delta.shape[-1] == 1
         assert torch.equal(mask, torch.ones_like(mask))
         assert torch.equal(delta, torch.ones_like(delta))
 
@@ -283,7 +284,7 @@ def test_masks_handed_over_without_hooks_give_the_same_output(case: Case) -> Non
 @pytest.mark.parametrize("batch", [1, 3, 4])
 @pytest.mark.parametrize("point", ["mask", "delta_mask"])
 def test_a_mask_that_a_hook_returns_broadcasts_as_tensors_do(point: str, batch: int) -> None:
-    """A hook may return anything that broadcasts to the point's shape: `[]`, `[pos]`, `[1 pos]`, `[pos C]`."""
+    """A hook may return anything that broadcasts to the point's shape: `[]`, `[C]`, `[pos C]` (`[pos 1]`)."""
     target, decomposition = prepared("ln", torch.float64)
     tokens = oracle.tokens_for(target, batch=batch, pos=4)
     for site in ("embed.W_E", "blocks.0.attn.W_K", "blocks.0.attn.W_O", "blocks.1.mlp.W_in", "unembed.W_U"):

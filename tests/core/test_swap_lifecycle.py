@@ -323,8 +323,10 @@ def test_models_that_are_not_transformer_lens_are_refused() -> None:
 # -- what is left behind while it is in ------------------------------------------------------------------------
 
 
-def kept_inputs(decomposition: Decomposition) -> list[str]:
-    return [site for site, weight in decomposition.items() if weight.__dict__["current_input"] is not None]
+def kept_inputs(decomposition: Decomposition) -> list[Any]:
+    state = next(iter(decomposition.values())).swapped.state
+    waiting = [site for call in state.calls for site, inputs in call.inputs.items() if inputs]
+    return [*state.calls, *waiting, *state.outside]
 
 
 @life_cases
