@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
+from typing import Any
 
 import torch
 from torch import nn
@@ -57,6 +58,7 @@ def decompose(
     *,
     gate: GateKind = "scalar",
     gate_width: int | None = None,
+    gate_options: Mapping[str, Any] | None = None,
     init: InitKind = "normal",
     seed: int = 0,
 ) -> Decomposition:
@@ -66,6 +68,8 @@ def decompose(
     matches nothing is an error that lists near names; where two patterns match a site, the later one sets its C.
     C = None stands for 1.5 times the rank bound. Subcomponents and gates are initialised from `seed`, on the CPU,
     so the same seed gives the same start on every device.
+
+    `gate_options` are further choices of the global gate: `n_blocks`, `n_heads`, `causal` (see `GlobalGate`).
 
     Raises ValueError or TypeError as `decompose_layer`; the model is then unchanged.
     """
@@ -81,7 +85,7 @@ def decompose(
         "gate_width": gate_width if gate_width is not None else DEFAULT_WIDTH.get(gate),
         "init": init,
         "seed": int(seed),
-    }
+    } | _checked_options(gate, gate_options)
     return Decomposition(host, swap_sites(host, sites, settings, generator), settings)
 
 
@@ -119,3 +123,19 @@ def _matched_counts(host: Host, patterns: Mapping[str, int | None]) -> dict[str,
 
 def _count(site: Site, count: int | None) -> int:
     return int(1.5 * min(site.matrix.read().shape)) if count is None else count
+
+
+GATE_OPTIONS = {"n_blocks": int, "n_heads": int, "causal": bool}
+
+
+def _checked_options(gate: GateKind, options: Mapping[str, Any] | None) -> dict[str, Any]:
+    if not options:
+        return {}
+    if gate != "global":
+        raise ValueError(f"gate_options with gate={gate!r}; expected them with gate='global' only")
+    for name, value in options.items():
+        if name not in GATE_OPTIONS:
+            raise TypeError(f"gate_options has {name!r}; near: {near_names(name, GATE_OPTIONS)}")
+        if type(value) is not GATE_OPTIONS[name]:
+            raise TypeError(f"gate_options[{name!r}]={value!r}; expected {GATE_OPTIONS[name].__name__}")
+    return {"gate_options": dict(options)}

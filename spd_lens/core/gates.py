@@ -193,30 +193,76 @@ class AttentionGate(Gate):
         return _GeluMatmul.apply(pre, self.w_out) + self.b_out  # pyright: ignore[reportReturnType]
 
 
+class GateBlock(nn.Module):
+    """One block of the global gate: self-attention with learned offset biases, then an MLP of four times the width."""
+
+    def __init__(self, width: int, n_heads: int, causal: bool, generator: torch.Generator) -> None:
+        super().__init__()
+        self.n_heads, self.causal = n_heads, causal
+        self.w_qkv = nn.Parameter(torch.randn(width, 3 * width, generator=generator) / math.sqrt(width))
+        self.w_attended = nn.Parameter(torch.randn(width, width, generator=generator) / math.sqrt(width))
+        # One bias for every distance back, and where the gate may look ahead, for every distance ahead.
+        self.offset_bias = nn.Parameter(torch.zeros(n_heads, MAX_OFFSET + 1))
+        if not causal:
+            self.ahead_bias = nn.Parameter(torch.zeros(n_heads, MAX_OFFSET + 1))
+        self.w_in = _he((width, 4 * width), width, generator)
+        self.b_in = nn.Parameter(torch.zeros(4 * width))
+        self.w_mlp = _he((4 * width, width), 4 * width, generator)
+
+    def forward(self, stream: Float[Tensor, "batch pos width"]) -> Float[Tensor, "batch pos width"]:
+        """The stream after attention and MLP, both added to it."""
+        stream = stream + self._attend(F.rms_norm(stream, stream.shape[-1:])) @ self.w_attended
+        return stream + F.gelu(F.rms_norm(stream, stream.shape[-1:]) @ self.w_in + self.b_in) @ self.w_mlp
+
+    def _attend(self, stream: Float[Tensor, "batch pos width"]) -> Float[Tensor, "batch pos width"]:
+        q, k, v = (
+            rearrange(x, "batch pos (head d) -> batch head pos d", head=self.n_heads)
+            for x in (stream @ self.w_qkv).chunk(3, dim=-1)
+        )
+        z = F.scaled_dot_product_attention(q, k, v, attn_mask=self._bias(stream.shape[1]).to(q.dtype))
+        return rearrange(z, "batch head pos d -> batch pos (head d)")
+
+    def _bias(self, length: int) -> Float[Tensor, "head pos pos"]:
+        position = torch.arange(length, device=self.offset_bias.device)
+        offset = position[:, None] - position[None, :]
+        back = self.offset_bias[:, offset.clamp(0, MAX_OFFSET)]
+        if self.causal:
+            return back.masked_fill(offset < 0, -torch.inf)
+        return torch.where(offset < 0, self.ahead_bias[:, (-offset).clamp(0, MAX_OFFSET)], back)
+
+
 class GlobalGate(nn.Module):
     """One transformer over the concatenated, RMS-normed inputs of all sites; gives every site's pre-activation.
 
-    One block (causal self-attention with the same offset bias as `AttentionGate`, then an MLP) of width `width`.
-    Look-up sites enter by the row of the target's matrix that they read. Inputs without a position axis are a
-    sequence of length one.
+    `n_blocks` blocks of width `width` with `n_heads` heads, `causal` or looking both ways (published for language
+    models: as wide as or wider than the target, half to twice its depth, both ways). Look-up sites enter by the row of
+    the target's matrix that they read. Inputs without a position axis are a sequence of length one.
     """
 
     kind: GateKind = "global"
 
     def __init__(
-        self, d_ins: dict[str, int], n_subcomponents: dict[str, int], width: int, generator: torch.Generator
+        self,
+        d_ins: dict[str, int],
+        n_subcomponents: dict[str, int],
+        width: int,
+        generator: torch.Generator,
+        *,
+        n_blocks: int = 1,
+        n_heads: int = 1,
+        causal: bool = True,
     ) -> None:
         super().__init__()
         _check_width(width)
+        if n_blocks < 1 or n_heads < 1 or width % n_heads:
+            raise ValueError(
+                f"gate_blocks={n_blocks}, gate_heads={n_heads}, gate_width={width}; expected at least one block and a "
+                "number of heads that divides the width"
+            )
         self.sizes = dict(n_subcomponents)
         total = sum(d_ins.values())
         self.w_embed = nn.Parameter(torch.randn(total, width, generator=generator) / math.sqrt(total))
-        self.w_qkv = nn.Parameter(torch.randn(width, 3 * width, generator=generator) / math.sqrt(width))
-        self.w_attended = nn.Parameter(torch.randn(width, width, generator=generator) / math.sqrt(width))
-        self.offset_bias = nn.Parameter(torch.zeros(MAX_OFFSET + 1))
-        self.w_in = _he((width, 4 * width), width, generator)
-        self.b_in = nn.Parameter(torch.zeros(4 * width))
-        self.w_mlp = _he((4 * width, width), 4 * width, generator)
+        self.blocks = nn.ModuleList(GateBlock(width, n_heads, causal, generator) for _ in range(n_blocks))
         self.w_out = nn.Parameter(
             torch.randn(width, sum(self.sizes.values()), generator=generator) * math.sqrt(2 / width)
         )
@@ -229,16 +275,12 @@ class GlobalGate(nn.Module):
         flat = stream.ndim == 2
         if flat:
             stream = stream.unsqueeze(1)
-        stream = stream + self._attend(F.rms_norm(stream, stream.shape[-1:])) @ self.w_attended
-        stream = stream + F.gelu(F.rms_norm(stream, stream.shape[-1:]) @ self.w_in + self.b_in) @ self.w_mlp
+        for block in self.blocks:
+            stream = block(stream)
         pre = F.rms_norm(stream, stream.shape[-1:]) @ self.w_out + self.b_out
         if flat:
             pre = pre.squeeze(1)
         return dict(zip(self.sizes, pre.split(list(self.sizes.values()), dim=-1), strict=True))
-
-    def _attend(self, stream: Float[Tensor, "batch pos width"]) -> Float[Tensor, "batch pos width"]:
-        q, k, v = (stream @ self.w_qkv).chunk(3, dim=-1)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=_causal_bias(self.offset_bias, q))
 
 
 # Width of a gate's hidden layer unless told otherwise: the paper's h = 16 for scalar gates, the authors' later

@@ -148,7 +148,7 @@ def _make_global_gate(sites: Sequence[Site], settings: Mapping[str, Any], genera
     widths = {site.name: site.matrix.read().shape[1 if site.is_lookup else 0] for site in sites}
     counts = {site.name: settings["n_subcomponents"][site.name] for site in sites}
     target = sites[0].matrix.read()
-    gate = GlobalGate(widths, counts, settings["gate_width"], generator)
+    gate = GlobalGate(widths, counts, settings["gate_width"], generator, **settings.get("gate_options", {}))
     return gate.to(device=target.device, dtype=_master_dtype(target))
 
 

@@ -40,7 +40,7 @@ class PGD:
     scope: Scope = "batch"
 
     def __post_init__(self) -> None:
-        if self.steps < 0 or self.step_size <= 0:
+        if self.steps < 0 or not self.step_size > 0:
             raise ValueError(f"{self}; expected steps >= 0 and step_size > 0")
         if self.scope not in ("position", "example", "batch"):
             raise ValueError(f"scope={self.scope!r}; expected 'position', 'example' or 'batch'")
@@ -123,7 +123,8 @@ class PersistentSources:
         self.spec = spec
         self._sources = {name: source.requires_grad_(True) for name, source in sources.items()}
         # maximize: the sources climb the loss that everything else descends.
-        self._adam = torch.optim.Adam(self._sources.values(), lr=spec.lr, betas=spec.betas, maximize=True, fused=True)
+        fused = all(source.device.type in ("cpu", "cuda") for source in sources.values())
+        self._adam = torch.optim.Adam(self._sources.values(), lr=spec.lr, betas=spec.betas, maximize=True, fused=fused)
 
     def tensors(self) -> Sources:
         """The sources themselves, requiring gradients."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import pytest
 import torch
@@ -230,24 +230,30 @@ def shared_oracle(w: dict[str, list], x: Row, a: Row) -> Row:
     return [z + b for z, b in zip(product(hidden, w["w_out"]), w["b_out"], strict=True)]
 
 
-def causal_attention_oracle(rows: list[Row], w_qkv: list[Row], offset_bias: Row) -> list[Row]:
-    """One head; the score of position i for j <= i is `q_i k_j / sqrt(d) + b[min(i - j, last)]`."""
+def attended_oracle(
+    rows: list[Row], w_qkv: list[Row], back: Row, ahead: Row | None = None, head: int = 0, n_heads: int = 1
+) -> list[Row]:
+    """One head; the score of position i for j is `q_i k_j / sqrt(d) + b[min(|i - j|, last)]`, b by direction.
+
+    Without biases for what is ahead, positions after i are not seen.
+    """
     triples = [product(row, w_qkv) for row in rows]
-    d = len(triples[0]) // 3
+    width = len(triples[0]) // 3
+    d = width // n_heads
+    q, k, v = (slice(part * width + head * d, part * width + (head + 1) * d) for part in range(3))
     out = []
     for i, triple in enumerate(triples):
-        scores = [
-            dot(triple[:d], triples[j][d : 2 * d]) / math.sqrt(d) + offset_bias[min(i - j, len(offset_bias) - 1)]
-            for j in range(i + 1)
-        ]
-        weights = [math.exp(score - max(scores)) for score in scores]
-        total = sum(weights)
-        out.append([sum(weights[j] * triples[j][2 * d + e] for j in range(i + 1)) / total for e in range(d)])
+        seen = range(i + 1) if ahead is None else range(len(rows))
+        biases = {j: back[min(i - j, len(back) - 1)] if j <= i else ahead[min(j - i, len(back) - 1)] for j in seen}  # pyright: ignore
+        scores = {j: dot(triple[q], triples[j][k]) / math.sqrt(d) + biases[j] for j in seen}
+        weights = {j: math.exp(score - max(scores.values())) for j, score in scores.items()}
+        total = sum(weights.values())
+        out.append([sum(weights[j] * triples[j][v][e] for j in seen) / total for e in range(d)])
     return out
 
 
 def attention_oracle(w: dict[str, list], rows: list[Row]) -> list[Row]:
-    attended = causal_attention_oracle(rows, w["w_qkv"], w["offset_bias"])
+    attended = attended_oracle(rows, w["w_qkv"], w["offset_bias"])
     out = []
     for row, seen in zip(rows, attended, strict=True):
         parts = zip(product(row, w["w_x"]), product(seen, w["w_attended"]), w["b_in"], strict=True)
@@ -256,17 +262,24 @@ def attention_oracle(w: dict[str, list], rows: list[Row]) -> list[Row]:
     return out
 
 
-def global_oracle(w: dict[str, list], rows: list[Row]) -> list[Row]:
+def global_oracle(w: dict[str, list], rows: list[Row], n_heads: int = 1) -> list[Row]:
     """`rows` are every position's inputs, each site's RMS-normed, side by side."""
     stream = [product(row, w["w_embed"]) for row in rows]
-    attended = causal_attention_oracle([rms_normed(row) for row in stream], w["w_qkv"], w["offset_bias"])
-    out = []
-    for row, seen in zip(stream, attended, strict=True):
-        row = [x + y for x, y in zip(row, product(seen, w["w_attended"]), strict=True)]
-        hidden = [gelu(z + b) for z, b in zip(product(rms_normed(row), w["w_in"]), w["b_in"], strict=True)]
-        row = [x + y for x, y in zip(row, product(hidden, w["w_mlp"]), strict=True)]
-        out.append([z + b for z, b in zip(product(rms_normed(row), w["w_out"]), w["b_out"], strict=True)])
-    return out
+    for block in range(sum(name.endswith("w_qkv") for name in w)):
+        own = {name.removeprefix(f"blocks.{block}."): value for name, value in w.items()}
+        normed = [rms_normed(row) for row in stream]
+        heads = []
+        for h in range(n_heads):
+            ahead = own["ahead_bias"][h] if "ahead_bias" in own else None
+            heads.append(attended_oracle(normed, own["w_qkv"], own["offset_bias"][h], ahead, h, n_heads))
+        attended = [[x for head in heads for x in head[i]] for i in range(len(rows))]
+        after = []
+        for row, seen in zip(stream, attended, strict=True):
+            row = [x + y for x, y in zip(row, product(seen, own["w_attended"]), strict=True)]
+            hidden = [gelu(z + b) for z, b in zip(product(rms_normed(row), own["w_in"]), own["b_in"], strict=True)]
+            after.append([x + y for x, y in zip(row, product(hidden, own["w_mlp"]), strict=True)])
+        stream = after
+    return [[z + b for z, b in zip(product(rms_normed(row), w["w_out"]), w["b_out"], strict=True)] for row in stream]
 
 
 @pytest.mark.parametrize(
@@ -355,9 +368,9 @@ def test_attention_gate_treats_every_head_as_a_sequence_of_its_own() -> None:
 SITES = {"first": (3, 2), "second": (2, 4)}
 
 
-def random_global_gate(width: int = 4, seed: int = 0) -> GlobalGate:
+def random_global_gate(width: int = 4, seed: int = 0, **options: Any) -> GlobalGate:
     d_ins, counts = ({name: size[i] for name, size in SITES.items()} for i in (0, 1))
-    gate = GlobalGate(d_ins, counts, width, generator(seed))
+    gate = GlobalGate(d_ins, counts, width, generator(seed), **options)
     randomised(gate, seed)
     return gate
 
@@ -366,9 +379,13 @@ def global_inputs(*lead: int, seed: int = 1) -> dict[str, Tensor]:
     return {name: randn(*lead, d_in, seed=seed + i) for i, (name, (d_in, _)) in enumerate(SITES.items())}
 
 
-def test_global_gate_equals_a_loop_over_positions() -> None:
+@pytest.mark.parametrize("n_heads", [1, 2])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("n_blocks", [1, 3])
+def test_global_gate_equals_a_loop_over_positions(n_blocks: int, causal: bool, n_heads: int) -> None:
     batch, pos = 2, 4
-    gate, inputs = random_global_gate(), global_inputs(batch, pos)
+    gate = random_global_gate(n_blocks=n_blocks, causal=causal, n_heads=n_heads)
+    inputs = global_inputs(batch, pos)
     out = gate(inputs)
     assert {name: tuple(p.shape) for name, p in out.items()} == {"first": (2, 4, 2), "second": (2, 4, 4)}
     w = parameters_of(gate)
@@ -376,7 +393,7 @@ def test_global_gate_equals_a_loop_over_positions() -> None:
         rows = [
             rms_normed(inputs["first"][b, i].tolist()) + rms_normed(inputs["second"][b, i].tolist()) for i in range(pos)
         ]
-        expected = torch.tensor(global_oracle(w, rows), dtype=torch.float64)
+        expected = torch.tensor(global_oracle(w, rows, n_heads), dtype=torch.float64)
         # Looser than elsewhere: RMS norm adds an epsilon to the mean square.
         assert_equal(out["first"][b], expected[:, :2], atol=1e-9)
         assert_equal(out["second"][b], expected[:, 2:], atol=1e-9)
@@ -463,14 +480,14 @@ def test_the_generator_alone_decides_the_parameters(kind: GateKind) -> None:
         ("vector", {"w_in": 50, "w_out": 60}),
         ("shared", {"w_in": 50, "w_out": 60}),
         ("attention", {"w_x": 100, "w_attended": 100, "w_out": 60}),
-        ("global", {"w_in": 60, "w_mlp": 240, "w_out": 60}),
+        ("global", {"blocks.0.w_in": 60, "blocks.0.w_mlp": 240, "w_out": 60}),
     ],
 )
 def test_initial_weights_have_he_variance_and_biases_are_zero(kind: GateKind, fan_ins: dict[str, int]) -> None:
     parameters = dict(any_gate(kind, generator(), d_in=50, C=40, width=60).named_parameters())
     for name, fan_in in fan_ins.items():
         assert parameters[name].detach().std().item() == pytest.approx(math.sqrt(2 / fan_in), rel=0.07), name
-    biases = [name for name in parameters if name.startswith("b_") or name.endswith("bias")]
+    biases = [name for name in parameters if name.split(".")[-1].startswith("b_") or name.endswith("bias")]
     assert biases
     assert all(not parameters[name].any() for name in biases)
 
@@ -501,6 +518,11 @@ def test_a_width_below_one_is_an_error(width: int) -> None:
 def test_a_width_below_one_is_an_error_for_the_global_gate_too() -> None:
     with pytest.raises(ValueError, match=r"gate_width=0; expected at least 1"):
         GlobalGate({"only": 2}, {"only": 2}, 0, generator())
+
+
+def test_heads_that_do_not_divide_the_width_are_an_error() -> None:
+    with pytest.raises(ValueError, match=r"gate_heads=3, gate_width=4; expected .* divides the width"):
+        random_global_gate(n_heads=3)
 
 
 def test_make_gate_refers_the_global_kind_to_decompose() -> None:
