@@ -22,7 +22,7 @@ from benchmarks.reference_models import HuggingFaceLogits, ReferenceTMS, Referen
 from spd_lens import Decomposition, TrainConfig, decompose
 from spd_lens.data import Batch, TokenBatches, cache_residuals
 from spd_lens.objective import PGD
-from spd_lens.training import Reconstruction, accumulate_gradients, make_accelerator, make_learner
+from spd_lens.training import Reconstruction, accumulate_gradients, make_learner
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class ProductStep:
             p.requires_grad_(False)
         for p in decomposition.subcomponent_parameters() + decomposition.gate_parameters():
             p.requires_grad_(True)
-        self.learner = make_learner(decomposition, config, make_accelerator(decomposition, config))
+        self.learner = make_learner(decomposition, config)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """All terms of the loss, unweighted; their gradients are then in the parameters."""

@@ -10,12 +10,11 @@ Left out on purpose: learning-rate searches, early stopping, evaluation (see `sp
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +31,16 @@ from spd_lens.support.files import given_path, plain
 from spd_lens.support.progress import tqdm
 from spd_lens.training.belonging import FREE, SeenData, belongs_to, check_belongs, same_data, started
 from spd_lens.training.checkpoint import Checkpoint, read_checkpoint
+from spd_lens.training.conditions import Stop, not_finite, stop_on_signals, training_conditions
 from spd_lens.training.config import TrainConfig
 from spd_lens.training.loggers import Logger
+from spd_lens.training.processes import Processes, join_processes
 from spd_lens.training.run_files import RunFiles, open_run
 from spd_lens.training.step import Learner, accumulate_gradients, faithfulness
 from spd_lens.training.terms import coefficient
+
+# Several processes agree on whether to stop at every so many steps.
+STEPS_BETWEEN_QUESTIONS = 5
 
 
 @dataclass(frozen=True)
@@ -78,85 +82,154 @@ def train(
       an older checkpoint sets the newer ones aside.
 
     Ctrl-C finishes the current step, writes a checkpoint and returns with `interrupted=True`; a second one stops at
-    once. Raises ValueError for empty data, token ids out of range, and losses that are NaN or infinite (the last
-    good checkpoint is put back into the decomposition).
+    once. SIGTERM, a scheduler's notice, writes a checkpoint and then ends the process. Gradients may be switched off
+    around the call, the target may be in training mode: what a run needs is set, and put back. Raises ValueError for
+    empty data, token ids out of range, and for losses or parameters that are NaN or infinite (the last good checkpoint,
+    or the start, is put back into the decomposition).
+
+    Under `torchrun` or `accelerate launch` every process calls this with the same arguments; gradients are averaged,
+    the first process writes the files, and the checkpoint holds the state of all.
     """
     checked_decomposition(decomposition, "train")
-    files, checkpoint = open_run(out_dir, resume_from, loggers)
+    processes = join_processes(decomposition.device)
+    files, checkpoint = _open_everywhere(processes, out_dir, resume_from, loggers)
     config = _resolve_config(config, changes, files if resume_from is not None else None)
-    accelerator = make_accelerator(decomposition, config)
-    is_main, n_processes, rank = accelerator.is_main_process, accelerator.num_processes, accelerator.process_index
 
-    with _only_subcomponents_trainable(decomposition), stop_on_ctrl_c() as stop, ExitStack() as running:
-        learner = make_learner(decomposition, config, accelerator)
+    with stop_on_signals() as stop, training_conditions(decomposition), ExitStack() as running:
+        learner = make_learner(decomposition, config, processes)
         belongs = belongs_to(decomposition, config, batches)
         if resume_from is not None:
             _check_resumed(files, checkpoint, belongs)
         step = 0 if checkpoint is None else checkpoint.step
         seen = SeenData(None if checkpoint is None else checkpoint.data)
-        if checkpoint is not None:
+        if checkpoint is not None and processes.is_main:
             batches = same_data(batches, checkpoint.data, str(checkpoint.path))
-        stream = endless_batches(batches, decomposition, start=step * n_processes + rank, stride=n_processes)
+        start = step * processes.count + processes.rank
+        stream = endless_batches(batches, decomposition, start=start, stride=processes.count)
         if checkpoint is not None and step < config.steps:
             stream = started(stream)
-        if is_main:
+        if processes.is_main:
             running.enter_context(files.held())
             if resume_from is None:
                 files.begin(config, belongs)
             else:
                 files.continue_from(checkpoint, newest=_is_run(resume_from))
+        good = _Good(learner, processes, checkpoint)
         if checkpoint is None:
-            _warm_up_faithfulness(learner)
+            _warm_up_faithfulness(learner, stop)
         else:
-            _load(learner, checkpoint)
-        good: Checkpoint | None = checkpoint
-        bad_step = torch.full((), -1, device=decomposition.device)
-        began, first_step, interrupted = time.perf_counter(), step, False
-        bar = tqdm(total=config.steps, initial=step, desc="SPD", unit="step", disable=not is_main)
+            good.put_back()
+        # The first step whose loss was not finite, as a number below 0: the largest is the earliest, on all processes.
+        bad_step = torch.full((), -config.steps - 1, device=decomposition.device)
+        began, first_step, interrupted = time.perf_counter(), step, stop.is_set()
+        bar = tqdm(total=config.steps, initial=step, desc="SPD", unit="step", disable=not processes.is_main)
 
-        while step < config.steps:
+        while step < config.steps and not interrupted:
             batch = seen.note(next(stream)).to(decomposition.device)
             _set_learning_rates(learner, step)
             losses, importances = accumulate_gradients(learner, batch, step)
             total = torch.stack([coefficient(config, name) * loss for name, loss in losses.items()]).sum()
-            _average_gradients(learner, accelerator)
+            processes.average(p for group in learner.optimizer.param_groups for p in group["params"])
             norms = _clip_gradients(learner)
             learner.optimizer.step()
             learner.optimizer.zero_grad(set_to_none=True)
             for source in learner.sources.values():
                 source.after_backward()
-            bad_step = torch.where((bad_step < 0) & ~total.detach().isfinite(), step, bad_step)
+            bad_step = torch.where((bad_step < -config.steps) & ~total.detach().isfinite(), -step, bad_step)
             step += 1
             bar.update()
 
             # Read once: a Ctrl-C that comes between here and the end of this turn must not skip the checkpoint.
-            interrupted = stop.is_set()
+            interrupted = _agreed_to_stop(stop, processes, step, decomposition.device)
             is_last = step == config.steps or interrupted
             saves = is_last or (config.checkpoint_every is not None and step % config.checkpoint_every == 0)
             if saves or (step - 1) % config.log_every == 0:
-                if (failed := int(bad_step)) >= 0:
+                if (failed := -int(processes.largest(bad_step))) <= config.steps:
                     bar.close()
-                    _give_up(learner, failed, losses, good)
-                rate = (step - first_step) * batch.n_positions * n_processes / (time.perf_counter() - began)
+                    good.give_up(f"the loss became NaN or infinite at step {failed}", losses)
+                rate = (step - first_step) * batch.n_positions * processes.count / (time.perf_counter() - began)
                 values = _log_values(total, losses, importances, norms, learner, step - 1, rate, batch.position_mask)
-                if is_main:
+                if processes.is_main:
                     files.log(step - 1, values)
                 bar.set_postfix({k: f"{values[k]:.3g}" for k in ("loss", "L0") if k in values}, refresh=False)
-            if saves and is_main:
-                data = seen.until(batch, (step - 1) * n_processes)
-                keep = config.keep_checkpoints
-                path = files.save(step, learner.tensors(), keep=keep, belongs=belongs, data=data)
-                good = Checkpoint(path, step, {})
-            if interrupted:
-                break
+            if saves:
+                if wrong := not_finite(decomposition):
+                    bar.close()
+                    good.give_up(f"{wrong} became NaN or infinite at step {step - 1}", losses)
+                tensors = processes.every_rank(learner.tensors())
+                path = None
+                if processes.is_main:
+                    data, keep = seen.until(batch, (step - 1) * processes.count), config.keep_checkpoints
+                    path = files.save(step, tensors, keep=keep, belongs=belongs, data=data)
+                good.is_now(Checkpoint(processes.same(path), step, {}))
         bar.close()
+        processes.wait()
 
     log = files.read_log()
     final = {k: v for k, v in (log[-1] if log else {}).items() if k != "positions_per_second"}
     decomposition.training_record = {"config": config.to_json(), "steps": step, "final": final}
-    if interrupted:
-        tqdm.write(f"stopped after {step} steps; continue with resume_from={str(files.directory)!r}")
+    if interrupted and processes.is_main:
+        going_on = f"continue with resume_from={str(files.directory)!r}" if step else "nothing to go on from yet"
+        tqdm.write(f"stopped after {step} steps; {going_on}")
     return TrainResult(step, config, log, files.directory, interrupted)
+
+
+def _open_everywhere(
+    processes: Processes, out_dir: str | Path | None, resume_from: str | Path | None, loggers: Sequence[Logger]
+) -> tuple[RunFiles, Checkpoint | None]:
+    """The same run's files in every process. Raises ValueError for several processes without a directory."""
+    if processes.count > 1 and out_dir is None and resume_from is None:
+        raise ValueError(f"{processes.count} processes train together; give out_dir, the directory of their one run")
+    if processes.is_main or resume_from is not None:
+        opened = open_run(out_dir, resume_from, loggers)
+    else:
+        assert out_dir is not None
+        opened = RunFiles(given_path(out_dir), ()), None
+    processes.wait()
+    return opened
+
+
+def _agreed_to_stop(stop: Stop, processes: Processes, step: int, device: torch.device) -> bool:
+    """Whether the run stops here; several processes ask each other every few steps, so that all stop at the same."""
+    if processes.count == 1:
+        return stop.is_set()
+    return step % STEPS_BETWEEN_QUESTIONS == 0 and processes.any(stop.is_set(), device)
+
+
+class _Good:
+    """The last state known to be finite: a checkpoint on disk, or the start, kept in memory until there is one."""
+
+    def __init__(self, learner: Learner, processes: Processes, checkpoint: Checkpoint | None) -> None:
+        self.learner, self.processes, self.checkpoint = learner, processes, checkpoint
+        self.start: dict[str, Tensor] | None = None
+        if checkpoint is None:
+            self.start = {name: t.detach().clone() for name, t in learner.decomposition.tensors().items()}
+
+    def is_now(self, checkpoint: Checkpoint) -> None:
+        """A checkpoint has been written; the start is not needed any more."""
+        self.checkpoint, self.start = checkpoint, None
+
+    def put_back(self) -> str:
+        """Put the state back into the learner; what it was, in words."""
+        if self.checkpoint is None:
+            assert self.start is not None
+            self.learner.decomposition.load_tensors(self.start)
+            return "there was no checkpoint yet, the decomposition is as it was before"
+        checkpoint = self.checkpoint
+        try:
+            self.learner.load(self.processes.own(checkpoint.tensors or read_checkpoint(checkpoint.path).tensors))
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise ValueError(f"{checkpoint.path} does not fit this run: {error}") from error
+        return f"the decomposition is back at step {checkpoint.step} ({checkpoint.path})"
+
+    def give_up(self, what: str, losses: Mapping[str, Tensor]) -> None:
+        """Raise ValueError, with the last good state put back."""
+        wrong = [name for name, loss in losses.items() if not bool(loss.isfinite())]
+        kept = self.put_back()
+        raise ValueError(
+            f"{what} (terms: {', '.join(wrong) or 'all finite here'}); {kept}. Lower lr, or clip gradients with "
+            "clip_subcomponents=1.0 and clip_gates=1.0"
+        )
 
 
 def _is_run(resume_from: str | Path) -> bool:
@@ -173,14 +246,7 @@ def _check_resumed(files: RunFiles, checkpoint: Checkpoint | None, belongs: Mapp
         check_belongs(checkpoint.belongs, belongs, str(checkpoint.path))
 
 
-def _load(learner: Learner, checkpoint: Checkpoint) -> None:
-    try:
-        learner.load(checkpoint.tensors)
-    except (KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{checkpoint.path} does not fit this run: {error}") from error
-
-
-def _warm_up_faithfulness(learner: Learner) -> None:
+def _warm_up_faithfulness(learner: Learner, stop: Stop) -> None:
     """L8: some steps on faithfulness alone, with an optimiser that is thrown away."""
     config = learner.config
     if config.faithfulness_warmup == 0:
@@ -188,6 +254,8 @@ def _warm_up_faithfulness(learner: Learner) -> None:
     parameters = learner.decomposition.subcomponent_parameters()
     optimizer = torch.optim.Adam(parameters, lr=config.faithfulness_warmup_lr)
     for _ in tqdm(range(config.faithfulness_warmup), desc="faithfulness warm-up", leave=False):
+        if stop.is_set():
+            return
         faithfulness(learner).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -210,30 +278,12 @@ def _resolve_config(config: TrainConfig | None, changes: Mapping[str, Any], resu
     return wanted
 
 
-def make_accelerator(decomposition: Decomposition, config: TrainConfig) -> Any:
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-
-    # The state is a process-wide singleton that refuses a second precision; every run has its own.
-    AcceleratorState._reset_state()
-    accelerator = Accelerator(
-        mixed_precision="bf16" if config.precision == "bf16" else "no", cpu=decomposition.device.type == "cpu"
-    )
-    elsewhere = accelerator.device.type != decomposition.device.type or (
-        accelerator.device.type != "cpu" and accelerator.device != decomposition.device
-    )
-    if accelerator.num_processes > 1 and elsewhere:
-        raise ValueError(
-            f"process {accelerator.process_index} should run on {accelerator.device}, but its decomposition is on "
-            f"{decomposition.device}; move it there with decomposition.to(...) before train()"
-        )
-    return accelerator
-
-
-def make_learner(decomposition: Decomposition, config: TrainConfig, accelerator: Any) -> Learner:
+def make_learner(decomposition: Decomposition, config: TrainConfig, processes: Processes | None = None) -> Learner:
+    """Everything that changes while training; `accumulate_gradients(learner, batch, step)` then takes a step."""
+    processes = processes or Processes()
     groups = [{"params": decomposition.subcomponent_parameters()}, {"params": decomposition.gate_parameters()}]
     device = decomposition.device
-    seed = config.seed * 1_000_003 + accelerator.process_index * 101
+    seed = config.seed * 1_000_003 + processes.rank * 101
     generators = {
         "masks": torch.Generator(device).manual_seed(seed + 1),
         "adversary": torch.Generator(device).manual_seed(seed + 2),
@@ -241,51 +291,15 @@ def make_learner(decomposition: Decomposition, config: TrainConfig, accelerator:
         "routing": torch.Generator().manual_seed(seed + 3),
     }
     learner = Learner(decomposition, config, torch.optim.Adam(groups, lr=config.lr, fused=True), generators)
-    learner.autocast = accelerator.autocast if config.precision == "bf16" else nullcontext
+    if config.precision == "bf16":
+        learner.autocast = partial(torch.autocast, device.type, torch.bfloat16)
     learner.minimality_factors = match_sites(config.minimality_factors, decomposition)
     learner.targets = {name: w.target_weight.detach() for name, w in decomposition.items()}
-    if accelerator.num_processes > 1:
+    if processes.count > 1:
         from torch.distributed.nn.functional import all_reduce
 
         learner.sum_over_processes = all_reduce
     return learner
-
-
-@contextmanager
-def _only_subcomponents_trainable(decomposition: Decomposition) -> Iterator[None]:
-    """M3: the target's parameters get no gradients; every `requires_grad` is put back at the end."""
-    trained = decomposition.subcomponent_parameters() + decomposition.gate_parameters()
-    everything = {id(p): p for p in [*decomposition.model.parameters(), *trained]}
-    before = {key: p.requires_grad for key, p in everything.items()}
-    try:
-        for p in everything.values():
-            p.requires_grad_(False)
-        for p in trained:
-            p.requires_grad_(True)
-        yield
-    finally:
-        for key, p in everything.items():
-            p.requires_grad_(before[key])
-
-
-@contextmanager
-def stop_on_ctrl_c() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets instead of breaking into a half-done step; the second one interrupts."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    previous = signal.getsignal(signal.SIGINT)
-
-    def on_interrupt(number: int, frame: Any) -> None:
-        stop.set()
-        signal.signal(signal.SIGINT, previous)
-
-    signal.signal(signal.SIGINT, on_interrupt)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 # -- parts of a step ------------------------------------------------------------------------------------------------
@@ -297,15 +311,6 @@ def _set_learning_rates(learner: Learner, step: int) -> None:
     subcomponents, gates = learner.optimizer.param_groups
     subcomponents["lr"] = config.lr * factor
     gates["lr"] = (config.lr if config.gate_lr is None else config.gate_lr) * factor
-
-
-def _average_gradients(learner: Learner, accelerator: Any) -> None:
-    if accelerator.num_processes == 1:
-        return
-    for group in learner.optimizer.param_groups:
-        for p in group["params"]:
-            if p.grad is not None:
-                p.grad = accelerator.reduce(p.grad, reduction="mean")
 
 
 def _clip_gradients(learner: Learner) -> dict[str, Tensor]:
@@ -348,16 +353,3 @@ def _mean_active(g: Tensor, position_mask: Tensor | None) -> Tensor:
         return active.mean()
     counts = position_mask.reshape(*position_mask.shape, *[1] * (active.ndim - position_mask.ndim))
     return mean_over_positions(active, counts.expand_as(active))
-
-
-def _give_up(learner: Learner, step: int, losses: Mapping[str, Tensor], good: Checkpoint | None) -> None:
-    """Put the last good checkpoint back and say which loss went wrong."""
-    wrong = [name for name, loss in losses.items() if not bool(loss.isfinite())]
-    kept = "there was no checkpoint yet"
-    if good is not None:
-        learner.load(read_checkpoint(good.path).tensors)
-        kept = f"the decomposition is back at step {good.step} ({good.path})"
-    raise ValueError(
-        f"the loss became NaN or infinite at step {step} (terms: {', '.join(wrong) or 'recovered since'}); {kept}. "
-        "Lower lr, or clip gradients with clip_subcomponents=1.0 and clip_gates=1.0"
-    )

@@ -37,8 +37,8 @@ from spd_lens.support.files import given_directory, plain
 from spd_lens.support.progress import tqdm
 from spd_lens.training.belonging import FREE, SeenData, belongs_to, check_belongs, same_data, started
 from spd_lens.training.checkpoint import Checkpoint
+from spd_lens.training.conditions import stop_on_signals
 from spd_lens.training.config import TrainConfig
-from spd_lens.training.loop import stop_on_ctrl_c
 from spd_lens.training.member_adam import MemberAdam
 from spd_lens.training.run_files import RunFiles
 from spd_lens.training.terms import IMPORTANCE_TERMS, StepView, coefficient
@@ -86,7 +86,7 @@ def train_many(
     stack = _Stack(decompositions)
     run = _Run(stack, members)
     interrupted = False
-    with ExitStack() as running, stop_on_ctrl_c() as stop:
+    with ExitStack() as running, stop_on_signals() as stop:
         files, belongs, checkpoint = None, {}, None
         if out_dir is not None:
             files = RunFiles(given_directory(out_dir, "out_dir"))
