@@ -37,7 +37,7 @@ from spd_lens.evaluation.deletion import (
     unions_of,
 )  # fmt: skip
 from spd_lens.evaluation.held import Held, Passes, hold
-from spd_lens.evaluation.intervals import Tally, bootstrap_intervals, mean
+from spd_lens.evaluation.intervals import Tally, bootstrap_intervals, mean_per_position
 from spd_lens.evaluation.report import AttackReport, EvaluationReport
 from spd_lens.evaluation.site_report import SiteSums, failure_modes
 from spd_lens.objective.divergences import Divergence
@@ -67,7 +67,7 @@ def evaluate(
     span: int | None = None,
     deletion: bool = True,
     deletion_sample: Iterable[Any] | None = None,
-    token_counts: Int[Tensor, " d_vocab"] | None = None,
+    token_counts: Tensor | None = None,
     kind: Divergence = "kl",
     quick: bool = False,
     seed: int = 0,
@@ -210,7 +210,7 @@ class _Evaluation:
     def _report(self, token_counts: Tensor | None) -> EvaluationReport:
         per_text = self.tally.texts()
         means = {
-            quantity: {regime: m for regime, texts in own.items() if (m := mean(texts)) is not None}
+            quantity: {regime: m for regime, texts in own.items() if (m := mean_per_position(texts)) is not None}
             for quantity, own in per_text.items()
         }
         values = means["divergence"]

@@ -49,7 +49,7 @@ def _per_row(values: Tensor) -> Tensor:
     return values.reshape(len(values), -1).double().sum(1)
 
 
-def mean(texts: PerText) -> float | None:
+def mean_per_position(texts: PerText) -> float | None:
     """Mean over all counted positions; None where none counts."""
     total, count = sum(texts[0]), sum(texts[1])
     return total / count if count else None

@@ -181,7 +181,9 @@ class EvaluationReport:
     def __repr__(self) -> str:
         numbers = [f"L0 {self.l0:.1f} of {self.n_subcomponents:,}"]
         numbers += [
-            f"{self.kind} {self.divergence[k]:.3g} {k}" for k in ("stochastic", "all off") if k in self.divergence
+            f"{self.kind.upper()} {self.divergence[k]:.3g} {k}"
+            for k in ("stochastic", "all off")
+            if k in self.divergence
         ]
         numbers += [f"PGD {steps}: {value:.3g}" for steps, value in self.adversarial.items()]
         judged = {True: "holds", False: "does not hold"}[self.verdict.holds] if self.verdict.judged else "not judged"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import math
 from typing import Any
 
 import pytest
@@ -10,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from spd_lens import Decomposition, EvaluationReport, TokenBatches, decompose, evaluate
+from spd_lens import Batch, Decomposition, EvaluationReport, TokenBatches, decompose, evaluate
 from spd_lens.evaluation import SiteReport, failure_modes
 from spd_lens.models import all_sums, load_modular_addition
 from tests.conftest import needs_hooked
-from tests.small_models import TiedAutoencoder, tiny_transformer, tokens
+from tests.small_models import D_VOCAB, TiedAutoencoder, tiny_transformer, tokens
 
 SITES: dict[str, int | None] = {"blocks.1.mlp.W_*": 20, "blocks.1.attn.W_V": 20}
 
@@ -122,6 +124,129 @@ def test_regressors_are_measured_by_mse() -> None:
     assert report.divergence["all off"] == pytest.approx(float(expected), rel=1e-5)
     assert report.cross_entropy == {}
     assert "MSE from the target" in str(report)
+
+
+@torch.no_grad()
+def test_top_changes_and_ce_recovered_equal_counts_by_hand() -> None:
+    decomposition = _decomposition()
+    model, rows = decomposition.model, tokens(6)
+    report = evaluate(decomposition, [rows], adversary_steps=())
+    off = {name: torch.zeros_like(v) for name, v in decomposition.importance(rows).items()}
+    with model.hooks(fwd_hooks=decomposition.mask(off, delta=0.0)):
+        out = model(rows)
+    changed = (out.argmax(-1) != model(rows).argmax(-1)).float().mean()
+    assert report.top_changes["all off"] == pytest.approx(float(changed))
+    counts = [(rows[:, 1:] == token).sum().item() for token in range(D_VOCAB)]
+    n = sum(counts)
+    unigram = -sum(k * math.log((k + 1 / D_VOCAB) / (n + 1)) for k in counts) / n
+    assert report.unigram_cross_entropy == pytest.approx(unigram)
+    ce = report.cross_entropy
+    for regime, value in report.ce_recovered.items():
+        assert value == pytest.approx(1 - (ce[regime] - ce["target"]) / (unigram - ce["target"]))
+    given = evaluate(decomposition, [rows], adversary_steps=(), token_counts=torch.ones(D_VOCAB))
+    assert given.unigram_cross_entropy == pytest.approx(math.log(D_VOCAB))
+    with pytest.raises(ValueError, match=f"expected {D_VOCAB} counts"):
+        evaluate(decomposition, [rows], adversary_steps=(), token_counts=torch.ones(3))
+
+
+def test_means_are_those_of_the_texts_and_intervals_surround_them() -> None:
+    report = evaluate(_decomposition(), [tokens(5), tokens(3, seed=1)], adversary_steps=(2,))
+    assert report.texts == 8
+    for quantity, means in (
+        ("divergence", {**report.divergence, "PGD 2": report.adversarial[2]}),
+        ("cross entropy", report.cross_entropy),
+        ("top changes", report.top_changes),
+    ):
+        for regime, value in means.items():
+            sums, counts = report.per_text[quantity][regime]
+            assert len(sums) == 8
+            assert value == pytest.approx(sum(sums) / sum(counts)), (quantity, regime)
+            low, high = report.intervals[quantity][regime]
+            assert low <= value <= high, (quantity, regime)
+
+
+def test_cross_entropy_is_weighted_by_its_own_pairs_and_means_of_nothing_are_left_out() -> None:
+    decomposition, rows = _decomposition(), tokens(4)
+    nothing = torch.zeros(4, 12, dtype=torch.bool)
+    isolated = nothing.clone()
+    isolated[:, ::2] = True
+    good = Batch(rows, tokens=rows)
+    alone = evaluate(decomposition, [good], adversary_steps=(1,))
+    for mask in (nothing, isolated):
+        batch = Batch(tokens(4, seed=1), tokens=tokens(4, seed=1), position_mask=mask)
+        both = evaluate(decomposition, [good, batch], adversary_steps=(1,))
+        assert both.cross_entropy["target"] == pytest.approx(alone.cross_entropy["target"])
+        assert both.positions == alone.positions + int(mask.sum())
+        with pytest.raises(ValueError, match="no position counts"):
+            evaluate(decomposition, [Batch(rows, tokens=rows, position_mask=nothing)])
+
+
+@needs_hooked
+def test_vocabulary_entries_at_minus_infinity_leave_every_number_finite() -> None:
+    model = tiny_transformer()
+    with torch.no_grad():
+        model.unembed.b_U[:3] = -torch.inf
+    decomposition = decompose(model, SITES, gate="shared", gate_width=8)
+    report = evaluate(decomposition, [tokens(4).clamp_min(3)], adversary_steps=(2,))
+    numbers = [*report.divergence.values(), *report.cross_entropy.values(), *report.adversarial.values()]
+    assert all(math.isfinite(number) for number in numbers)
+    assert report.divergence["all off"] > 0
+
+
+def test_narrow_integers_are_tokens() -> None:
+    decomposition, rows = _decomposition(), tokens(3)
+    expected = evaluate(decomposition, [rows], adversary_steps=())
+    for batch in (rows.int(), Batch(rows.int(), tokens=rows.int())):
+        assert evaluate(decomposition, [batch], adversary_steps=()).cross_entropy == expected.cross_entropy
+
+
+@pytest.mark.parametrize("max_batches", [0, -1])
+def test_max_batches_below_one_is_an_error(max_batches: int) -> None:
+    with pytest.raises(ValueError, match="expected at least 1"):
+        evaluate(_decomposition(), [tokens(2)], max_batches=max_batches)
+
+
+def test_modes_are_set_for_the_evaluation_and_put_back() -> None:
+    decomposition = _decomposition()
+    expected = evaluate(decomposition, [tokens(2)], adversary_steps=(2,))
+    decomposition.model.train()
+    modules = {name: module.training for name, module in decomposition.model.named_modules()}
+    with torch.inference_mode():
+        found = evaluate(decomposition, [tokens(2)], adversary_steps=(2,))
+    assert found == expected
+    assert {name: module.training for name, module in decomposition.model.named_modules()} == modules
+    torch.set_grad_enabled(False)
+    try:
+        assert evaluate(decomposition, [tokens(2)], adversary_steps=(2,)) == expected
+        assert not torch.is_grad_enabled()
+    finally:
+        torch.set_grad_enabled(True)
+
+
+def test_parameters_that_are_not_finite_are_named() -> None:
+    decomposition = _decomposition()
+    with torch.no_grad():
+        decomposition["blocks.1.mlp.W_in"].V[0, 0] = torch.nan
+    for steps in ((), (2,)):
+        with pytest.raises(ValueError, match="NaN"):
+            evaluate(decomposition, [tokens(2)], adversary_steps=steps)
+    with pytest.raises(ValueError, match=r"not finite: blocks\.1\.mlp\.W_in\.V"):
+        evaluate(decomposition, [tokens(2)], adversary_steps=())
+
+
+def test_quick_leaves_out_what_is_slow() -> None:
+    report = evaluate(_decomposition(), [tokens(2, seed=i) for i in range(5)], adversary_steps=(20,), quick=True)
+    assert report.positions == 2 * tokens(2).numel()
+    assert report.adversarial == {}
+    assert report.deletion is None
+    assert report.attack is None
+    assert not report.verdict.judged
+    assert {"kl_stochastic", "l0", "top_changes"} <= report.log_values().keys()
+
+
+def test_a_report_of_a_real_evaluation_survives_json() -> None:
+    report = evaluate(_decomposition(), [tokens(3)], adversary_steps=(1, 3))
+    assert EvaluationReport.from_json(json.loads(json.dumps(report.to_json(), allow_nan=False))) == report
 
 
 def test_empty_data_is_an_error() -> None:
