@@ -173,7 +173,7 @@ def _compare_site(
     generator: torch.Generator,
 ) -> SiteComparison:
     if not ids_a or not ids_b:
-        nothing = dict.fromkeys(("V", "U", "rank_one"), 0.0)
+        nothing = {"V": 0.0, "U": 0.0, "rank_one": 0.0}
         return SiteComparison((len(ids_a), len(ids_b)), nothing, nothing, ())
     cosines_V, cosines_U = _cosines(Va, Vb), _cosines(Ua, Ub)
     rank_one = cosines_V * cosines_U

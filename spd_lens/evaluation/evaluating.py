@@ -116,7 +116,8 @@ class _Evaluation:
     def __init__(
         self, decomposition: Decomposition, batches: list[Batch], kind: Divergence, attack: Attack, seed: int
     ) -> None:
-        self.decomposition, self.attack, self.kind, self.seed = decomposition, attack, kind, seed
+        self.decomposition, self.attack, self.seed = decomposition, attack, seed
+        self.kind: Divergence = kind
         self.generator = torch.Generator(decomposition.device).manual_seed(seed)
         self.passes = Passes(decomposition, batches, kind)
         self.tally = Tally()

@@ -96,7 +96,8 @@ class Passes(Sequence[Held]):
         importances: Mapping[str, Float[Tensor, "*_batch _C"]] | None = None,
         kept_bytes: int = KEPT_BYTES,
     ) -> None:
-        self.decomposition, self.batches, self.kind = decomposition, list(batches), kind
+        self.decomposition, self.batches = decomposition, list(batches)
+        self.kind: Divergence = kind
         self._given, self._room = importances, kept_bytes
         self._kept: dict[int, Held] = {}
 
@@ -125,6 +126,7 @@ class Passes(Sequence[Held]):
         total = sum(len(batch.inputs) for batch in self.batches)
         if rows is None or rows >= total:
             return [self]
+        cut: list[Sequence[Held]] = []
         groups: list[list[Batch]] = [[]]
         left = rows
         for batch in self.batches:
@@ -141,7 +143,9 @@ class Passes(Sequence[Held]):
         if all(a is b for a, b in zip_longest(chain(*groups), self.batches)):
             indices = iter(range(len(self)))
             return [_Some(self, [next(indices) for _ in group]) for group in groups]
-        return [Passes(self.decomposition, group, self.kind, self._given, self._room) for group in groups]
+        for group in groups:
+            cut.append(Passes(self.decomposition, group, self.kind, self._given, self._room // len(groups)))
+        return cut
 
 
 class _Some(Sequence[Held]):
