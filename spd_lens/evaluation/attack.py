@@ -19,7 +19,7 @@ are summed over batches, so memory is that of one batch, however large the span.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spd_lens.core.decomposition import Decomposition
-from spd_lens.data.batches import as_batch
+from spd_lens.data.streams import first_batches
 from spd_lens.evaluation.held import Held, Passes
 from spd_lens.objective.adversary import Sources, random_sources
 from spd_lens.objective.divergences import Divergence
@@ -76,7 +76,7 @@ class WorstCase:
 @torch.no_grad()
 def worst_case(
     decomposition: Decomposition,
-    batches: Iterable[Any],
+    batches: Any,
     *,
     steps: Sequence[int] = LADDER,
     step_size: float = 0.1,
@@ -97,9 +97,8 @@ def worst_case(
     True
     """
     attack = Attack(tuple(steps), step_size, starts)
-    passes = Passes(decomposition, [as_batch(item) for item in batches], kind, importances)
-    if not len(passes):
-        raise ValueError("the data is empty: not one batch to attack")
+    chosen = list(first_batches(batches, decomposition, None, purpose="attack"))
+    passes = Passes(decomposition, chosen, kind, importances)
     generator = torch.Generator(decomposition.device).manual_seed(seed)
     return worst_of_starts(passes, attack, generator)
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from html import escape
-from itertools import islice
 from typing import Any
 
 import torch
@@ -24,7 +23,8 @@ from torch import Tensor
 
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.units import ALIVE_ABOVE
-from spd_lens.data.batches import as_batch
+from spd_lens.data.batches import Batch
+from spd_lens.data.streams import first_batches
 from spd_lens.evaluation.deletion import needed_at
 from spd_lens.evaluation.held import hold
 from spd_lens.support.names import near_names
@@ -106,7 +106,7 @@ class Comparison:
 def compare(
     a: Decomposition,
     b: Decomposition,
-    batches: Iterable[Any] | None = None,
+    batches: Any = None,
     *,
     max_batches: int = 8,
     seed: int = 0,
@@ -120,12 +120,7 @@ def compare(
     if batches is None:
         alive = [{name: torch.ones(d[name].n_subcomponents, dtype=torch.bool) for name in names} for d in (a, b)]
     else:
-        if max_batches < 1:
-            raise ValueError(f"max_batches={max_batches}; expected at least 1")
-        source = batches.once() if hasattr(batches, "once") else batches  # pyright: ignore[reportAttributeAccessIssue]
-        chosen = list(islice(source, max_batches))
-        if not chosen:
-            raise ValueError("the data is empty: not one batch to see on it what is alive")
+        chosen = list(first_batches(batches, a, max_batches, purpose="see what is alive on"))
         alive = [_alive_on(d, chosen) for d in (a, b)]
     generator = torch.Generator().manual_seed(seed)
     sites = {}
@@ -135,7 +130,7 @@ def compare(
             kept = own[name].cpu()
             V, U = decomposition[name].V.detach(), decomposition[name].U.detach()
             factors.append((V.double().cpu()[:, kept].T, U.double().cpu()[kept], kept.nonzero().squeeze(1).tolist()))
-        sites[name] = _compare_site(*factors[0], *factors[1], generator)
+        sites[name] = _compare_site(factors[0], factors[1], generator)
     return Comparison(sites, only_alive=batches is not None)
 
 
@@ -153,10 +148,10 @@ def _common_sites(a: Decomposition, b: Decomposition) -> list[str]:
     return [name for name in a if a[name].tied_to is None]
 
 
-def _alive_on(decomposition: Decomposition, batches: Iterable[Any]) -> dict[str, Bool[Tensor, " _"]]:
+def _alive_on(decomposition: Decomposition, batches: Iterable[Batch]) -> dict[str, Bool[Tensor, " _"]]:
     alive: dict[str, Tensor] = {}
-    for item in batches:
-        held = hold(decomposition, as_batch(item), "mse")
+    for batch in batches:
+        held = hold(decomposition, batch, "mse")
         for name, g in held.importances.items():
             own = needed_at(g).flatten(0, 1).any(0)
             alive[name] = alive[name] | own if name in alive else own
@@ -164,14 +159,10 @@ def _alive_on(decomposition: Decomposition, batches: Iterable[Any]) -> dict[str,
 
 
 def _compare_site(
-    Va: Float[Tensor, "a d_in"],
-    Ua: Float[Tensor, "a d_out"],
-    ids_a: list[int],
-    Vb: Float[Tensor, "b d_in"],
-    Ub: Float[Tensor, "b d_out"],
-    ids_b: list[int],
-    generator: torch.Generator,
+    a: tuple[Tensor, Tensor, list[int]], b: tuple[Tensor, Tensor, list[int]], generator: torch.Generator
 ) -> SiteComparison:
+    """One site, from the rows of `V.T` and `U` that are compared, and their ids."""
+    (Va, Ua, ids_a), (Vb, Ub, ids_b) = a, b
     if not ids_a or not ids_b:
         nothing = {"V": 0.0, "U": 0.0, "rank_one": 0.0}
         return SiteComparison((len(ids_a), len(ids_b)), nothing, nothing, ())

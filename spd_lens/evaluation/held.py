@@ -130,13 +130,14 @@ class Passes(Sequence[Held]):
         groups: list[list[Batch]] = [[]]
         left = rows
         for batch in self.batches:
-            while len(batch.inputs) > 0:
+            done, length = 0, len(batch.inputs)
+            while done < length:
                 if left == 0:
                     groups.append([])
                     left = rows
-                groups[-1].append(_rows(batch, 0, left))
-                taken = len(groups[-1][-1].inputs)
-                batch, left = _rows(batch, taken, None), left - taken
+                taken = min(left, length - done)
+                groups[-1].append(_rows(batch, done, done + taken))
+                done, left = done + taken, left - taken
         if left > 0 and len(groups) > 1:
             rest = groups.pop()
             groups[-1] += rest
@@ -161,9 +162,9 @@ class _Some(Sequence[Held]):
         return self.passes[self.indices[index]]
 
 
-def _rows(batch: Batch, start: int, stop: int | None) -> Batch:
+def _rows(batch: Batch, start: int, stop: int) -> Batch:
     """Some rows of a batch; the batch itself where that is all."""
-    if start == 0 and (stop is None or stop >= len(batch.inputs)):
+    if start == 0 and stop == len(batch.inputs):
         return batch
     cut = {f.name: v[start:stop] for f in fields(batch) if isinstance(v := getattr(batch, f.name), Tensor)}
     return replace(batch, **cut)

@@ -193,11 +193,11 @@ def test_vocabulary_entries_at_minus_infinity_leave_every_number_finite() -> Non
     assert report.divergence["all off"] > 0
 
 
-def test_narrow_integers_are_tokens() -> None:
+def test_integers_of_any_width_dicts_and_bare_tensors_are_tokens() -> None:
     decomposition, rows = _decomposition(), tokens(3)
     expected = evaluate(decomposition, [rows], adversary_steps=())
-    for batch in (rows.int(), Batch(rows.int(), tokens=rows.int())):
-        assert evaluate(decomposition, [batch], adversary_steps=()).cross_entropy == expected.cross_entropy
+    for batches in ([rows.int()], [{"input_ids": rows}], [{"tokens": rows.short()}], rows):
+        assert evaluate(decomposition, batches, adversary_steps=()).cross_entropy == expected.cross_entropy
 
 
 @pytest.mark.parametrize("max_batches", [0, -1])
