@@ -74,6 +74,8 @@ def empty_environment(path: Path) -> Path:
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     borrowed = path / "lib" / version / "site-packages" / "borrowed.pth"
     borrowed.write_text(sysconfig.get_paths()["purelib"] + "\n")
+    # Some Pythons put an old setuptools into new environments, which would build instead of the borrowed one.
+    run(python, "-m", "pip", "uninstall", "-q", "-y", "setuptools", quiet=True)
     return python
 
 

@@ -10,6 +10,7 @@ Left out on purpose: learning-rate searches, early stopping, evaluation (see `sp
 
 from __future__ import annotations
 
+import html
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -57,6 +58,22 @@ class TrainResult:
     def final(self) -> dict[str, Any]:
         """The last line of the log."""
         return self.log[-1] if self.log else {}
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name} {self.final[name]:.3g}" for name in ("loss", "L0") if name in self.final)
+        stopped = ", interrupted" if self.interrupted else ""
+        return (
+            f"TrainResult({self.steps:,} of {self.config.steps:,} steps{stopped}; last logged: {shown or 'nothing'}; "
+            f"{len(self.log):,} log lines in .log, the last in .final; files in {str(self.directory)!r})"
+        )
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td>{html.escape(str(name))}</td><td>{value:.4g}</td></tr>"
+            for name, value in self.final.items()
+            if isinstance(value, (int, float)) and "/" not in name
+        )
+        return f"<p>{html.escape(repr(self))}</p><table>{rows}</table>"
 
 
 def train(
