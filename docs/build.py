@@ -39,6 +39,8 @@ def main(
     execute: Annotated[bool, typer.Option(help="Execute the tutorials, about ten minutes on two cores.")] = True,
 ) -> None:
     os.chdir(ROOT)
+    # What tqdm.auto, imported by other libraries, says in a kernel without ipywidgets.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")
     shutil.rmtree(STAGED, ignore_errors=True)
     STAGED.mkdir(parents=True)
     for page in [*MOVED, *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").glob("*.md")))]:
