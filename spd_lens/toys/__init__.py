@@ -1,5 +1,6 @@
 """Toy models whose mechanisms are known (TMS, residual MLPs), their data and training, and who found the mechanisms."""
 
+from spd_lens.models.tiny_lm import load_moby_dick, load_tiny_lm
 from spd_lens.toys.features import ActiveRows, SparseFeatures, one_hot_inputs, resid_mlp_features, tms_features
 from spd_lens.toys.known_solution import (
     ResidMLPReport,
@@ -35,6 +36,8 @@ __all__ = [
     "alive",
     "folded_output",
     "identity_match",
+    "load_moby_dick",
+    "load_tiny_lm",
     "ml2r",
     "mmcs",
     "one_hot_inputs",
