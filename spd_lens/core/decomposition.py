@@ -120,6 +120,12 @@ class Decomposition(Mapping[str, DecomposedWeight]):
         own = [p for w in self.values() if w.gate is not None for p in w.gate.parameters()]
         return own + ([] if self.global_gate is None else list(self.global_gate.parameters()))
 
+    def gates_look_across_positions(self) -> bool:
+        """Whether an importance depends on other positions than its own (attention and global gates)."""
+        return self.global_gate is not None or any(
+            w.gate is not None and w.gate.looks_across_positions for w in self.values()
+        )
+
     def to(self, *args: Any, **kwargs: Any) -> Decomposition:
         """Move the model together with its decomposition, as `model.to`; returns itself.
 

@@ -42,7 +42,11 @@ class Held:
     def forward(self, masks: Mapping[str, SiteMask]) -> Tensor:
         """The model's output under masks; blocks before the first masked site are not run again."""
         return self.decomposition.masked_forward(
-            self.batch.inputs, masks, start_at=self.batch.start_at, residuals=self.residuals
+            self.batch.inputs,
+            masks,
+            start_at=self.batch.start_at,
+            residuals=self.residuals,
+            attention_mask=self.batch.attention_mask,
         )
 
     def divergences(self, output: Tensor) -> Float[Tensor, "*batch"]:
@@ -65,7 +69,7 @@ def hold(
 ) -> Held:
     """Run the clean pass of a batch and its gates; given importances take the place of the gates."""
     batch = batch.to(decomposition.device)
-    clean = decomposition.clean_pass(batch.inputs, start_at=batch.start_at)
+    clean = decomposition.clean_pass(batch.inputs, start_at=batch.start_at, attention_mask=batch.attention_mask)
     if importances is None:
         with torch.no_grad():
             pre = decomposition.pre_importances(clean.inputs)

@@ -115,6 +115,11 @@ def _read(decomposition: Decomposition, batches: Any, max_batches: int, above: f
     for given in first_batches(batches, decomposition, max_batches, purpose="make a graph of"):
         batch = given.to(decomposition.device)
         tokens = batch.inputs
+        if batch.attention_mask is not None:
+            raise ValueError(
+                "a batch is padded on the left, which data-set graphs do not hand to the model; pad on the right "
+                "(tokenizer.padding_side = 'right')"
+            )
         if batch.start_at is not None or tokens.is_floating_point() or tokens.ndim != 2:
             raise ValueError(
                 f"a batch holds inputs of shape {tuple(tokens.shape)} and dtype {tokens.dtype}; expected tokens "

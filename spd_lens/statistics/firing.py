@@ -159,7 +159,8 @@ def harvest(
             raise ValueError("harvest needs tokens beside the inputs: give Batch(inputs, tokens=...)")
         batch = batch.to(decomposition.device)
         assert batch.tokens is not None
-        inputs = decomposition.clean_pass(batch.inputs, start_at=batch.start_at).inputs
+        clean = decomposition.clean_pass(batch.inputs, start_at=batch.start_at, attention_mask=batch.attention_mask)
+        inputs = clean.inputs
         pre = decomposition.pre_importances(inputs)
         for name, collector in collectors.items():
             g, a = importance_of(pre[name]), decomposition[name].activations(inputs[name])

@@ -103,7 +103,12 @@ def _clean_importances(learner: Learner, batch: Batch) -> tuple[CleanPass, dict[
     """The clean pass, and the importances on it under both squashings."""
     decomposition, config = learner.decomposition, learner.config
     with learner.autocast():
-        clean = decomposition.clean_pass(batch.inputs, start_at=batch.start_at, hidden_points=config.hidden_points)
+        clean = decomposition.clean_pass(
+            batch.inputs,
+            start_at=batch.start_at,
+            hidden_points=config.hidden_points,
+            attention_mask=batch.attention_mask,
+        )
         pre = decomposition.pre_importances(clean.inputs)
     pre = {name: p if p.dtype == torch.float64 else p.float() for name, p in pre.items()}
     lower = {name: lower_squash(p, variant=config.squash) for name, p in pre.items()}
@@ -137,7 +142,11 @@ def _reconstructions(
         masks = sample_masks(lower, delta=config.delta, generator=learner.generators["masks"])
         with learner.autocast():
             hidden = learner.decomposition.masked_hidden(
-                batch.inputs, masks, config.hidden_points, start_at=batch.start_at
+                batch.inputs,
+                masks,
+                config.hidden_points,
+                start_at=batch.start_at,
+                attention_mask=batch.attention_mask,
             )
         yield "hidden", hidden_reconstruction_loss(clean.hidden, hidden, position_mask=batch.position_mask)
 
@@ -164,6 +173,7 @@ def _reconstruction(
                     given,
                     start_at=batch.start_at,
                     residuals={layer: residual[first] for layer, residual in residuals.items()},
+                    attention_mask=None if batch.attention_mask is None else batch.attention_mask[first],
                 )
 
         return reconstruction_passes(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from spd_lens import Batch, Decomposition, TokenBatches, decompose, evaluate, harvest, train
+from spd_lens import Batch, Decomposition, Reconstruction, TokenBatches, decompose, evaluate, harvest, train
 from spd_lens.data import endless_batches, first_batches
 from spd_lens.graphs import dataset_graph
 from tests.small_models import D_VOCAB, TiedAutoencoder, rand, tiny_transformer, tokens
@@ -188,6 +189,34 @@ def test_padding_behind_a_text_changes_nothing(decomposition: Decomposition) -> 
     assert long.positions == short.positions
     assert long.divergence["all off"] == pytest.approx(short.divergence["all off"], rel=1e-4)
     assert long.cross_entropy["target"] == pytest.approx(short.cross_entropy["target"], rel=1e-4)
+
+
+def test_padding_before_a_text_reaches_the_model(decomposition: Decomposition, tmp_path: Path) -> None:
+    """With learned positions the mask also says where the text begins: the numbers are those of the text alone."""
+    short = ROWS[:, :8]
+    padded = torch.cat([torch.zeros_like(short[:, :3]), short], dim=1)
+    mask = torch.cat([torch.zeros_like(short[:, :3]), torch.ones_like(short)], dim=1)
+    both = [short, {"input_ids": padded, "attention_mask": mask}]
+    alone, behind = (evaluate(decomposition, [batch], adversary_steps=()) for batch in both)
+    assert behind.positions == alone.positions
+    for regime in ("all off", "importance", "all on, no delta"):
+        assert behind.divergence[regime] == pytest.approx(alone.divergence[regime], rel=1e-3)
+    assert behind.cross_entropy["target"] == pytest.approx(alone.cross_entropy["target"], rel=1e-3)
+    found = [
+        train(copy.deepcopy(decomposition), [batch], steps=1, log_every=1, faithfulness=0.0, out_dir=tmp_path / str(i),
+              reconstructions=(Reconstruction(masks="importance"),)).log[0]
+        for i, batch in enumerate(both)
+    ]  # fmt: skip
+    assert found[1]["importance_all"] == pytest.approx(found[0]["importance_all"], rel=1e-3)
+    assert found[1]["minimality"] == pytest.approx(found[0]["minimality"], rel=1e-3)
+
+
+def test_gates_that_would_see_padding_are_refused() -> None:
+    gated = decompose(tiny_transformer(), {"blocks.1.mlp.W_in": 6}, gate="attention", gate_width=8)
+    mask = torch.ones_like(ROWS)
+    mask[:, 0] = 0
+    with pytest.raises(ValueError, match=r"padding on the left.*gates look across positions"):
+        evaluate(gated, [{"input_ids": ROWS, "attention_mask": mask}], adversary_steps=())
 
 
 def test_the_log_counts_the_positions_that_the_losses_count(decomposition: Decomposition, tmp_path: Path) -> None:

@@ -30,7 +30,8 @@ LEVELS = [
     {"evaluation", "statistics", "circuits"},
     {"training", "graphs"},
     {"pictures"},
-    {"models", "toys"},
+    {"models"},
+    {"toys"},
     {"baselines"},
     {""},
 ]
