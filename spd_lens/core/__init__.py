@@ -26,6 +26,7 @@ from spd_lens.core.masks import MaskKind, SiteMask, mask_from_source, sample_mas
 from spd_lens.core.passes import BlockStarts, CleanPass, given_masks, record_inputs
 from spd_lens.core.routing import Routing, route, sample_routing
 from spd_lens.core.saving import CONFIG, TENSORS
+from spd_lens.core.settings import GateMaker, InitMaker, Settings
 from spd_lens.core.squashings import importance_of, lower_squash, upper_squash
 from spd_lens.core.subcomponents import InitKind, Subcomponents, relative_faithfulness
 from spd_lens.core.units import ALIVE_ABOVE, DELTA, WHOLE, Ids, Unit, unit_hooks, units_of
@@ -45,13 +46,16 @@ __all__ = [
     "Decomposition",
     "Gate",
     "GateKind",
+    "GateMaker",
     "GlobalGate",
     "Ids",
     "InitKind",
+    "InitMaker",
     "MaskKind",
     "ReadPoint",
     "Routing",
     "ScalarGate",
+    "Settings",
     "SharedGate",
     "SiteMask",
     "Subcomponents",

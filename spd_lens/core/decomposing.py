@@ -11,6 +11,7 @@ from torch import nn
 
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.gates import DEFAULT_WIDTH, GateKind
+from spd_lens.core.settings import GateMaker, InitMaker, Settings
 from spd_lens.core.subcomponents import InitKind
 from spd_lens.core.swap import check_sites, swap_sites
 from spd_lens.hosts.host import Host
@@ -25,9 +26,9 @@ def decompose_layer(
     n_subcomponents: int | None = None,
     *,
     sites: Sequence[str] | None = None,
-    gate: GateKind = "scalar",
+    gate: GateKind | GateMaker = "scalar",
     gate_width: int | None = None,
-    init: InitKind = "normal",
+    init: InitKind | InitMaker = "normal",
     seed: int = 0,
 ) -> Decomposition:
     """Swap the weights of one block for subcomponents and return the `Decomposition`.
@@ -56,10 +57,10 @@ def decompose(
     model: nn.Module,
     n_subcomponents: Mapping[str, int | None],
     *,
-    gate: GateKind = "scalar",
+    gate: GateKind | GateMaker = "scalar",
     gate_width: int | None = None,
     gate_options: Mapping[str, Any] | None = None,
-    init: InitKind = "normal",
+    init: InitKind | InitMaker = "normal",
     seed: int = 0,
 ) -> Decomposition:
     """Swap all sites that match the patterns, `{pattern: C}`, for subcomponents.
@@ -69,7 +70,9 @@ def decompose(
     C = None stands for 1.5 times the rank bound. Subcomponents and gates are initialised from `seed`, on the CPU,
     so the same seed gives the same start on every device.
 
-    `gate_options` are further choices of the global gate: `n_blocks`, `n_heads`, `causal` (see `GlobalGate`).
+    - `gate`: a kind, or an object that makes the gate of a site: `gate(d_in=, n_subcomponents=, generator=) -> Gate`.
+    - `gate_options`: further choices of the global gate: `n_blocks`, `n_heads`, `causal` (see `GlobalGate`).
+    - `init`: a kind, or a function `(W, C, generator) -> (V, U)`.
 
     Raises ValueError or TypeError as `decompose_layer`; the model is then unchanged.
     """
@@ -79,13 +82,17 @@ def decompose(
     counts = _matched_counts(host, n_subcomponents)
     sites = check_sites(host, counts)
     generator = torch.Generator().manual_seed(int(seed))
-    settings = {
-        "n_subcomponents": {site.name: _count(site, counts[site.name]) for site in sites},
-        "gate": gate,
-        "gate_width": gate_width if gate_width is not None else DEFAULT_WIDTH.get(gate),
-        "init": init,
-        "seed": int(seed),
-    } | _checked_options(gate, gate_options)
+    kind = gate if isinstance(gate, str) else "own"
+    settings = Settings(
+        n_subcomponents={site.name: _count(site, counts[site.name]) for site in sites},
+        gate=kind,
+        gate_width=gate_width if gate_width is not None else DEFAULT_WIDTH.get(kind),  # pyright: ignore
+        init=init if isinstance(init, str) else "own",
+        seed=int(seed),
+        own_gate=gate if kind == "own" else None,
+        own_init=None if isinstance(init, str) else init,
+        **_checked_options(kind, gate_options),
+    )
     return Decomposition(host, swap_sites(host, sites, settings, generator), settings)
 
 
@@ -125,17 +132,15 @@ def _count(site: Site, count: int | None) -> int:
     return int(1.5 * min(site.matrix.read().shape)) if count is None else count
 
 
-GATE_OPTIONS = {"n_blocks": int, "n_heads": int, "causal": bool}
+GATE_OPTIONS = {"n_blocks": "gate_blocks", "n_heads": "gate_heads", "causal": "gate_causal"}
 
 
-def _checked_options(gate: GateKind, options: Mapping[str, Any] | None) -> dict[str, Any]:
+def _checked_options(gate: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
     if not options:
         return {}
     if gate != "global":
         raise ValueError(f"gate_options with gate={gate!r}; expected them with gate='global' only")
-    for name, value in options.items():
+    for name in options:
         if name not in GATE_OPTIONS:
             raise TypeError(f"gate_options has {name!r}; near: {near_names(name, GATE_OPTIONS)}")
-        if type(value) is not GATE_OPTIONS[name]:
-            raise TypeError(f"gate_options[{name!r}]={value!r}; expected {GATE_OPTIONS[name].__name__}")
-    return {"gate_options": dict(options)}
+    return {GATE_OPTIONS[name]: value for name, value in options.items()}

@@ -25,6 +25,7 @@ from spd_lens.core.interventions import Factor, HookList, ablation_hooks, hooks_
 from spd_lens.core.masks import SiteMask
 from spd_lens.core.passes import BlockStarts, CleanPass, given_masks, record_inputs
 from spd_lens.core.saving import check_same_weights, read_decomposition, upload, write_decomposition
+from spd_lens.core.settings import GateMaker, Settings
 from spd_lens.core.squashings import importance_of
 from spd_lens.core.subcomponents import relative_faithfulness, smallest_relative_error
 from spd_lens.core.swap import check_sites, swap_out, swap_sites
@@ -46,7 +47,7 @@ class Decomposition(Mapping[str, DecomposedWeight]):
         self,
         host: Host,
         weights: dict[str, DecomposedWeight],
-        settings: dict[str, Any],
+        settings: Settings,
     ) -> None:
         self.host = host
         self.settings = settings
@@ -369,22 +370,29 @@ class Decomposition(Mapping[str, DecomposedWeight]):
 
     @staticmethod
     def from_pretrained(
-        directory_or_hub_id: str | Path, model: nn.Module, *, revision: str | None = None
+        directory_or_hub_id: str | Path,
+        model: nn.Module,
+        *,
+        revision: str | None = None,
+        gate: GateMaker | None = None,
     ) -> Decomposition:
         """Load a saved decomposition, from a directory or the Hugging Face Hub, onto a model of equal weights.
 
         `revision` is a branch, a tag or (the only thing that cannot change) a commit of the Hub's repository; where
         it came from is in `loaded_from` and in what is saved from then on.
 
+        `gate`: the gate of one's own that it was made with, if it was.
+
         Raises ValueError, naming the site, if a weight differs from the one it was made from, and for a truncated,
         altered, foreign or newer save; the model is then unchanged.
         """
         saved = read_decomposition(directory_or_hub_id, revision)
         host = open_host(model)
-        sites = check_sites(host, saved.settings["n_subcomponents"])
+        settings = saved.settings.with_own(gate)
+        sites = check_sites(host, settings.n_subcomponents)
         check_same_weights(saved, sites)
-        swapped = swap_sites(host, sites, saved.settings, torch.Generator().manual_seed(0))
-        decomposition = Decomposition(host, swapped, saved.settings)
+        swapped = swap_sites(host, sites, settings, torch.Generator().manual_seed(0))
+        decomposition = Decomposition(host, swapped, settings)
         try:
             decomposition.load_tensors(saved.tensors)
         except BaseException as error:

@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import Field, PositiveInt
+from pydantic import Field
 from torch import Tensor
 
 from spd_lens.core.card import is_replaceable, model_card
+from spd_lens.core.settings import Settings
 from spd_lens.hosts.host import Host
 from spd_lens.hosts.site import Site
 from spd_lens.support.checked_json import CheckedContent, checked_text, read_checked, read_json_object
@@ -40,20 +41,10 @@ class SavedProvenance(CheckedContent):
     loaded_from: dict[str, str | None] | None = None
 
 
-class SavedSettings(CheckedContent):
-    """What rebuilds the modules of a decomposition."""
-
-    n_subcomponents: dict[str, PositiveInt] = Field(min_length=1)
-    gate: Literal["scalar", "vector", "shared", "attention", "global"]
-    gate_width: PositiveInt | None
-    init: Literal["normal", "paper", "exact"]
-    seed: int
-
-
 class SavedConfig(CheckedContent):
     """The fields of `spd_config.json`."""
 
-    settings: SavedSettings
+    settings: Settings
     tensors_sha256: str = Field(pattern=_SHA256)
     provenance: SavedProvenance
     weight_hashes: dict[str, str]
@@ -68,7 +59,7 @@ class SavedDecomposition:
 
     directory: Path
     tensors: dict[str, Tensor]
-    settings: dict[str, Any]
+    settings: Settings
     config: SavedConfig
     loaded_from: dict[str, str | None] | None
 
@@ -88,7 +79,7 @@ def write_decomposition(
     *,
     host: Host,
     sites: Sequence[Site],
-    settings: Mapping[str, Any],
+    settings: Settings,
     training: Mapping[str, Any],
     license: str,
     loaded_from: Mapping[str, str | None] | None = None,
@@ -102,7 +93,7 @@ def write_decomposition(
     _check_names(directory)
     provenance = host.provenance()
     content = {
-        "settings": dict(settings),
+        "settings": settings.to_json(),
         "provenance": {**vars(provenance), "details": dict(provenance.details), "loaded_from": loaded_from},
         "weight_hashes": {site.name: tensor_hash(site.matrix.read()) for site in sites},
         "weight_dtypes": {site.name: _dtype(site) for site in sites},
@@ -153,7 +144,7 @@ def read_decomposition(directory_or_hub_id: str | Path, revision: str | None = N
         raise ValueError(f"revision={revision!r} is for the Hub, but {directory} is a directory here; leave it away")
     config, tensors = _files(directory).load()
     _check_counts(directory, config, tensors)
-    return SavedDecomposition(directory, tensors, config.settings.model_dump(), config, loaded_from)
+    return SavedDecomposition(directory, tensors, config.settings, config, loaded_from)
 
 
 def _check_counts(directory: Path, config: SavedConfig, tensors: Mapping[str, Tensor]) -> None:
@@ -171,7 +162,12 @@ def _check_counts(directory: Path, config: SavedConfig, tensors: Mapping[str, Te
             )
     most = max((size for t in tensors.values() for size in t.shape), default=0)
     largest = max(counts.values(), default=0)
-    if largest > most or (config.settings.gate_width or 0) > most:
+    settings = config.settings
+    if (
+        largest > most
+        or max(settings.gate_width or 0, settings.gate_heads) > most
+        or settings.gate_blocks > len(tensors)
+    ):
         raise ValueError(f"{directory / CONFIG} is damaged: it names sizes that no tensor in {TENSORS} has")
 
 

@@ -16,6 +16,7 @@ from transformer_lens.hook_points import HookPoint
 from spd_lens.core.decomposed_weight import DecomposedWeight, HeadResults, ReadPoint, Swapped, UnknownImportance
 from spd_lens.core.gates import Gate, GlobalGate, make_gate
 from spd_lens.core.pass_state import CallGuard, PassState
+from spd_lens.core.settings import Settings
 from spd_lens.core.subcomponents import Subcomponents, initial_factors
 from spd_lens.hosts.host import Host
 from spd_lens.hosts.site import POINT_SUFFIXES, ModuleInput, PointOutput, Site
@@ -69,15 +70,12 @@ def _check_ties(sites: Sequence[Site]) -> None:
 
 
 def swap_sites(
-    host: Host, sites: Sequence[Site], settings: Mapping[str, Any], generator: torch.Generator
+    host: Host, sites: Sequence[Site], settings: Settings, generator: torch.Generator
 ) -> dict[str, DecomposedWeight]:
-    """Make subcomponents and gates for checked sites and swap them in; on any failure the model is unchanged.
-
-    `settings` holds `n_subcomponents` per site, `gate`, `gate_width` and `init`.
-    """
+    """Make subcomponents and gates for checked sites and swap them in; on any failure the model is unchanged."""
     with _default_dtype(torch.float32):
         prepared = [(site, *_make_modules(site, settings, generator)) for site in sites]
-        global_gate = _make_global_gate(sites, settings, generator) if settings["gate"] == "global" else None
+        global_gate = _make_global_gate(sites, settings, generator) if settings.gate == "global" else None
     try:
         # A Ctrl-C that waited is raised inside `try`: the model is then whole again.
         with hold_interrupts():
@@ -128,27 +126,56 @@ def _guarded(host: Host, site: Site) -> tuple[int | None, nn.Module | None]:
 
 
 def _make_modules(
-    site: Site, settings: Mapping[str, Any], generator: torch.Generator
+    site: Site, settings: Settings, generator: torch.Generator
 ) -> tuple[Subcomponents | None, Gate | None]:
     """Subcomponents (None where tied) and gate (None where global) of one site, on its device."""
-    target, count, kind = site.matrix.read(), settings["n_subcomponents"][site.name], settings["gate"]
+    target, count = site.matrix.read(), settings.n_subcomponents[site.name]
     factors = gate = None
     if site.tied_to is None:
-        factors = Subcomponents(*initial_factors(target, count, settings["init"], generator))
-    if kind != "global":
+        factors = Subcomponents(*_start(site.name, target, count, settings, generator))
+    if settings.gate == "own":
+        gate = settings.own_gate(d_in=target.shape[0], n_subcomponents=count, generator=generator)
+        if not isinstance(gate, Gate):
+            raise TypeError(f"the gate made for {site.name} is a {type(gate).__name__}; expected a spd_lens.core.Gate")
+    elif settings.gate != "global":
         gate = make_gate(
-            kind, d_in=target.shape[0], n_subcomponents=count, width=settings["gate_width"], generator=generator
+            settings.gate, d_in=target.shape[0], n_subcomponents=count, width=settings.gate_width, generator=generator
         )
     placed = [None if m is None else m.to(device=target.device, dtype=_master_dtype(target)) for m in (factors, gate)]
     return placed[0], placed[1]  # pyright: ignore[reportReturnType]
 
 
-def _make_global_gate(sites: Sequence[Site], settings: Mapping[str, Any], generator: torch.Generator) -> GlobalGate:
+def _start(
+    name: str, target: Tensor, count: int, settings: Settings, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """`V` and `U` at the start, checked if they come from an object of the user's."""
+    if settings.init != "own":
+        return initial_factors(target, count, settings.init, generator)
+    V, U = settings.own_init(target.detach(), count, generator)
+    expected = ((target.shape[0], count), (count, target.shape[1]))
+    if (tuple(V.shape), tuple(U.shape)) != expected or not bool(V.isfinite().all() & U.isfinite().all()):
+        raise ValueError(
+            f"init gave V {tuple(V.shape)} and U {tuple(U.shape)} for {name}; expected finite values of shape "
+            f"{expected[0]} and {expected[1]}"
+        )
+    return V.detach().clone(), U.detach().clone()
+
+
+def _make_global_gate(sites: Sequence[Site], settings: Settings, generator: torch.Generator) -> GlobalGate:
     # A look-up site enters by the row that it reads, whose width is the matrix's d_out.
     widths = {site.name: site.matrix.read().shape[1 if site.is_lookup else 0] for site in sites}
-    counts = {site.name: settings["n_subcomponents"][site.name] for site in sites}
+    counts = {site.name: settings.n_subcomponents[site.name] for site in sites}
     target = sites[0].matrix.read()
-    gate = GlobalGate(widths, counts, settings["gate_width"], generator, **settings.get("gate_options", {}))
+    assert settings.gate_width is not None
+    gate = GlobalGate(
+        widths,
+        counts,
+        settings.gate_width,
+        generator,
+        n_blocks=settings.gate_blocks,
+        n_heads=settings.gate_heads,
+        causal=settings.gate_causal,
+    )
     return gate.to(device=target.device, dtype=_master_dtype(target))
 
 

@@ -33,7 +33,7 @@ def belongs_to(decomposition: Decomposition, config: TrainConfig, batches: Any) 
     settings = decomposition.settings
     return {
         "target": target_fingerprint(decomposition),
-        "decomposition": plain(settings.model_dump() if hasattr(settings, "model_dump") else settings),
+        "decomposition": plain(settings.to_json()),
         "config": {k: v for k, v in plain(config.to_json()).items() if k not in FREE},
         "data": described(batches),
     }

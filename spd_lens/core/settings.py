@@ -1,0 +1,66 @@
+"""`Settings`: what a decomposition was made with, typed and checked; what rebuilds its modules from a file."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import field
+from typing import Annotated, Any, Literal, Protocol, TypeAlias, runtime_checkable
+
+import torch
+from pydantic import BeforeValidator
+from torch import Tensor
+
+from spd_lens.core.gates import Gate
+from spd_lens.support.validated import Count, Flag, Integer, validated
+
+
+@runtime_checkable
+class GateMaker(Protocol):
+    """A gate of one's own: called once for every site, gives its `Gate`."""
+
+    def __call__(self, *, d_in: int, n_subcomponents: int, generator: torch.Generator) -> Gate: ...
+
+
+# A start of one's own: `V [d_in, C]` and `U [C, d_out]` for the target's matrix, C and a generator.
+InitMaker: TypeAlias = Callable[[Tensor, int, torch.Generator], tuple[Tensor, Tensor]]
+
+
+def _counts(value: Any) -> Any:
+    if not isinstance(value, Mapping) or not value:
+        raise ValueError("expected {site: C} with at least one site")
+    return dict(value)
+
+
+@validated
+class Settings:
+    """The arguments of `decompose`, sites by name.
+
+    - `gate`, `init`: a kind by name, or `"own"` for an object that was passed; what rebuilds it is then with the user.
+    - `gate_blocks`, `gate_heads`, `gate_causal`: of the global gate.
+    """
+
+    n_subcomponents: Annotated[dict[str, Count], BeforeValidator(_counts)]
+    gate: Literal["scalar", "vector", "shared", "attention", "global", "own"] = "scalar"
+    gate_width: Count | None = None
+    init: Literal["normal", "paper", "exact", "own"] = "normal"
+    seed: Integer = 0
+    gate_blocks: Count = 1
+    gate_heads: Count = 1
+    gate_causal: Flag = True
+    own_gate: Any = field(default=None, repr=False, compare=False)
+    own_init: Any = field(default=None, repr=False, compare=False)
+
+    def with_own(self, gate: GateMaker | None) -> Settings:
+        """The same with a gate of one's own. Raises ValueError if one is missing, or was given and is not needed."""
+        if (self.gate == "own") != (gate is not None):
+            need = "a gate of one's own; give it as gate=" if gate is None else f"gate={self.gate!r}; leave gate= away"
+            raise ValueError(f"this decomposition was made with {need}")
+        # Values of V and U come from the file.
+        init = "normal" if self.init == "own" else self.init
+        return dataclasses.replace(self, own_gate=gate, init=init)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for files; objects of one's own are not among them."""
+        values = dataclasses.asdict(dataclasses.replace(self, own_gate=None, own_init=None))
+        return {name: value for name, value in values.items() if not name.startswith("own_")}
