@@ -16,6 +16,7 @@ from typing import Annotated, Any, TypeVar
 from annotated_types import Ge, Gt, Le
 from pydantic import BeforeValidator, ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
+from typing_extensions import dataclass_transform
 
 T = TypeVar("T")
 
@@ -76,6 +77,7 @@ Flag = Annotated[bool, BeforeValidator(_flag)]
 as_tuple = BeforeValidator(_tuple)
 
 
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
 def validated(cls: type[T]) -> type[T]:
     """A frozen dataclass whose fields are checked when it is made.
 
