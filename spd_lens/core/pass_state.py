@@ -86,7 +86,8 @@ class CallGuard:
 
     def install(self) -> None:
         """Add the hooks."""
-        self.module.register_forward_pre_hook(self.enter, with_kwargs=True)
+        # First of all: where the module is itself what a site reads, that happens inside the call.
+        self.module.register_forward_pre_hook(self.enter, with_kwargs=True, prepend=True)
         self.module.register_forward_hook(self.leave, always_call=True)
 
     def remove(self) -> None:

@@ -89,7 +89,9 @@ class BlockStarts:
     def _try(self, layer: int, residual: Tensor, batch: Tensor, start_at: int | None) -> bool:
         whole = self._clean(batch, start_at)
         try:
-            return torch.equal(whole, self._clean(residual.detach(), layer))
+            started = self._clean(residual.detach(), layer)
+            # On the meta device there are shapes and no values that could differ.
+            return whole.shape == started.shape if whole.is_meta else torch.equal(whole, started)
         except torch.OutOfMemoryError:
             raise
         except Exception:
@@ -97,7 +99,8 @@ class BlockStarts:
             return False
 
     def _clean(self, batch: Tensor, start_at: int | None) -> Tensor:
-        devices = [] if batch.device.type == "cpu" else [batch.device]
+        # Only CUDA has generators by device; that of the CPU is always put back.
+        devices = [batch.device] if batch.is_cuda else []
         # Dropout, if it is on, draws again what it would have drawn without this.
         with torch.random.fork_rng(devices), record_inputs(self._weights):
             return self._host.forward(batch) if start_at is None else self._host.forward_from(start_at, batch)
