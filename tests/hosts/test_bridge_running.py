@@ -114,15 +114,18 @@ def test_a_failed_partial_pass_leaves_the_model_whole() -> None:
 
 @every_family
 def test_a_clean_pass_from_a_block_records_what_the_whole_pass_records(family: str) -> None:
-    decomposition, tokens = swapped(family, "compatibility"), random_tokens()
+    everywhere, tokens = swapped(family, "compatibility"), random_tokens()
+    later = [site for site in everywhere if site.startswith("blocks.1") or site == "unembed.W_U"]
+    decomposition = swapped(family, "compatibility", sites=later)
     whole = decomposition.clean_pass(tokens)
     with torch.no_grad():
         residual = decomposition.host.residual_before(1, tokens)
     part = decomposition.clean_pass(residual, start_at=1)
     assert torch.equal(part.output, whole.output)
-    later = {site for site in decomposition if site.startswith("blocks.1") or site == "unembed.W_U"}
-    assert later <= set(part.inputs) <= later | {"pos_embed.W_pos"}
+    assert set(part.inputs) == set(whole.inputs) == set(later)
     assert all(torch.equal(x, whole.inputs[site]) for site, x in part.inputs.items())
+    with pytest.raises(ValueError, match="a pass from block 1 on does not reach every decomposed site"):
+        everywhere.clean_pass(residual, start_at=1)
 
 
 # -- key-value caches, padding ---------------------------------------------------------------------------------------
