@@ -61,8 +61,8 @@ def ablation_effects(
     result has standard errors and intervals).
 
     Cost: one clean pass (two for all kinds but `zero`) and `units * positions / per_pass` passes over
-    `per_pass * batch` rows, from the first ablated block on (the first time, two passes more try whether that gives what
-    whole passes give). `per_pass` is chosen for 128 MB of logits unless given.
+    `per_pass * batch` rows, from the first ablated block on (the first time, two passes more try whether that gives
+    what whole passes give). `per_pass` is chosen for 128 MB of logits unless given.
 
     Raises ValueError for unknown sites, ids, kinds, positions and unfit references; TypeError for wrong types.
 
