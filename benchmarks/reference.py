@@ -321,7 +321,7 @@ def replace_linears(model: nn.Module, paths: Mapping[str, str], decomposition: A
     sites: dict[str, ReferenceLinear] = {}
     for name, path in paths.items():
         of_gate = {k.removeprefix(f"{name}.gate."): v for k, v in start.items() if k.startswith(f"{name}.gate.")}
-        gate = ReferenceGate(decomposition.settings["gate"], of_gate)
+        gate = ReferenceGate(decomposition.settings.gate, of_gate)
         tied_to = decomposition[name].site.tied_to
         if tied_to is None:
             V, U = nn.Parameter(start[f"{name}.V"].clone()), nn.Parameter(start[f"{name}.U"].clone())

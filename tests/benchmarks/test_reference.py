@@ -106,7 +106,7 @@ def test_the_reference_refuses_what_it_does_not_compute() -> None:
     small: dict[str, Any] = {"batch": 4}
     with pytest.raises(ValueError, match=r"frequency=0\.5; the reference knows only 0\.0"):
         build("tms_5_2", **small, frequency=0.5)
-    with pytest.raises(ValueError, match="the reference knows stochastic and pgd"):
+    with pytest.raises(ValueError, match="the reference knows stochastic and PGD"):
         build("tms_5_2", **small, reconstructions=(Reconstruction(masks="bernoulli"),))
     built = build("tms_5_2", **small)
     assert built.reference is not None

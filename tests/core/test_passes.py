@@ -225,6 +225,8 @@ def test_an_attention_mask_that_cannot_reach_the_model_is_refused() -> None:
     decomposition, _ = half_on("transformer")
     with pytest.raises(ValueError, match=r"attention_mask has shape \(1, 3\) and tokens \(1, 6\)"):
         decomposition.clean_pass(rows(0), attention_mask=torch.ones(1, 3))
+    decomposition.remove()
+    decomposition = decompose(decomposition.model, {"blocks.1.mlp.W_*": 4})
     clean = decomposition.clean_pass(rows(0))
     with pytest.raises(ValueError, match="has lost what the mask does before it"):
         decomposition.clean_pass(clean.residuals[1], start_at=1, attention_mask=torch.ones(1, 6))

@@ -290,7 +290,7 @@ def test_a_mask_that_a_hook_returns_broadcasts_as_tensors_do(point: str, batch: 
     for site in ("embed.W_E", "blocks.0.attn.W_K", "blocks.0.attn.W_O", "blocks.1.mlp.W_in", "unembed.W_U"):
         weight = decomposition[site]
         name = weight.site.point_names()[2 if point == "mask" else 3]
-        full = (batch, 4, N) if point == "mask" else (batch, 4)
+        full = (batch, 4, N if point == "mask" else 1)
         for axes in range(len(full) + 1):
             small = torch.rand(full[len(full) - axes :], dtype=torch.float64)
             got = run(decomposition.model, tokens, [(name, lambda _, hook, small=small: small)])
@@ -387,30 +387,9 @@ def patched_and_masked(
     target: Any, masks: Mapping[str, Masks], tokens: Tensor, place: str, patch: Callable[..., Tensor]
 ) -> Tensor:
     """Logits of the written copy under the patch."""
-    if "hook_result" in place:
-        return result_patch_on_the_dense_heads(target, masks, tokens, place, patch)
     patched = oracle.run_written(target, masks, tokens, [(place, patch)])
     assert_differs(patched, oracle.run_written(target, masks, tokens), 1e-3, "the patch does nothing")
     return patched
-
-
-def result_patch_on_the_dense_heads(
-    pristine: Any, masks: Mapping[str, Masks], tokens: Tensor, place: str, patch: Callable[..., Tensor]
-) -> Tensor:
-    """`hook_result` stays dense: the output is the masked matmul plus what the patch changed in the dense heads."""
-    layer = place.split(".")[1]
-    W_O = pristine.get_submodule(f"blocks.{layer}.attn").W_O.detach().clone()
-    z: list[Tensor] = []
-
-    def note(value: Tensor, hook: Any) -> None:
-        z.append(value)
-
-    def add_change(out: Tensor, hook: Any) -> Tensor:
-        dense = torch.einsum("bphd,hdm->bphm", z[0], W_O)
-        return out + (patch(dense.clone(), hook) - dense).sum(2)
-
-    hooks = [(f"blocks.{layer}.attn.hook_z", note), (f"blocks.{layer}.hook_attn_out", add_change)]
-    return oracle.run_written(pristine, masks, tokens, hooks)
 
 
 def test_capturing_before_the_patch_would_be_noticed() -> None:

@@ -300,7 +300,7 @@ def test_settings_that_no_gate_or_initialisation_knows_are_refused_before_anythi
     assert_same_anatomy(model, before)
 
 
-@pytest.mark.parametrize("site", ["W_Inn", "blocks.0.mlp.W_in", "mlp.W_in "])
+@pytest.mark.parametrize("site", ["W_Inn", "mlp.W_inn", "mlp.W_in "])
 def test_an_unknown_site_of_a_block_lists_near_names(site: str) -> None:
     with pytest.raises(ValueError, match=r"near names: .*'blocks\.0\.mlp\.W_in'"):
         decompose_layer(CASES["ln"].build(), 0, N, sites=[site])
@@ -509,7 +509,7 @@ def test_changing_the_dtype_after_the_swap_keeps_masks_exact(dtype: torch.dtype,
     assert torch.equal(logits_of(model, tokens), logits_of(target, tokens))
     half = half_masks(decomposition)
     masks = {
-        s: Masks(w.V.detach(), w.U.detach(), hook.keywords["factor"].to(dtype), torch.tensor(0.5, dtype=dtype))
+        s: Masks(*(x.detach().to(dtype) for x in (w.V, w.U, hook.keywords["factor"])), torch.tensor(0.5, dtype=dtype))
         for (s, w), (_, hook) in zip(decomposition.items(), half, strict=False)
     }
     got = logits_of(model, tokens, half)
