@@ -87,8 +87,8 @@ def train_run(args: argparse.Namespace) -> dict[str, Any]:
     decomposition = decomposed(args.seed, args.scale)
     batches = TokenBatches(text_windows("train"), batch_size=args.rows, seed=args.seed)
     config = configuration(args.coefficient, args.steps, args.seed, args.rows)
-    resumes = (out / "checkpoints").exists()
-    result = train(decomposition, batches, config, **({"resume_from": out} if resumes else {"out_dir": out}))
+    place: dict[str, Any] = {"resume_from" if (out / "checkpoints").exists() else "out_dir": out}
+    result = train(decomposition, batches, config, **place)
     if not result.interrupted:
         decomposition.save_pretrained(out / "decomposition")
     return {"out": str(out), "steps": result.steps, "final": result.final}

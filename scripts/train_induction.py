@@ -207,7 +207,7 @@ def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
     fields = config(args.heads, args.seed)
-    model = build_transformer(fields)
+    model: Any = build_transformer(fields, host="hooked")
     started = time.process_time()
     train(model, args)
     cut = settle(model, args)

@@ -167,7 +167,7 @@ def main() -> None:
     """Train, measure and write."""
     args = parse_args()
     torch.set_num_threads(args.threads)
-    model = build_transformer(CONFIG)
+    model: Any = build_transformer(CONFIG, host="hooked")
     w = initialise(model, args.seed)
     order = torch.randperm(P * P, generator=torch.Generator().manual_seed(args.seed + 1))
     is_train = torch.zeros(P * P, dtype=torch.bool)

@@ -30,6 +30,7 @@ from spd_lens.core.pass_state import PassState
 from spd_lens.core.squashings import importance_of
 from spd_lens.core.subcomponents import Subcomponents
 from spd_lens.hosts.site import POINT_SUFFIXES, Site, is_from_transformer_lens
+from spd_lens.support.compiling import not_compiled
 
 if TYPE_CHECKING:
     from transformer_lens import FactoredMatrix
@@ -56,7 +57,7 @@ class ReadPoint(HookPoint):
 
     readers: Sequence[DecomposedWeight] = ()
 
-    @torch.compiler.disable
+    @not_compiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         out = super().__call__(*args, **kwargs)
         for weight in self.readers:
@@ -72,7 +73,7 @@ class HeadResults(HookPoint):
 
     weights: Sequence[DecomposedWeight] = ()
 
-    @torch.compiler.disable
+    @not_compiled
     def forward(self, x: Tensor) -> Tensor:
         """`[batch pos head d_out]`, masked."""
         return x if not self.weights else self.weights[0].masked_heads(x)

@@ -87,10 +87,10 @@ def decompose(
         n_subcomponents={site.name: _count(site, counts[site.name]) for site in sites},
         gate=kind,
         gate_width=gate_width if gate_width is not None else DEFAULT_WIDTH.get(kind),  # pyright: ignore
-        init=init if isinstance(init, str) else "own",
+        init="own" if callable(init) else init,
         seed=int(seed),
         own_gate=gate if kind == "own" else None,
-        own_init=None if isinstance(init, str) else init,
+        own_init=init if callable(init) else None,
         **_checked_options(kind, gate_options),
     )
     return Decomposition(host, swap_sites(host, sites, settings, generator), settings)

@@ -179,7 +179,7 @@ class Decomposition(Mapping[str, DecomposedWeight]):
         self.require_present()
         first = self.starts.first_block(masks)
         entered = residuals.get(first) if residuals and first is not None and attention_mask is None else None
-        if entered is not None and self.starts.is_exact(first, entered, batch, start_at=start_at):
+        if first is not None and entered is not None and self.starts.is_exact(first, entered, batch, start_at=start_at):
             batch, start_at = entered, first
         with given_masks(self._weights, masks):
             return self._run(batch, start_at, attention_mask)

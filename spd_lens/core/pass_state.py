@@ -11,11 +11,11 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from spd_lens.core.masks import SiteMask
 from spd_lens.hosts.host import Host
+from spd_lens.support.compiling import not_compiled
 
 
 class BlockCall:
@@ -101,13 +101,13 @@ class CallGuard:
             post.pop(key)
             self.module._forward_hooks_always_called.pop(key, None)
 
-    @torch.compiler.disable
+    @not_compiled
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook."""
         cached = self.host.cached_positions(args, kwargs) if self.asks_cache else 0
         self.state.calls.append(BlockCall(self.layer, cached))
 
-    @torch.compiler.disable
+    @not_compiled
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook, also called after an exception, even if that came before `enter`."""
         if self.state.call_of(self.layer) is not None:

@@ -20,6 +20,7 @@ from spd_lens.core.settings import Settings
 from spd_lens.core.subcomponents import Subcomponents, initial_factors
 from spd_lens.hosts.host import Host
 from spd_lens.hosts.site import POINT_SUFFIXES, ModuleInput, PointOutput, Site
+from spd_lens.support.compiling import not_compiled
 from spd_lens.support.interrupts import hold_interrupts
 from spd_lens.support.names import near_names
 
@@ -190,7 +191,7 @@ class InputReader:
     def __init__(self) -> None:
         self.readers: list[tuple[Callable[..., Tensor], DecomposedWeight]] = []
 
-    @torch.compiler.disable
+    @not_compiled
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for read, weight in self.readers:
             weight.receive_input(read(args, kwargs))
@@ -220,7 +221,7 @@ def _swap_in(host: Host, swapped: Swapped, subcomponents: Subcomponents | None, 
     site, weight = swapped.site, swapped.site.output
     kinds = {"importance": HookPoint if gate is not None else UnknownImportance}
     swapped.points = {suffix: kinds.get(suffix, HookPoint)() for suffix in POINT_SUFFIXES}
-    weight.swapped = swapped  # pyright: ignore[reportAttributeAccessIssue]
+    vars(weight)["swapped"] = swapped
     # TransformerLens 4 refuses to patch a model with any submodule in training mode.
     training = host.model.training
     if subcomponents is not None:
@@ -232,7 +233,7 @@ def _swap_in(host: Host, swapped: Swapped, subcomponents: Subcomponents | None, 
         host.add_point(site.parent, name, point.train(training))
     if isinstance(site.by_head, HookPoint):
         _become(site.by_head, HeadResults)
-        site.by_head.weights = [weight]  # pyright: ignore[reportAttributeAccessIssue]
+        vars(site.by_head)["weights"] = [weight]
     _connect(weight)
     return weight
 
@@ -266,7 +267,7 @@ def swap_out(host: Host, sites: Sequence[Site]) -> None:
                 vars(site.by_head).pop("weights", None)
                 _become(site.by_head, HookPoint)
             _, module = _guarded(host, site)
-            state = site.output.swapped.state if hasattr(site.output, "swapped") else None
+            state = getattr(vars(site.output).get("swapped"), "state", None)
             for guard in _guards_on(module):
                 if guard.state is state:
                     guard.remove()

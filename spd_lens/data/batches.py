@@ -259,7 +259,7 @@ def _table(tokens: Any) -> Tensor:
 def _token_ids(ids: Any) -> tuple[int, ...]:
     if isinstance(ids, (str, bytes)) or not isinstance(ids, Iterable):
         raise TypeError(f"exclude={ids!r}; expected a list of token ids, for example exclude=[tokenizer.pad_token_id]")
-    chosen = [i.item() if isinstance(i, (Tensor, np.generic)) else i for i in ids]
+    chosen: list[Any] = [i.item() if isinstance(i, (Tensor, np.generic)) else i for i in ids]
     odd = [i for i in chosen if isinstance(i, bool) or not isinstance(i, int)]
     if odd:
         raise TypeError(f"exclude holds {odd[0]!r}; expected token ids (does this tokenizer have that token?)")

@@ -135,9 +135,10 @@ def _collection(batches: Any, decomposition: Decomposition) -> Any:
         )
     if not isinstance(batches, Iterable):
         raise TypeError(f"the data is a {type(batches).__name__}; {_EXPECTED}")
-    if hasattr(batches, "check_fits"):
+    check_fits = getattr(batches, "check_fits", None)
+    if check_fits is not None:
         # Made for one target: see `cache_residuals`.
-        batches.check_fits(decomposition)
+        check_fits(decomposition)
     if isinstance(batches, TokenBatches) and batches.tokens.device.type != "cpu":
         # Once, because the batches are then not looked at.
         checked_tokens(batches.tokens, decomposition.host, name="the tokens of TokenBatches")

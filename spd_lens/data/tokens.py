@@ -143,5 +143,6 @@ def load_tokens(
         )
     if column not in first:
         raise ValueError(f"the data set has no column {column!r}; its columns: {sorted(first)}")
-    texts = (row.get(column) for row in chain([first], rows))
+    # What is no text among them is refused there.
+    texts: Any = (row.get(column) for row in chain([first], rows))
     return pack_tokens(texts, tokenizer, context, prepend_bos=prepend_bos, max_rows=max_rows, skip_empty=skip_empty)

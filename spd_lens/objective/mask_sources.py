@@ -66,13 +66,10 @@ class Merged:
 class MaskSource(ABC):
     """A source of masks for one reconstruction term; what it remembers between steps is its `state`."""
 
+    # In logs.
+    name: str
     # Whether passes and routing have to be known before the masks are chosen.
     climbs = False
-
-    @property
-    @abstractmethod
-    def name(self) -> str:
-        """Its name in logs."""
 
     @abstractmethod
     def masks(self, importances: Importances, *, delta: bool, generator: torch.Generator) -> Masks:
@@ -109,10 +106,7 @@ class SampledMasks(MaskSource):
 
     def __init__(self, kind: MaskKind) -> None:
         self.kind: MaskKind = kind
-
-    @property
-    def name(self) -> str:
-        return self.kind
+        self.name = kind
 
     def masks(self, importances: Importances, *, delta: bool, generator: torch.Generator) -> Masks:
         return sample_masks(importances, kind=self.kind, delta=delta, generator=generator)
@@ -283,6 +277,8 @@ def mask_source(given: MasksGiven) -> MaskSource:
         case Merged():
             return MergedMasks(given)
         case MaskSource():
+            if not isinstance(getattr(given, "name", None), str):
+                raise TypeError(f"masks is a {type(given).__name__} without a name; expected name = 'its name in logs'")
             return given
         case "stochastic" | "bernoulli" | "importance" | "rounded" | "random" | "none" | "off":
             return SampledMasks(given)

@@ -72,10 +72,8 @@ def described(batches: Any) -> dict[str, Any]:
             found["rows"] = len(batches.dataset)
         random = isinstance(batches.sampler, (RandomSampler, SubsetRandomSampler, WeightedRandomSampler))
         generator = getattr(batches.sampler, "generator", None)
-        if random and generator is None:
-            found["order"] = _UNSEEDED
-        elif random:
-            found["order"] = f"shuffled with seed {generator.initial_seed()}"
+        if random:
+            found["order"] = _UNSEEDED if generator is None else f"shuffled with seed {generator.initial_seed()}"
         return plain(found)
     return {"batches": len(batches)} if isinstance(batches, Sequence) else {}
 

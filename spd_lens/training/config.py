@@ -274,10 +274,10 @@ def _plain(values: Any) -> Any:
 def _masks_from_json(masks: Any) -> Any:
     if isinstance(masks, str):
         return masks
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in masks.items() if k != "type"}
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in masks.items() if k != "type"}
     if masks.get("type") not in BUDGETS:
         raise ValueError(f"masks of one's own ({fields.get('name')!r}) cannot be read from a file; expected config=")
     if "persistent" in fields:
-        nested = {k: tuple(v) if isinstance(v, list) else v for k, v in fields["persistent"].items()}
+        nested: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields["persistent"].items()}
         fields["persistent"] = Persistent(**nested)
     return BUDGETS[masks["type"]](**fields)

@@ -43,6 +43,13 @@ class Halves(MaskSource):
         return {name: SiteMask((1 + g) / 2, torch.ones_like(g[..., 0])) for name, g in importances.items()}
 
 
+class Nameless(MaskSource):
+    """Has no name for the log."""
+
+    def masks(self, importances: Any, *, delta: bool, generator: torch.Generator) -> dict[str, SiteMask]:
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
 class PullTogether:
     """Every importance is drawn to 0.5."""
@@ -144,3 +151,8 @@ def test_sample_masks_is_a_source_by_name() -> None:
     g = {"site": torch.rand(2, 3, 4)}
     masks = sample_masks(g, kind="importance", generator=torch.Generator())
     assert torch.equal(masks["site"].mask, g["site"])  # pyright: ignore
+
+
+def test_a_source_without_a_name_for_the_log_is_refused_before_training() -> None:
+    with pytest.raises(ValueError, match="masks is a Nameless without a name; expected name = "):
+        TrainConfig(reconstructions=(Reconstruction(masks=Nameless()),))

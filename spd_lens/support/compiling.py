@@ -1,0 +1,15 @@
+"""Leaving functions out of graphs that `torch.compile` makes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def not_compiled(function: F) -> F:
+    """`torch.compiler.disable`, which to type checkers loses the `self` of methods."""
+    return torch.compiler.disable(function)  # pyright: ignore[reportReturnType]
