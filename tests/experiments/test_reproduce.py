@@ -31,7 +31,7 @@ from spd_lens.support import read_tensors, write_tensors
 from spd_lens.toys import TMS, ResidMLP, SparseFeatures, one_hot_inputs
 from spd_lens.training import TrainResult
 
-RUNS, STEPS, CHECKPOINT_EVERY = 3, 6, 2
+RUNS, STEPS, CHECKPOINT_EVERY = 3, 6, 3
 
 
 class Recorded(SparseFeatures):
@@ -66,6 +66,11 @@ def small(asked: list[int] | None = None, killed_at: int | None = None) -> Exper
     )
 
 
+def compared(checkpoint: int) -> list[int]:
+    """A run that goes on from a checkpoint asks for its first batch and the last one before it: is it the same data?"""
+    return [0, checkpoint - 1]
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("finished")
@@ -86,7 +91,7 @@ def test_a_killed_run_continues_to_the_same_result(finished: Path, tmp_path: Pat
         reproduce.reproduce(small(killed_at=CHECKPOINT_EVERY + 1), RUNS, results=results, work=work)
     asked: list[int] = []
     reproduce.reproduce(small(asked), RUNS, results=results, work=work)
-    assert asked == list(range(CHECKPOINT_EVERY, STEPS))
+    assert asked == [*compared(CHECKPOINT_EVERY), *range(CHECKPOINT_EVERY, STEPS)]
     reproduce.summarise(small(), results)
     for i in range(RUNS):
         name = f"{reproduce.run_name(i)}.safetensors"
@@ -331,8 +336,8 @@ def test_a_run_killed_in_any_stage_continues_to_the_same_result(
     asked: dict[int, list[int]] = {}
     reproduce.reproduce(small_resid_mlp(asked), 1, results=results, work=work)
     trained = {number: [i for i in batches if i < STEPS] for number, batches in asked.items()}
-    rest = list(range(CHECKPOINT_EVERY, STEPS))
-    assert trained == ({0: rest, 1: list(range(STEPS))} if stage == 0 else {0: [], 1: rest})
+    rest = [*compared(CHECKPOINT_EVERY), *range(CHECKPOINT_EVERY, STEPS)]
+    assert trained == ({0: rest, 1: list(range(STEPS))} if stage == 0 else {0: compared(STEPS), 1: rest})
     ours, expected = (read_tensors(path / "run-000.safetensors") for path in (results, finished_resid_mlp))
     assert ours.keys() == expected.keys()
     assert all(torch.equal(ours[key], expected[key]) for key in ours)
