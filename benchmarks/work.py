@@ -9,7 +9,7 @@ The model, and what is left out of it:
   which compute `x @ V` there.
   `performed=True` counts instead what the library really does: `x @ W` at all rows, the part of the first masked block
   that lies below the masked sites again, `x @ V` of clean inputs in every pass, and the two sums over the hidden layer
-  of a scalar gate by `bmm`. `tests/test_benchmarks.py` holds this equal to what torch counts while it runs.
+  of a scalar gate by `bmm`. `tests/benchmarks` holds this equal to what torch counts while it runs.
 - Numbers moved. Products read and write their own operands at the product's rate. Everything between two
   products is one pass over memory that reads each of its arguments and writes each of its results once: norms with
   residual sums, GELU, softmax, masks with coefficients, gathered and scattered rows, squashings, losses; a random

@@ -42,7 +42,7 @@ from experiments.apd_experiments import APD_EXPERIMENTS
 from experiments.paper import EXPERIMENTS, Experiment
 from experiments.runs import DECOMPOSITION_SEED, WORK, accepted_targets
 from spd_lens import Decomposition
-from spd_lens.baselines import Pieces, apd, decompose_fixed, train_gates
+from spd_lens.baselines import FixedKind, apd, decompose_fixed, train_gates
 from spd_lens.core import SiteMask
 from spd_lens.data import Batch
 from spd_lens.support import format_table
@@ -70,7 +70,7 @@ def compare_pieces(experiment: Experiment, targets: Sequence[nn.Module]) -> dict
             )
             for target, seed in zip(targets, seeds, strict=True)
         ]
-        for pieces in get_args(Pieces)
+        for pieces in get_args(FixedKind)
     }
     train_gates([d for of in fixed.values() for d in of], batches * len(fixed), configs * len(fixed))
     free = [experiment.decompose(copy.deepcopy(target), seed) for target, seed in zip(targets, seeds, strict=True)]

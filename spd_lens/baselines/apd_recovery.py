@@ -1,6 +1,6 @@
 """Whether APD found the known mechanisms, by the criteria that SPD is judged by (`spd_lens.toys.known_solution`).
 
-Two things differ. A component is a sum of rank-one terms over all matrices instead of one rank-one piece, so cosines
+Two things differ. A component is a sum of rank-one terms over all matrices instead of one rank-one matrix, so cosines
 and lengths are taken of its whole rows; and it has no importance between 0 and 1 but is active or not. With batch
 top-k that depends on the other inputs of the batch, so `G [features C]` is read as follows: the *cut-off* is the
 smallest attribution that is active in a batch of the training distribution (mean over 16 batches that were not trained

@@ -1,10 +1,10 @@
-"""Fixed pieces with trained gates: the decompositions a sceptic would ask for.
+"""Fixed subcomponents with trained gates: the decompositions a sceptic would ask for.
 
-If any pieces that sum to W would do, gates trained on the usual losses should make sense of the singular vectors of W,
-or of random rank-one pieces. They do not: neither has a piece per feature. The control are the rows of W, which are the
-known solution of TMS: with them the same training of the gates meets all criteria, so what fails are the pieces.
+If any subcomponents that sum to W would do, gates trained on the usual losses should make sense of the singular vectors
+of W, or of random subcomponents. They do not: neither has one per feature. The control are the rows of W, which are the
+known solution of TMS: with them the same training of the gates meets all criteria, so what fails are the subcomponents.
 
-`decompose_fixed` makes the pieces, `train_gates` trains gates alone. Both give an ordinary `Decomposition`, so every
+`decompose_fixed` puts them in, `train_gates` trains gates alone. Both give an ordinary `Decomposition`, so every
 report applies. Cost: that of `train_many`; the gradients of V and U are computed and come to nothing.
 """
 
@@ -24,14 +24,14 @@ from spd_lens.core.gates import GateKind
 from spd_lens.training.config import TrainConfig
 from spd_lens.training.many import ManyResult, train_many
 
-Pieces = Literal["svd", "random", "rows"]
+FixedKind = Literal["svd", "random", "rows"]
 
 # Far below the spacing of floating-point numbers around any entry of V and U, and not 0, which `TrainConfig` refuses.
 NO_LR = 1e-30
 
 
-def fixed_pieces(
-    W: Float[Tensor, "d_in d_out"], pieces: Pieces, n_subcomponents: int, seed: int = 0
+def fixed_factors(
+    W: Float[Tensor, "d_in d_out"], kind: FixedKind, n_subcomponents: int, seed: int = 0
 ) -> tuple[Float[Tensor, "d_in C"], Float[Tensor, "C d_out"]]:
     """`V, U` with `V @ U = W`, in float64.
 
@@ -40,16 +40,18 @@ def fixed_pieces(
       smallest norm (`init="exact"` of `decompose`).
     - `rows`: `V[:, c]` is the c-th unit vector, `U[c, :]` the c-th row of W.
 
-    Unused pieces are zero. Raises ValueError where C is below what the sum takes: `min(d_in, d_out)`, for rows `d_in`.
+    Unused subcomponents are zero. Raises ValueError where C is below what the sum takes: `min(d_in, d_out)`, for rows
+    `d_in`.
     """
     W = W.detach().double().cpu()
     d_in, d_out = W.shape
-    least = d_in if pieces == "rows" else min(d_in, d_out)
+    least = d_in if kind == "rows" else min(d_in, d_out)
     if n_subcomponents < least:
         raise ValueError(
-            f"n_subcomponents={n_subcomponents}; {pieces!r} pieces sum to a {d_in} x {d_out} matrix from {least} on"
+            f"n_subcomponents={n_subcomponents}; subcomponents of kind {kind!r} sum to a {d_in} x {d_out} matrix from "
+            f"{least} on"
         )
-    match pieces:
+    match kind:
         case "svd":
             left, s, right = torch.linalg.svd(W, full_matrices=False)
             return _padded(left * s.sqrt(), n_subcomponents, 1), _padded(s.sqrt()[:, None] * right, n_subcomponents, 0)
@@ -60,28 +62,28 @@ def fixed_pieces(
             thin = torch.randn(n_subcomponents, least, generator=generator, dtype=W.dtype)
             thin = thin / thin.norm(dim=1, keepdim=True)
             return (thin.T, torch.linalg.pinv(thin.T) @ W) if d_in <= d_out else (W @ torch.linalg.pinv(thin), thin)
-    raise ValueError(f"pieces={pieces!r}; expected 'svd', 'random' or 'rows'")
+    raise ValueError(f"kind={kind!r}; expected 'svd', 'random' or 'rows'")
 
 
 def decompose_fixed(
     model: nn.Module,
     n_subcomponents: Mapping[str, int],
-    pieces: Pieces,
+    kind: FixedKind,
     *,
     gate: GateKind = "scalar",
     gate_width: int | None = None,
     seed: int = 0,
 ) -> Decomposition:
-    """`decompose(model, n_subcomponents)` with the pieces of `fixed_pieces` in the place of random ones.
+    """`decompose(model, n_subcomponents)` with `fixed_factors` in the place of random ones.
 
-    Sites with tied weights share them. The gates are initialised from `seed`. Raises ValueError as `fixed_pieces`; the
-    model then keeps the decomposition with random pieces.
+    Sites with tied weights share them. The gates are initialised from `seed`. Raises ValueError as `fixed_factors`; the
+    model then keeps the decomposition with random subcomponents.
     """
     decomposition = decompose(model, n_subcomponents, gate=gate, gate_width=gate_width, seed=seed)
     with torch.no_grad():
         for index, weight in enumerate(decomposition.values()):
             if weight.tied_to is None:
-                V, U = fixed_pieces(weight.target_weight, pieces, weight.n_subcomponents, seed * 1_000_003 + index)
+                V, U = fixed_factors(weight.target_weight, kind, weight.n_subcomponents, seed * 1_000_003 + index)
                 weight.V.copy_(V)
                 weight.U.copy_(U)
     return decomposition

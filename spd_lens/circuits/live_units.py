@@ -3,7 +3,7 @@
 A *unit* (node) can be kept, computed live from the clean prompt, or left out: then what it writes is that of the
 corrupted prompt at the same position (`outside="corrupted"`), or 0 (`outside="zero"`). Everything that is no unit
 (embeddings, matrices that are not decomposed, biases) always stays live, so compare units that cover the same
-matrices: `head_and_mlp_units` takes only heads and MLPs that have decomposed matrices.
+matrices: `HeadAndMLPUnits` takes only heads and MLPs that have decomposed matrices.
 
 Scores are attribution patching on the clean run: `|mean over rows of sum over positions of dm/du * (u_out - u)|`, the
 first-order estimate of what leaving the unit out does to the metric m; `u` is the unit's activation. One backward

@@ -1,6 +1,6 @@
 """The factors of one matrix, `V [d_in, C]` and `U [C, d_out]`, and how they start.
 
-Column c of `V` and row c of `U` are subcomponent c: the rank-one piece `V[:, c] U[c, :]`.
+Column c of `V` and row c of `U` are subcomponent c: the rank-one matrix `V[:, c] U[c, :]`.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ def initial_factors(
 
     - `normal`: `V ~ N(0, 1/d_in)`, `U ~ N(0, 1/C)` (variances).
     - `paper`: `V_c` and `U_c` random of unit norm, then `U_c` scaled by the inner product `<V_c U_c, W>`, so that
-      each piece starts as W's projection on it.
+      each starts as W's projection on it.
     - `exact`: the factor on the smaller side is random, the other solves `V U = W` by least squares with the
       smallest norm, so with `C >= min(d_in, d_out)` the sum is W from the start; below that it is the best for the
       random factor. Costs one pseudo-inverse of a matrix of `C x min(d_in, d_out)`. Take C well above that smaller
-      side: a square random matrix is ill-conditioned, and pieces become huge and cancel (C 64 of 64 diverged).
+      side: a square random matrix is ill-conditioned, and subcomponents become huge and cancel (C 64 of 64 diverged).
     """
     d_in, d_out = target.shape
     V = torch.randn(d_in, n_subcomponents, generator=generator)

@@ -88,7 +88,7 @@ class ResidMLPReport:
     - MMCS >= 0.99 and 0.95 <= ML2R <= 1.05 over the alive subcomponents of `W_in`: `A V` against `A W_in`, row i of
       `A [features d_resid]` what feature i brings to the block: the slope of the residual stream in the feature's
       value, `(r(x) - r(-x)) / 2x` on one-hot inputs. In the first block that is `W_E`. Later the stream also holds what
-      the blocks before wrote, which is not the same for x and -x: no rank-one piece can carry both, and `A` is the
+      the blocks before wrote, which is not the same for x and -x: no rank-one matrix can carry both, and `A` is the
       least-squares fit to values symmetric about 0;
     - exactly one alive subcomponent of `W_in` per feature, with identity error 0;
     - as many alive ones of `W_out` as the block has neurons. How many are on for every feature (`n_always_on`) is

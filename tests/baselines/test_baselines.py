@@ -24,7 +24,7 @@ from spd_lens.baselines import (
     component_recovery,
     cut_off,
     decompose_fixed,
-    fixed_pieces,
+    fixed_factors,
     train_apd,
     train_gates,
 )
@@ -320,14 +320,14 @@ def test_the_report_of_a_hand_made_resid_mlp() -> None:
     assert halved.contribution_error == pytest.approx(0.5, abs=1e-4)
 
 
-# -- fixed pieces ----------------------------------------------------------------------------------------------------
+# -- fixed subcomponents ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(5, 2), (2, 5), (3, 3)])
 @pytest.mark.parametrize("pieces", ["svd", "random", "rows"])
-def test_fixed_pieces_sum_to_the_matrix(pieces: Any, shape: tuple[int, int]) -> None:
+def test_fixed_factors_sum_to_the_matrix(pieces: Any, shape: tuple[int, int]) -> None:
     W, C = randn(*shape, seed=1), 6
-    V, U = fixed_pieces(W, pieces, C, seed=4)
+    V, U = fixed_factors(W, pieces, C, seed=4)
     assert (V.shape, U.shape) == ((shape[0], C), (C, shape[1]))
     torch.testing.assert_close(V @ U, W, rtol=1e-9, atol=1e-9)
     if pieces == "svd":
@@ -335,10 +335,10 @@ def test_fixed_pieces_sum_to_the_matrix(pieces: Any, shape: tuple[int, int]) -> 
         torch.testing.assert_close(lengths[: min(shape)], torch.linalg.svdvals(W))
         assert (lengths[min(shape) :] == 0).all()
     if pieces == "random":
-        assert not torch.allclose(V, fixed_pieces(W, pieces, C, seed=5)[0])
+        assert not torch.allclose(V, fixed_factors(W, pieces, C, seed=5)[0])
     least = shape[0] if pieces == "rows" else min(shape)
-    with pytest.raises(ValueError, match=f"pieces sum to a {shape[0]} x {shape[1]} matrix from {least} on"):
-        fixed_pieces(W, pieces, least - 1)
+    with pytest.raises(ValueError, match=f"sum to a {shape[0]} x {shape[1]} matrix from {least} on"):
+        fixed_factors(W, pieces, least - 1)
 
 
 def test_gates_on_singular_or_random_pieces_fail_where_those_on_rows_succeed() -> None:
