@@ -68,7 +68,10 @@ def first_batches(
 
 
 def _first(source: Any, decomposition: Decomposition, max_batches: int | None, purpose: str) -> Iterator[Batch]:
-    items = source.once() if hasattr(source, "once") else source
+    if hasattr(source, "once"):
+        items = source.once()
+    else:
+        items = source if isinstance(source, Iterable) else source.batches_from(0)
     n_read = n_given = 0
     for item in islice(items, None if max_batches is None else int(max_batches)):
         batch = checked_batch(item, decomposition, f"batch {n_read}")
@@ -133,7 +136,7 @@ def _collection(batches: Any, decomposition: Decomposition) -> Any:
             f"the data is a {type(batches).__name__} with keys {sorted(map(str, batches))}; {_EXPECTED}; for one batch "
             "a dict with 'input_ids', for a data set one of its splits"
         )
-    if not isinstance(batches, Iterable):
+    if not isinstance(batches, Iterable) and not hasattr(batches, "batches_from"):
         raise TypeError(f"the data is a {type(batches).__name__}; {_EXPECTED}")
     check_fits = getattr(batches, "check_fits", None)
     if check_fits is not None:

@@ -37,7 +37,7 @@ from spd_lens.support.files import given_directory, plain
 from spd_lens.support.progress import tqdm
 from spd_lens.training.belonging import FREE, SeenData, belongs_to, check_belongs, same_data, started
 from spd_lens.training.checkpoint import Checkpoint
-from spd_lens.training.conditions import stop_on_signals
+from spd_lens.training.conditions import stop_on_signals, training_conditions
 from spd_lens.training.config import TrainConfig
 from spd_lens.training.member_adam import MemberAdam
 from spd_lens.training.run_files import RunFiles
@@ -83,10 +83,12 @@ def train_many(
     """
     members = _checked_configs(decompositions, batches, configs)
     config, n_members = members[0], len(members)
-    stack = _Stack(decompositions)
-    run = _Run(stack, members)
     interrupted = False
-    with ExitStack() as running, stop_on_signals() as stop:
+    with stop_on_signals() as stop, ExitStack() as running:
+        for decomposition in decompositions:
+            running.enter_context(training_conditions(decomposition))
+        stack = _Stack(decompositions)
+        run = _Run(stack, members)
         files, belongs, checkpoint = None, {}, None
         if out_dir is not None:
             files = RunFiles(given_directory(out_dir, "out_dir"))
@@ -120,8 +122,8 @@ def train_many(
             if saves and files is not None:
                 data = {str(i): own.until(b, step - 1) for i, (own, b) in enumerate(zip(seen, given, strict=True))}
                 files.save(step, run.tensors(), keep=config.keep_checkpoints, belongs=belongs, data=data)
-    bar.close()
-    stack.write_back()
+        bar.close()
+        stack.write_back()
     for decomposition, member in zip(decompositions, members, strict=True):
         decomposition.training_record = {"config": member.to_json(), "steps": step}
     failed = [_first_failure(log, i) for i in range(n_members)]
