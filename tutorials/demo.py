@@ -85,6 +85,8 @@ def main(
         checkpoint_every=None,
         out_dir=run_directory,
     )
+    if result.interrupted:
+        raise SystemExit(130)  # Ctrl-C was meant for the demo, not only for its training
     print(f"{result.steps} steps in {precision}; log: {result.directory / 'log.jsonl'}")
 
     heading("4. Evaluate on held-out text")

@@ -8,6 +8,7 @@ from spd_lens.core.decomposed_weight import DecomposedWeight, ReadPoint
 from spd_lens.core.decomposing import decompose, decompose_layer
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.fingerprint import target_fingerprint
+from spd_lens.core.gate_sets import GateOfAll, Gates, GatesBySite
 from spd_lens.core.gates import (
     DEFAULT_WIDTH,
     MAX_OFFSET,
@@ -47,6 +48,9 @@ __all__ = [
     "Gate",
     "GateKind",
     "GateMaker",
+    "GateOfAll",
+    "Gates",
+    "GatesBySite",
     "GlobalGate",
     "Ids",
     "InitKind",

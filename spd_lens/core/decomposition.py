@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from spd_lens.core.decomposed_weight import DecomposedWeight
-from spd_lens.core.gates import GlobalGate
+from spd_lens.core.gate_sets import Gates, gates_of
 from spd_lens.core.inputs import checked_tokens
 from spd_lens.core.interventions import Factor, HookList, ablation_hooks, hooks_for_masks, keeping_hooks
 from spd_lens.core.masks import SiteMask
@@ -101,9 +101,9 @@ class Decomposition(Mapping[str, DecomposedWeight]):
         return self.host.model
 
     @property
-    def global_gate(self) -> GlobalGate | None:
-        """The gate of all sites together, or None where every site has its own; the first site's module holds it."""
-        return next(iter(self._weights.values()))._modules.get("global_gate")  # pyright: ignore[reportReturnType]
+    def gates(self) -> Gates:
+        """All gates behind one interface, whether every site has its own or one serves all."""
+        return gates_of(self._weights)
 
     @property
     def device(self) -> torch.device:
@@ -118,14 +118,7 @@ class Decomposition(Mapping[str, DecomposedWeight]):
 
     def gate_parameters(self) -> list[nn.Parameter]:
         """All parameters of gates."""
-        own = [p for w in self.values() if w.gate is not None for p in w.gate.parameters()]
-        return own + ([] if self.global_gate is None else list(self.global_gate.parameters()))
-
-    def gates_look_across_positions(self) -> bool:
-        """Whether an importance depends on other positions than its own (attention and global gates)."""
-        return self.global_gate is not None or any(
-            w.gate is not None and w.gate.looks_across_positions for w in self.values()
-        )
+        return [p for _, p in self.gates.named_parameters()]
 
     def to(self, *args: Any, **kwargs: Any) -> Decomposition:
         """Move the model together with its decomposition, as `model.to`; returns itself.
@@ -236,24 +229,7 @@ class Decomposition(Mapping[str, DecomposedWeight]):
 
     def pre_importances(self, inputs: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "*batch _"]]:
         """Pre-activations `p [batch pos C]` of every site's gate, from the clean inputs `x` (S4)."""
-        if self.global_gate is not None:
-            split = [name for name, x in inputs.items() if x.ndim == 4]
-            if split:
-                raise ValueError(
-                    f"the global gate reads one input per position, but under use_split_qkv_input (or use_attn_in) "
-                    f"{split[0]} has one per head; switch that off while asking for importances"
-                )
-            dense = {
-                name: x if x.is_floating_point() else self[name].target_weight[x.clamp_min(0)]
-                for name, x in inputs.items()
-            }
-            return self.global_gate(dense)
-        pre = {}
-        for name, x in inputs.items():
-            weight = self._weights[name]
-            assert weight.gate is not None
-            pre[name] = weight.gate(x, weight.activations(x) if weight.gate.reads_activations else None)
-        return pre
+        return self.gates.pre_activations(inputs)
 
     @torch.no_grad()
     def importance(self, tokens: Any) -> dict[str, Float[Tensor, "*batch _"]]:
@@ -327,10 +303,7 @@ class Decomposition(Mapping[str, DecomposedWeight]):
         for name, weight in self.items():
             if weight.tied_to is None:
                 tensors |= {f"{name}.{k}": p for k, p in weight.subcomponents.named_parameters()}
-            if weight.gate is not None:
-                tensors |= {f"{name}.gate.{k}": p for k, p in weight.gate.named_parameters()}
-        if self.global_gate is not None:
-            tensors |= {f"global_gate.{k}": p for k, p in self.global_gate.named_parameters()}
+        tensors |= dict(self.gates.named_parameters())
         return tensors
 
     def load_tensors(self, saved: Mapping[str, Tensor]) -> None:

@@ -110,7 +110,7 @@ def checked_batch(item: Any, decomposition: Decomposition, name: str = "the batc
     if mask is not None and host.is_causal() and mask.device.type == "cpu" and not padding_is_seen(mask):
         # Padding behind a text is out of its sight.
         batch = replace(batch, attention_mask=None)
-    if batch.attention_mask is not None and decomposition.gates_look_across_positions():
+    if batch.attention_mask is not None and decomposition.gates.looks_across_positions:
         raise ValueError(
             f"{name}: its attention_mask leaves out positions before others that count (padding on the left), and this "
             "decomposition's gates look across positions, where they would see the padding; pad on the right "

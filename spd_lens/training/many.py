@@ -422,6 +422,6 @@ def _checked_configs(
             )
     if first.extra_terms:
         raise ValueError("train_many supports no terms of one's own (extra_terms); use train")
-    if first.hidden > 0 or first.precision != "fp32" or decompositions[0].global_gate is not None:
+    if first.hidden > 0 or first.precision != "fp32" or not decompositions[0].gates.is_by_site:
         raise ValueError("train_many supports neither hidden reconstruction, bf16, nor the global gate; use train")
     return members
