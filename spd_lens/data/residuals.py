@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from transformer_lens.hook_points import HookPoint
 
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.fingerprint import difference, target_fingerprint
 from spd_lens.core.inputs import checked_decomposition, checked_tokens
 from spd_lens.core.swap import is_own_hook
 from spd_lens.data.batches import Batch, TokenBatches
-from spd_lens.hosts.site import Site
+from spd_lens.hosts.site import Site, is_from_transformer_lens
 from spd_lens.support.progress import tqdm
 
 
@@ -112,7 +113,10 @@ def target_of(decomposition: Decomposition) -> dict[str, Any]:
 def require_no_hooks(decomposition: Decomposition) -> None:
     """ValueError if TransformerLens hooks or plain PyTorch hooks of the user's are on the model."""
     for name, module in decomposition.model.named_modules():
-        if not all(map(is_own_hook, (*module._forward_pre_hooks.values(), *module._forward_hooks.values()))):
+        hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+        # A bridge puts hooks of its own on its norms; what users add to HookPoints also comes from TransformerLens.
+        bridges_own = is_from_transformer_lens if not isinstance(module, HookPoint) else is_own_hook
+        if not all(is_own_hook(hook) or bridges_own(hook) for hook in hooks):
             raise ValueError(
                 f"{name or 'the model'} has a hook on it, which would change what is cached; remove it first "
                 "(model.reset_hooks() for TransformerLens's)"

@@ -234,3 +234,19 @@ def test_a_batch_in_which_nothing_counts_is_named(decomposition: Decomposition, 
 
 def test_numpy_numbers_of_batches_are_numbers(decomposition: Decomposition, without_type_checks: None) -> None:
     assert len(list(first_batches(list(ROWS.split(1)), decomposition, np.int64(2), purpose="read"))) == 2  # pyright: ignore[reportArgumentType]
+
+
+def test_residuals_of_a_bridge_can_be_cached_after_it_has_run() -> None:
+    """Its first pass puts hooks of TransformerLens's own on its norms."""
+    from spd_lens import cache_residuals
+    from spd_lens.models import load_tiny_lm
+
+    decomposition = decompose(load_tiny_lm(host="bridge"), {"blocks.1.mlp.W_*": 6})
+    rows = tokens(4)
+    decomposition.model(rows)
+    cached = cache_residuals(decomposition, TokenBatches(rows, 2))
+    clean = decomposition.clean_pass(rows)
+    assert torch.equal(cached.residuals, clean.residuals[1])
+    hooks = [("blocks.0.mlp.hook_out", lambda value, hook: value * 2)]
+    with decomposition.model.hooks(fwd_hooks=hooks), pytest.raises(ValueError, match="has a hook on it"):
+        cache_residuals(decomposition, TokenBatches(rows, 2))
