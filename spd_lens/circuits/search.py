@@ -31,13 +31,13 @@ from torch import Tensor
 from spd_lens.circuits.behaviour import Behaviour, Metrics
 from spd_lens.circuits.check import CircuitReport, report_on
 from spd_lens.circuits.circuit import Circuit
-from spd_lens.circuits.config import CircuitConfig, CircuitMasks
+from spd_lens.circuits.config import CircuitConfig
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.masks import sample_masks
 from spd_lens.core.squashings import importance_of, lower_squash, upper_squash
-from spd_lens.objective.adversary import PGD, Persistent, PersistentSources, random_sources
+from spd_lens.objective.adversary import PGD, Persistent, random_sources
 from spd_lens.objective.losses import minimality_loss
-from spd_lens.objective.mask_sources import masks_from_sources
+from spd_lens.objective.mask_sources import Masks, MaskSource, mask_source, masks_from_sources
 from spd_lens.objective.penalties import Power
 from spd_lens.support.progress import tqdm
 from spd_lens.tasks.task import Task
@@ -102,7 +102,10 @@ class _Search:
     """The two halves of the search, which share prompts, mask sources and scale."""
 
     def __init__(self, behaviour: Behaviour, config: CircuitConfig, generator: torch.Generator) -> None:
-        self.behaviour, self.config, self.generator, self.adversary = behaviour, config, generator, None
+        self.behaviour, self.config, self.generator = behaviour, config, generator
+        # A persistent adversary starts from what hurts first; later it follows by one ascent a step.
+        budgets = {"pgd": config.pgd, "persistent": Persistent(warm_steps=0, first_steps=config.pgd.steps)}
+        self.sources = [mask_source(budgets.get(name, name)) for name in config.masks]
         with torch.no_grad():
             zeros = {s: torch.zeros(1, w.n_subcomponents, device=w.V.device) for s, w in self.weights.items()}
             g = behaviour.importances(zeros)
@@ -154,48 +157,27 @@ class _Search:
                     rows = rows[:rows_per_step].to(self.behaviour.tokens.device)
                 g = self.behaviour.importances({name: lower_squash(x) for name, x in pre.items()}, rows)
                 upper = {name: upper_squash(x).reshape(1, -1) for name, x in pre.items()}
-                distance = torch.stack([self.distance(source, g, rows) for source in config.masks]).mean()
+                distance = torch.stack([self.distance(source, g, rows) for source in self.sources]).mean()
                 penalty = minimality_loss(upper, penalty=Power(config.p))
                 loss = (distance - self.floor) / self.scale + config.minimality * penalty
                 optimizer.zero_grad(set_to_none=True)
-                gradients = torch.autograd.grad(loss, list(pre.values()) + self._sources_in_graph(), allow_unused=True)
-                for x, gradient in zip(pre.values(), gradients, strict=False):
-                    x.grad = gradient
+                leaves = [leaf for source in self.sources for leaf in source.leaves()]
+                loss.backward(inputs=[*pre.values(), *leaves])
                 optimizer.step()
-                self._climb(gradients[len(pre) :])
+                for source in self.sources:
+                    source.after_backward()
 
-    def _sources_in_graph(self) -> list[Tensor]:
-        return [] if self.adversary is None else list(self.adversary.tensors().values())
-
-    def _climb(self, gradients: Sequence[Tensor | None]) -> None:
-        """One more ascent of the persistent adversary with the gradients of the step (K4)."""
-        if self.adversary is not None:
-            for source, gradient in zip(self.adversary.tensors().values(), gradients, strict=True):
-                source.grad = gradient
-            self.adversary.ascend_from_graph()
-
-    def distance(self, source: CircuitMasks, g: Mapping[str, Tensor], rows: Tensor | None) -> Float[Tensor, ""]:
+    def distance(self, source: MaskSource, g: Mapping[str, Tensor], rows: Tensor | None) -> Float[Tensor, ""]:
         """D under one mask source, differentiable in `g`."""
         behaviour, generator = self.behaviour, self.generator
-        match source:
-            case "importance" | "stochastic":
-                drawn = sample_masks(g, kind=source, generator=generator)
-            case "pgd":
-                found = behaviour.worst_sources(
-                    g, random_sources(g, self.config.pgd.scope, generator), self.config.pgd, rows
-                )
-                drawn = masks_from_sources(g, found)
-            case "persistent":
-                if self.adversary is None:
-                    self.adversary = PersistentSources(g, Persistent(), generator=generator)
-                    # Started from what hurts now; later the sources follow.
-                    detached = {name: x.detach() for name, x in g.items()}
-                    for _ in range(self.config.pgd.steps):
-                        self.adversary.warm(
-                            lambda s: behaviour.distance(behaviour.forward(masks_from_sources(detached, s), rows), rows)
-                        )
-                drawn = masks_from_sources(g, self.adversary.tensors())
-        return behaviour.distance(behaviour.forward(drawn, rows), rows)
+
+        def objective(masks: Masks, _: int | None) -> Tensor:
+            return behaviour.distance(behaviour.forward(masks, rows), rows)
+
+        if source.climbs:
+            detached = {name: x.detach() for name, x in g.items()}
+            source.climb(objective, detached, delta=True, generator=generator)
+        return objective(source.masks(g, delta=True, generator=generator), None)
 
     # -- pruning -----------------------------------------------------------------------------------------------------
 
@@ -239,7 +221,7 @@ class _Search:
         for source in self.config.masks:
             generator = torch.Generator(self.generator.device).manual_seed(0)
             if source in ("importance", "stochastic"):
-                drawn = [sample_masks(g, kind=source, generator=generator)]  # pyright: ignore[reportArgumentType]
+                drawn = [mask_source(source).masks(g, delta=True, generator=generator)]
             else:
                 pgd = PGD(math.ceil(2.5 * self.config.pgd.steps), self.config.pgd.step_size, "batch")
                 starts = [random_sources(g, "batch", generator) for _ in range(2)]

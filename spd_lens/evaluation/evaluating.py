@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.inputs import checked_decomposition
-from spd_lens.core.masks import MaskKind, sample_masks
+from spd_lens.core.masks import MaskKind
 from spd_lens.data.batches import Batch
 from spd_lens.data.streams import checked_batch, first_batches
 from spd_lens.evaluation.attack import Attack, worst_of_starts
@@ -41,7 +41,7 @@ from spd_lens.evaluation.intervals import Tally, bootstrap_intervals, mean_per_p
 from spd_lens.evaluation.report import AttackReport, EvaluationReport
 from spd_lens.evaluation.site_report import SiteSums, failure_modes
 from spd_lens.objective.divergences import Divergence
-from spd_lens.objective.mask_sources import masks_from_sources
+from spd_lens.objective.mask_sources import mask_source, masks_from_sources
 from spd_lens.support.progress import tqdm
 
 # E5, in the order of the table: name, and kind of `sample_masks`.
@@ -153,7 +153,7 @@ class _Evaluation:
             self.n_vocabulary = held.clean.shape[-1]
             self._cross_entropy("target", held.clean, pairs)
         for regime, mask_kind in REGIMES.items():
-            masks = sample_masks(held.importances, kind=mask_kind, generator=self.generator)
+            masks = mask_source(mask_kind).masks(held.importances, delta=True, generator=self.generator)
             self._measure(regime, held, held.forward(masks), pairs)
 
     def _measure(self, regime: str, held: Held, output: Tensor, pairs: tuple[Tensor, Tensor] | None) -> None:

@@ -89,6 +89,7 @@ class Persistent:
     - `scope`: as for `PGD`; with `"position"` every row of the batch and position has sources of its own, and batches
       must keep their shape.
     - `start`: share of the run before which masks are drawn at random instead.
+    - `first_steps`: ascents when the sources are made, before anything is descended.
     """
 
     warm_steps: int = 1
@@ -97,8 +98,11 @@ class Persistent:
     lr_warmup: float = 0.0
     scope: Scope = "batch"
     start: float = 0.0
+    first_steps: int = 0
 
     def __post_init__(self) -> None:
+        if self.first_steps < 0:
+            raise ValueError(f"first_steps={self.first_steps}; expected zero or more")
         if self.warm_steps < 0 or not self.lr > 0:
             raise ValueError(f"{self}; expected warm_steps >= 0 and lr > 0")
         if self.scope not in ("position", "example", "batch"):
@@ -135,9 +139,9 @@ class PersistentSources:
         rising = self.spec.lr_warmup > 0 and progress < self.spec.lr_warmup
         self._adam.param_groups[0]["lr"] = self.spec.lr * (progress / self.spec.lr_warmup if rising else 1.0)
 
-    def warm(self, objective: Objective) -> None:
-        """`warm_steps` ascents on the objective; gradients reach only the sources."""
-        for _ in range(self.spec.warm_steps):
+    def warm(self, objective: Objective, steps: int | None = None) -> None:
+        """`warm_steps` (or `steps`) ascents on the objective; gradients reach only the sources."""
+        for _ in range(self.spec.warm_steps if steps is None else steps):
             with torch.enable_grad():
                 gradients = torch.autograd.grad(
                     objective(self._sources), list(self._sources.values()), allow_unused=True

@@ -93,6 +93,10 @@ class MaskSource(ABC):
     def after_backward(self) -> None:  # noqa: B027
         """Called once gradients of the step's loss are there."""
 
+    def leaves(self) -> list[Tensor]:
+        """Tensors that climb on the loss's own gradients in `after_backward`."""
+        return []
+
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint has to hold."""
         return {}
@@ -163,11 +167,16 @@ class PersistentMasks(MaskSource):
         self._active = progress >= self.spec.start
         if not self._active:
             return
+
+        def hurt(found: Mapping[str, Tensor]) -> Tensor:
+            return objective(masks_from_sources(importances, found, delta=delta), None)
+
         if self.sources is None:
             self.sources = PersistentSources(importances, self.spec, generator=generator)
+            self.sources.warm(hurt, self.spec.first_steps)
         _check_shapes(importances, self.sources.tensors())
         self.sources.set_progress((progress - self.spec.start) / (1 - self.spec.start))
-        self.sources.warm(lambda found: objective(masks_from_sources(importances, found, delta=delta), None))
+        self.sources.warm(hurt)
 
     def masks(self, importances: Importances, *, delta: bool, generator: torch.Generator) -> Masks:
         if not self._active or self.sources is None:
@@ -177,6 +186,9 @@ class PersistentMasks(MaskSource):
     def after_backward(self) -> None:
         if self._active and self.sources is not None:
             self.sources.ascend_from_graph()
+
+    def leaves(self) -> list[Tensor]:
+        return [] if self.sources is None else list(self.sources.tensors().values())
 
     def state(self) -> dict[str, Tensor]:
         return {} if self.sources is None else self.sources.tensors_by_name()
