@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from spd_lens.core.decomposition import Decomposition
@@ -173,6 +172,8 @@ def _compare_site(
         forth = _mmcs(_cosines(Va, _like(Vb, generator)), _cosines(Ua, _like(Ub, generator)), directions=(1,))
         back = _mmcs(_cosines(Vb, _like(Va, generator)), _cosines(Ub, _like(Ua, generator)), directions=(1,))
         draws.append({k: (forth[k] + back[k]) / 2 for k in forth})
+    from scipy.optimize import linear_sum_assignment
+
     rows, columns = linear_sum_assignment(rank_one.numpy(), maximize=True)
     pairs = [
         Pair(ids_a[i], ids_b[j], float(rank_one[i, j]), float(cosines_V[i, j]), float(cosines_U[i, j]))

@@ -11,5 +11,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def not_compiled(function: F) -> F:
-    """`torch.compiler.disable`, which to type checkers loses the `self` of methods."""
-    return torch.compiler.disable(function)  # pyright: ignore[reportReturnType]
+    """`torch.compiler.disable`, which to type checkers loses the `self` of methods.
+
+    PyTorch's own lazy form of it: the compiler, a second of imports, is loaded by the first call and not with us.
+    """
+    return torch._disable_dynamo(function)  # pyright: ignore[reportReturnType, reportPrivateImportUsage]

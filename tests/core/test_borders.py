@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from spd_lens import Decomposition, decompose
-from spd_lens.core import SiteMask, relative_faithfulness
+from spd_lens.core import GateOfAll, SiteMask, relative_faithfulness
 from tests.bridge_models import boot
 from tests.conftest import needs_hooked
 from tests.small_models import tiny_transformer, tokens
@@ -186,9 +186,9 @@ def test_a_global_gate_is_a_module_of_the_model_and_its_importance_is_silent(hos
     assert {acts, mask, delta} <= set(cache)
     with pytest.raises(ValueError, match=r"never fires: .* use decomposition.importance\(tokens\)"):
         model.run_with_hooks(row, fwd_hooks=[(importance, lambda value, hook: None)])
-    assert decomposition.global_gate is not None
+    assert isinstance(decomposition.gates, GateOfAll)
     own = {id(p) for p in model.parameters()}
-    assert all(id(p) in own for p in decomposition.global_gate.parameters())
+    assert all(id(p) in own for p in decomposition.gates.gate.parameters())
     assert any(key.endswith("global_gate.w_embed") for key in model.state_dict())
     names = {name for name, _ in model.named_modules()}
     decomposition.remove()

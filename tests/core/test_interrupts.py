@@ -64,7 +64,8 @@ def test_an_interrupt_at_any_line_of_the_swap_leaves_the_model_as_it_was(gate: A
 
 def test_removing_can_be_called_again_after_an_interrupt_at_any_line() -> None:
     model = tiny_transformer()
-    before, expected, n = anatomy(model), model(tokens(1)), 1
+    expected, n = model(tokens(1)), 1  # a bridge puts hooks of its own on its norms in the first pass
+    before = anatomy(model)
     while interrupted_at(n, (decomposition := decompose(model, SITES)).remove):
         decomposition.remove()
         assert anatomy(model) == before, n

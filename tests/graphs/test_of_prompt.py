@@ -769,6 +769,7 @@ def test_readouts_may_be_tokens_as_text(without_type_checks: None) -> None:
     with pytest.raises(TypeError, match="a token id, or a token as text"):
         attribution_graph(decomposition, prompt, readouts=[1.5], **settings)
     small = decompose(tiny_transformer(), {"blocks.1.mlp.W_*": 4})
+    small.model.tokenizer = None
     with pytest.raises(ValueError, match="has no tokenizer; give the token's id"):
         attribution_graph(small, PROMPT, readouts=" whale", **settings)
 

@@ -16,6 +16,7 @@ import torch
 
 from spd_lens import Batch, Decomposition, TokenBatches, TrainConfig, decompose, evaluate, train
 from spd_lens.training import train_many
+from tests.conftest import TL_MAJOR
 from tests.small_models import tiny_transformer, tokens
 
 SITES = {"blocks.1.mlp.W_*": 8}
@@ -41,8 +42,9 @@ def test_gradients_that_are_switched_off_around_train_change_nothing(surrounding
     one, other = fresh(), fresh()
     with surroundings():
         assert losses(tmp_path / "off", one) == expected
-        many = train_many([other], [[tokens(4)]], CONFIG)
-        assert [line["loss"][0] for line in many.log] == pytest.approx(expected, rel=1e-5)
+        if TL_MAJOR < 4:  # bridges cannot be mapped, which train_many says
+            many = train_many([other], [[tokens(4)]], CONFIG)
+            assert [line["loss"][0] for line in many.log] == pytest.approx(expected, rel=1e-5)
         assert not torch.is_grad_enabled()
     torch.set_grad_enabled(True)
     evaluate(one, [tokens(4)], adversary_steps=(2,))

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from spd_lens import Decomposition, TokenBatches, TrainConfig, cache_residuals, decompose, train
 from spd_lens.training import RunFiles, open_run, read_checkpoint, train_many, write_checkpoint
+from tests.conftest import needs_hooked
 from tests.small_models import tiny_transformer, tokens
 from tests.support.killing import killed_at_every_operation
 
@@ -167,6 +168,7 @@ def test_another_model_decomposition_or_data_is_refused_by_name(
     assert sorted(p.name for p in tmp_path.rglob("*")) == before
 
 
+@needs_hooked
 def test_train_many_refuses_other_members(tmp_path: Path) -> None:
     config = CONFIG.changed(divergence="mse")
     rows = [list(tokens(16, seed=s).split(4)) for s in range(2)]
@@ -206,7 +208,7 @@ def test_residual_streams_are_for_one_target_and_for_sites_behind_them(tmp_path:
     assert not (tmp_path / "b").exists()
     hooked = fresh()
     hooked.model.add_hook("blocks.0.hook_mlp_out", lambda value, hook: value * 0)
-    with pytest.raises(ValueError, match=r"blocks.0.hook_mlp_out has a hook on it"):
+    with pytest.raises(ValueError, match=r"blocks\.0\..* has a hook on it"):
         cache_residuals(hooked, data())
     with pytest.raises(ValueError, match="a pass from block 1 on does not reach every decomposed site"):
         early.clean_pass(torch.zeros(1, 3, early.model.cfg.d_model), start_at=1)
