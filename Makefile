@@ -9,7 +9,7 @@ TL4 ?= 4.3.0
 # One thread per worker: two workers fill two cores without fighting over them.
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest
 
-.PHONY: demo test test-slow test-tl4 check lint format types examples tutorials tutorials-tl4 package docs \
+.PHONY: demo test test-slow test-tl4 check lint format types examples tutorials tutorials-tl4 package docs docs-check \
 	reproduce-quick lock clean
 
 demo: $(VENV)/.ready
@@ -56,6 +56,10 @@ package: $(VENV)/.ready
 # The pages into site/, tutorials executed, no broken link. Look at them with: python -m http.server -d site
 docs: $(VENV)/.ready
 	$(PY) docs/build.py
+
+# The same without executing the tutorials, which `make tutorials` does: every link and page, in a minute. CI runs this.
+docs-check: $(VENV)/.ready
+	$(PY) docs/build.py --no-execute
 
 # Eight runs of TMS 5-2; results in runs/quick/tms_5-2, pictures too.
 reproduce-quick: $(VENV)/.ready
