@@ -100,7 +100,7 @@ def _holds_text(value: Any) -> bool:
 def _from_nested(value: Sequence[Any], name: str) -> Tensor:
     """Nested lists of numbers, or a list of equally long tensors."""
     if not len(value):
-        raise ValueError(f"{name} is empty")
+        raise ValueError(f"{name} is empty; expected at least one row [batch pos]")
     if all(isinstance(row, (Sequence, Tensor, np.ndarray)) and not isinstance(row, str) for row in value):
         rows = [as_tensor(row, name) for row in value]
         lengths = sorted({len(row) if row.ndim else 1 for row in rows})

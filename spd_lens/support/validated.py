@@ -33,9 +33,13 @@ def _number(value: Any) -> float:
         raise ValueError(f"expected a number, not text{hint}")
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ValueError(f"expected a number, not a {type(value).__name__}")
-    if not math.isfinite(value):
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
         raise ValueError("expected a finite number")
-    return float(value)
+    return number
 
 
 def _reads_as_number(text: str) -> bool:
