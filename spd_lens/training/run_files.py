@@ -111,9 +111,10 @@ class RunFiles:
 
     def read_config(self) -> TrainConfig:
         """The configuration that the run was started with."""
+        values = self._read().config
         try:
-            return TrainConfig.from_json(self._read().config)
-        except (TypeError, KeyError, AttributeError) as error:
+            return TrainConfig.from_json(values)
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise ValueError(f"{self.config_path} is not a configuration of this spd_lens: {error}") from error
 
     def config_values(self) -> dict[str, Any]:
