@@ -115,7 +115,7 @@ def frequency_loss(
     for g in upper.values():
         costs = penalty(g).flatten(0, -2)
         if position_mask is None:
-            count = costs.new_tensor(float(costs.shape[0]))
+            count = costs.new_full((), float(costs.shape[0]))
         else:
             kept = _fit_position_mask(position_mask, g[..., 0])
             assert kept is not None
