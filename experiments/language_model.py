@@ -2,30 +2,38 @@
 
     python experiments/language_model.py train --coefficient 6e-4 --seed 0    # hours; a killed run goes on where it was
     python experiments/language_model.py evaluate RUN                         # minutes
+    python experiments/language_model.py train --cuda-graphs --rows 32 --steps 7000    # minutes on a large GPU
 
 Recipe: one gate over all sites (a transformer of the target's own size that looks both ways), smooth L0 with its
 frequency term, relative faithfulness, and one masked pass a step in which half of the rows is under a persistent
-adversary with sources by position and the other half under stochastic masks with subset routing. Trained on the
-whaling book's training chapters, evaluated on its held-out ones, windows of 128 tokens.
+adversary with sources by position and the other half under stochastic masks with subset routing. Trained half on the
+whaling book's training chapters and half on texts that the model itself writes (it has two sources, of which one is not
+shipped), evaluated on the book's held-out chapters, windows of 128 tokens.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from tqdm import trange
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from spd_lens import Decomposition, Reconstruction, TokenBatches, TrainConfig, decompose, evaluate, pack_tokens, train
+from spd_lens.evaluation import EvaluationReport
 from spd_lens.models import load_moby_dick, load_tiny_lm
 from spd_lens.objective import Merged, Persistent
 from spd_lens.support import library_versions
+from spd_lens.training import GraphedStep, make_learner
 
 # Published ratios for language models: multiples of d_model 128 and d_mlp 512.
 SUBCOMPONENTS = {
@@ -35,17 +43,18 @@ SUBCOMPONENTS = {
     "blocks.*.mlp.W_in": 768,
     "blocks.*.mlp.W_out": 640,
 }
-CONTEXT = 128
+CONTEXT, VOCABULARY = 128, 2048
+LADDER = (20, 40, 80, 160)
 
 
-def decomposed(seed: int, scale: float) -> Decomposition:
+def decomposed(seed: int, scale: float, gate_width: int = 128, device: str = "cpu") -> Decomposition:
     """The tiny language model with all matrices of its blocks decomposed, C at `scale` times the published ratios."""
     counts: dict[str, int | None] = {pattern: round(scale * count) for pattern, count in SUBCOMPONENTS.items()}
     return decompose(
-        load_tiny_lm(),
+        load_tiny_lm(device),
         counts,
         gate="global",
-        gate_width=128,
+        gate_width=gate_width,
         gate_options={"n_blocks": 2, "n_heads": 4, "causal": False},
         init="exact" if scale >= 1 else "normal",
         seed=seed,
@@ -75,23 +84,102 @@ def configuration(coefficient: float, steps: int, seed: int, rows: int) -> Train
     )
 
 
-def text_windows(split: str) -> torch.Tensor:
+def text_windows(split: Literal["train", "held_out"]) -> torch.Tensor:
     """Windows `[n 128]` of the whaling book: a BOS and 127 tokens of text, as the model was trained on."""
     tokenizer = load_tiny_lm().tokenizer
     return pack_tokens([load_moby_dick(split)], tokenizer, CONTEXT, prepend_bos=True)  # pyright: ignore
 
 
+def training_windows(device: str, seed: int) -> torch.Tensor:
+    """The book's training chapters cut at four offsets, and as many windows that the model writes, `[n 128]`."""
+    windows = text_windows("train")
+    bos, text = windows[0, :1], windows[:, 1:].flatten()
+    cut = [text[offset:] for offset in range(0, CONTEXT - 1, CONTEXT // 4)]
+    rows = torch.cat([t[: len(t) // (CONTEXT - 1) * (CONTEXT - 1)].reshape(-1, CONTEXT - 1) for t in cut])
+    real = torch.cat([bos.expand(len(rows), 1), rows], dim=1)
+    return torch.cat([real, written_windows(len(real), device, seed)])
+
+
+def written_windows(n: int, device: str, seed: int, at_once: int = 4096) -> torch.Tensor:
+    """Texts that the model writes at temperature 1 after a BOS, `[n 128]`."""
+    model = load_tiny_lm(device)
+    bos = text_windows("held_out")[:1, :1].to(device)
+    cuda = [torch.device(device)] if device != "cpu" else []
+    with torch.random.fork_rng(devices=cuda), torch.no_grad():
+        torch.manual_seed(seed)
+        parts = [
+            model.generate(
+                bos.expand(min(at_once, n - start), 1),
+                max_new_tokens=CONTEXT - 1,
+                do_sample=True,
+                temperature=1.0,
+                stop_at_eos=False,
+                prepend_bos=False,
+                verbose=False,
+            ).cpu()
+            for start in range(0, n, at_once)
+        ]
+    return torch.cat(parts)
+
+
 def train_run(args: argparse.Namespace) -> dict[str, Any]:
     """Train one run, or go on with it where it was; returns the last line of its log."""
     out = args.out or Path("runs/language_model") / f"c{args.coefficient:g}-s{args.seed}-x{args.scale:g}-n{args.steps}"
-    decomposition = decomposed(args.seed, args.scale)
-    batches = TokenBatches(text_windows("train"), batch_size=args.rows, seed=args.seed)
+    decomposition = decomposed(args.seed, args.scale, args.gate_width, args.device)
+    batches = TokenBatches(training_windows(args.device, args.seed), batch_size=args.rows, seed=args.seed)
     config = configuration(args.coefficient, args.steps, args.seed, args.rows)
+    if args.cuda_graphs:
+        final = train_graphed(decomposition, batches, config, out)
+        return {"out": str(out), "steps": config.steps, "final": final}
     place: dict[str, Any] = {"resume_from" if (out / "checkpoints").exists() else "out_dir": out}
     result = train(decomposition, batches, config, **place)
     if not result.interrupted:
         decomposition.save_pretrained(out / "decomposition")
     return {"out": str(out), "steps": result.steps, "final": result.final}
+
+
+def train_graphed(
+    decomposition: Decomposition, batches: TokenBatches, config: TrainConfig, out: Path
+) -> dict[str, float]:
+    """`train` for a GPU, with every step a CUDA graph: log and result, no checkpoints. Returns the log's last line."""
+    out.mkdir(parents=True, exist_ok=True)
+    for p in decomposition.model.parameters():
+        p.requires_grad_(False)
+    for p in decomposition.subcomponent_parameters() + decomposition.gate_parameters():
+        p.requires_grad_(True)
+    graphed = GraphedStep(make_learner(decomposition, config), steps_per_capture=100)
+    line: dict[str, float] = {}
+    began = time.perf_counter()
+    with (out / "log.jsonl").open("w") as log:
+        for step, batch in zip(trange(config.steps), batches, strict=False):
+            losses, importances, norms = graphed(batch.to(decomposition.device), step)
+            if step % 100 == 0 or step == config.steps - 1:
+                line = {name: float(value) for name, value in {**losses, **norms}.items()}
+                line |= {f"L0/{name}": float((g > 0.01).float().sum(-1).mean()) for name, g in importances.items()}
+                line["L0"] = sum(v for k, v in line.items() if k.startswith("L0/"))
+                line |= {"step": step, "seconds": round(time.perf_counter() - began, 1)}
+                if not all(map(math.isfinite, line.values())):
+                    raise ValueError(f"a loss became NaN or infinite before step {step}: {line}")
+                print(json.dumps(line), file=log, flush=True)
+    record = {"config": config.to_json(), "steps": config.steps, "final": line, "cuda_graphs": True}
+    decomposition.training_record = record
+    decomposition.save_pretrained(out / "decomposition")
+    return line
+
+
+def measured(decomposition: Decomposition, rows: int, ladder: Sequence[int], starts: int) -> EvaluationReport:
+    """The evaluation on held-out chapters: `rows` of 128 tokens; frequencies and needs from the training chapters."""
+    training = text_windows("train")
+    counts = torch.bincount(training[:, 1:].flatten(), minlength=VOCABULARY)
+    return evaluate(
+        decomposition,
+        list(text_windows("held_out")[:rows].split(16)),
+        max_batches=-(-rows // 16),
+        adversary_steps=tuple(ladder),
+        starts=starts,
+        deletion_sample=list(training[:512].split(16)),
+        token_counts=counts,
+    )
 
 
 def main() -> None:
@@ -103,17 +191,22 @@ def main() -> None:
     training.add_argument("--scale", type=float, default=1.0, help="C as a multiple of the published ratios")
     training.add_argument("--steps", type=int, default=20_000)
     training.add_argument("--rows", type=int, default=4, help="rows of 128 tokens in a batch")
+    training.add_argument("--gate-width", type=int, default=128)
+    training.add_argument("--device", default="cpu")
+    training.add_argument("--cuda-graphs", action="store_true", help="every step a CUDA graph; no checkpoints")
     training.add_argument("--out", type=Path)
     measuring = commands.add_parser("evaluate", help="measure a saved decomposition; prints one JSON object")
     measuring.add_argument("saved", type=Path)
     measuring.add_argument("--rows", type=int, default=64)
+    measuring.add_argument("--ladder", type=int, nargs="*", default=LADDER)
+    measuring.add_argument("--starts", type=int, default=2)
+    measuring.add_argument("--device", default="cpu")
     args = parser.parse_args()
     if args.command == "train":
         print(json.dumps(train_run(args), indent=2))
         return
-    decomposition = Decomposition.from_pretrained(args.saved, load_tiny_lm())
-    batches = list(text_windows("held_out")[: args.rows].split(16))
-    report = evaluate(decomposition, batches, max_batches=len(batches))
+    decomposition = Decomposition.from_pretrained(args.saved, load_tiny_lm(args.device))
+    report = measured(decomposition, args.rows, args.ladder, args.starts)
     print(json.dumps({"versions": library_versions(), "report": report.to_json()}, indent=2))
 
 

@@ -127,8 +127,15 @@ class PersistentSources:
         self.spec = spec
         self._sources = {name: source.requires_grad_(True) for name, source in sources.items()}
         # maximize: the sources climb the loss that everything else descends.
-        fused = all(source.device.type in ("cpu", "cuda") for source in sources.values())
-        self._adam = torch.optim.Adam(self._sources.values(), lr=spec.lr, betas=spec.betas, maximize=True, fused=fused)
+        devices = {source.device.type for source in sources.values()}
+        self._adam = torch.optim.Adam(
+            self._sources.values(),
+            lr=spec.lr,
+            betas=spec.betas,
+            maximize=True,
+            fused=devices <= {"cpu", "cuda"},
+            capturable=devices == {"cuda"},
+        )
 
     def tensors(self) -> Sources:
         """The sources themselves, requiring gradients."""

@@ -3,17 +3,19 @@
 from spd_lens.training.belonging import belongs_to, check_belongs
 from spd_lens.training.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from spd_lens.training.config import Reconstruction, TrainConfig
+from spd_lens.training.cuda_graphs import GraphedStep
 from spd_lens.training.loggers import tensorboard_logger, wandb_logger
 from spd_lens.training.loop import TrainResult, make_learner, train
 from spd_lens.training.many import ManyResult, train_many
 from spd_lens.training.member_adam import MemberAdam
 from spd_lens.training.processes import Processes, join_processes
 from spd_lens.training.run_files import RunFiles, open_run
-from spd_lens.training.step import Learner, accumulate_gradients
+from spd_lens.training.step import Learner, accumulate_gradients, take_step
 from spd_lens.training.terms import LossTerm, StepView
 
 __all__ = [
     "Checkpoint",
+    "GraphedStep",
     "Learner",
     "LossTerm",
     "ManyResult",
@@ -31,6 +33,7 @@ __all__ = [
     "make_learner",
     "open_run",
     "read_checkpoint",
+    "take_step",
     "tensorboard_logger",
     "train",
     "train_many",

@@ -37,7 +37,13 @@ from spd_lens.training.config import TrainConfig
 from spd_lens.training.loggers import Logger
 from spd_lens.training.processes import Processes, join_processes
 from spd_lens.training.run_files import RunFiles, open_run
-from spd_lens.training.step import Learner, accumulate_gradients, faithfulness
+from spd_lens.training.step import (
+    Learner,
+    accumulate_gradients,
+    apply_gradients,
+    faithfulness,
+    set_learning_rates,
+)
 from spd_lens.training.terms import coefficient
 
 # Several processes agree on whether to stop at every so many steps.
@@ -143,15 +149,11 @@ def train(
 
         while step < config.steps and not interrupted:
             batch = seen.note(next(stream)).to(decomposition.device)
-            _set_learning_rates(learner, step)
+            set_learning_rates(learner, step)
             losses, importances = accumulate_gradients(learner, batch, step)
             total = torch.stack([coefficient(config, name) * loss for name, loss in losses.items()]).sum()
             processes.average(p for group in learner.optimizer.param_groups for p in group["params"])
-            norms = _clip_gradients(learner)
-            learner.optimizer.step()
-            learner.optimizer.zero_grad(set_to_none=True)
-            for source in learner.sources.values():
-                source.after_backward()
+            norms = apply_gradients(learner)
             bad_step = torch.where((bad_step < -config.steps) & ~total.detach().isfinite(), -step, bad_step)
             step += 1
             bar.update()
@@ -307,7 +309,8 @@ def make_learner(decomposition: Decomposition, config: TrainConfig, processes: P
         # On the CPU, so that which rows are routed is known without waiting for the device.
         "routing": torch.Generator().manual_seed(seed + 3),
     }
-    learner = Learner(decomposition, config, torch.optim.Adam(groups, lr=config.lr, fused=True), generators)
+    adam = torch.optim.Adam(groups, lr=config.lr, fused=True, capturable=device.type == "cuda")
+    learner = Learner(decomposition, config, adam, generators)
     if config.precision == "bf16":
         learner.autocast = partial(torch.autocast, device.type, torch.bfloat16)
     learner.minimality_factors = match_sites(config.minimality_factors, decomposition)
@@ -320,24 +323,6 @@ def make_learner(decomposition: Decomposition, config: TrainConfig, processes: P
 
 
 # -- parts of a step ------------------------------------------------------------------------------------------------
-
-
-def _set_learning_rates(learner: Learner, step: int) -> None:
-    config = learner.config
-    factor = config.lr_factor(step)
-    subcomponents, gates = learner.optimizer.param_groups
-    subcomponents["lr"] = config.lr * factor
-    gates["lr"] = (config.lr if config.gate_lr is None else config.gate_lr) * factor
-
-
-def _clip_gradients(learner: Learner) -> dict[str, Tensor]:
-    """Clip subcomponents and gates separately; returns the norms before clipping."""
-    norms = {}
-    limits = (learner.config.clip_subcomponents, learner.config.clip_gates)
-    for name, group, limit in zip(("subcomponents", "gates"), learner.optimizer.param_groups, limits, strict=True):
-        if limit is not None:
-            norms[f"grad_norm_{name}"] = torch.nn.utils.clip_grad_norm_(group["params"], limit)
-    return norms
 
 
 def _log_values(

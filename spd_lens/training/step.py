@@ -228,3 +228,39 @@ def faithfulness(learner: Learner) -> Tensor:
     weights = learner.decomposition
     sites = ((learner.targets[name], w.V, w.U) for name, w in weights.items() if w.tied_to is None)
     return faithfulness_term(learner.config, sites)
+
+
+def take_step(
+    learner: Learner, batch: Batch, step: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """One whole step of a single process: learning rates, gradients, clipping, Adam, persistent adversaries.
+
+    Returns the losses by name (unweighted), the importances `g`, and gradient norms before clipping.
+    """
+    set_learning_rates(learner, step)
+    losses, importances = accumulate_gradients(learner, batch, step)
+    return losses, importances, apply_gradients(learner)
+
+
+def set_learning_rates(learner: Learner, step: int) -> None:
+    """The schedule's learning rates for a step."""
+    config = learner.config
+    factor = config.lr_factor(step)
+    subcomponents, gates = learner.optimizer.param_groups
+    subcomponents["lr"] = config.lr * factor
+    gates["lr"] = (config.lr if config.gate_lr is None else config.gate_lr) * factor
+
+
+def apply_gradients(learner: Learner) -> dict[str, Tensor]:
+    """Clip subcomponents and gates separately, descend, and let persistent adversaries climb; returns the norms before
+    clipping."""
+    norms = {}
+    limits = (learner.config.clip_subcomponents, learner.config.clip_gates)
+    for name, group, limit in zip(("subcomponents", "gates"), learner.optimizer.param_groups, limits, strict=True):
+        if limit is not None:
+            norms[f"grad_norm_{name}"] = torch.nn.utils.clip_grad_norm_(group["params"], limit)
+    learner.optimizer.step()
+    learner.optimizer.zero_grad(set_to_none=True)
+    for source in learner.sources.values():
+        source.after_backward()
+    return norms

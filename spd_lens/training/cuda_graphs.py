@@ -1,0 +1,92 @@
+"""A training step as a CUDA graph: what the host would launch one kernel at a time is replayed as one.
+
+A step of a small model is thousands of small kernels, and launching them costs the host more than computing them costs
+the card. `GraphedStep` records the whole step (clean pass, gates, masked passes, adversaries, clipping, Adam) once and
+replays it. What the host decides is frozen while a recording is used: learning rates, the annealing of penalties, the
+adversary's warm-up. So it is recorded anew every `steps_per_capture` steps, and schedules move in stairs of that width.
+
+Which rows are routed is drawn on the card (in `train` on the CPU, so that unrouted rows need not be computed): the
+draws differ, their distribution does not. Batches must keep their shape. Memory: the step's activations stay allocated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from spd_lens.data.batches import Batch
+from spd_lens.training.step import Learner, take_step
+
+# Optimisers make their state, and libraries their handles, in ordinary steps before anything is recorded.
+STEPS_BEFORE = 5
+
+
+class GraphedStep:
+    """`take_step` for one learner on a CUDA device, recorded and replayed.
+
+        step = GraphedStep(make_learner(decomposition, config))
+        losses, importances, norms = step(batch, 0)
+
+    What it returns is overwritten by the next call. Raises ValueError for a learner that is not on a CUDA device and
+    for batches of another shape than the first.
+    """
+
+    def __init__(self, learner: Learner, *, steps_per_capture: int = 50) -> None:
+        device = learner.decomposition.device
+        if device.type != "cuda":
+            raise ValueError(f"the decomposition is on {device}; CUDA graphs need a CUDA device (use `train`)")
+        if steps_per_capture < 1:
+            raise ValueError(f"steps_per_capture={steps_per_capture}; expected at least 1")
+        self.learner, self.steps_per_capture = learner, steps_per_capture
+        routing = torch.Generator(device).manual_seed(learner.generators["routing"].initial_seed())
+        learner.generators["routing"] = routing
+        self._batch: Batch | None = None
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._replays_left = 0
+        self._ordinary_left = STEPS_BEFORE
+        self._results: tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]] | None = None
+
+    def __call__(self, batch: Batch, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+        """One step on `batch`: losses by name (unweighted), importances `g`, and gradient norms before clipping."""
+        held = self._hold(batch)
+        if self._ordinary_left > 0:
+            self._ordinary_left -= 1
+            return take_step(self.learner, held, step)
+        if self._replays_left == 0:
+            self._capture(held, step)
+        assert self._graph is not None
+        assert self._results is not None
+        self._graph.replay()
+        self._replays_left -= 1
+        return self._results
+
+    def _hold(self, batch: Batch) -> Batch:
+        """The batch's numbers, in the memory that the recording reads."""
+        if self._batch is None:
+            device = self.learner.decomposition.device
+            copies = {k: v.to(device).clone() for k, v in _tensors(batch).items()}
+            self._batch = dataclasses.replace(batch, **copies)
+            return self._batch
+        given, held = _tensors(batch), _tensors(self._batch)
+        shapes = [{name: tuple(t.shape) for name, t in tensors.items()} for tensors in (given, held)]
+        if shapes[0] != shapes[1] or batch.start_at != self._batch.start_at:
+            raise ValueError(f"a batch has shapes {shapes[0]}, the recorded step {shapes[1]}; keep the batch size")
+        for name, tensor in held.items():
+            tensor.copy_(given[name], non_blocking=True)
+        return self._batch
+
+    def _capture(self, batch: Batch, step: int) -> None:
+        self._graph, self._results = None, None
+        graph = torch.cuda.CUDAGraph()
+        for generator in self.learner.generators.values():
+            graph.register_generator_state(generator)
+        with torch.cuda.graph(graph):
+            self._results = take_step(self.learner, batch, step)
+        self._graph, self._replays_left = graph, self.steps_per_capture
+
+
+def _tensors(batch: Batch) -> dict[str, Tensor]:
+    values = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
