@@ -134,6 +134,45 @@ class Host(ABC):
         """Whether `torch.vmap` may run the model."""
         return True
 
+    def direct_logits(self, site: str, directions: Float[Tensor, "n d_out"]) -> Float[Tensor, "n d_vocab"] | None:
+        """What directions in a site's output add to the logits on the direct path; None where there is no such path.
+
+        The final normalisation centres as it does and multiplies by its weights, its scale taken as 1; biases are left
+        out. Values go through the output matrix of their own heads, at an attention of 1.
+        """
+        names = self.site_names()
+        kind = site.rsplit(".", 1)[-1]
+        if "unembed.W_U" not in names or kind not in ("W_E", "W_pos", "W_V", "W_O", "W_out", "W_U"):
+            return None
+        if kind == "W_U":
+            return directions
+        if kind == "W_V":
+            W_O = self.site(f"{site.rsplit('.', 1)[0]}.W_O").matrix.read()
+            d_head = len(W_O) // self.n_heads()
+            by_head = directions.unflatten(1, (-1, d_head))
+            # Grouped heads share their values.
+            by_head = by_head.repeat_interleave(self.n_heads() // by_head.shape[1], dim=1)
+            directions = by_head.flatten(1) @ W_O.to(directions)
+        W_U = self.site("unembed.W_U").matrix.read()
+        return self._through_final_norm(directions) @ W_U.to(directions)
+
+    def _through_final_norm(self, directions: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
+        """The final normalisation without its scale and bias, whatever kind it is: it is tried."""
+        norm = getattr(self.model, "ln_final", None)
+        if norm is None:
+            return directions
+        norm = getattr(norm, "original_component", None) or norm
+        like = next(norm.parameters(), directions)
+        probes = torch.stack([torch.zeros_like(directions[0]), torch.ones_like(directions[0])])
+        with torch.no_grad():
+            bias, ones = norm(probes[None].to(like))[0].to(directions)
+            centres = bool((ones - bias).abs().max() < 1e-3 * (1 + bias.abs().max()))
+            kept = directions - directions.mean(1, keepdim=True) if centres else directions
+            scale = kept.square().mean(1, keepdim=True).sqrt()
+            # Enlarged, so that the number that keeps a normalisation from dividing by 0 does not count.
+            large = 1e3 * directions / scale.clamp_min(1e-30)
+            return (norm(large[None].to(like))[0].to(directions) - bias) * scale
+
     # -- HookPoints -------------------------------------------------------------------------------------------
 
     def add_point(self, parent: nn.Module, name: str, point: HookPoint) -> None:

@@ -1,133 +1,38 @@
-"""Statistics of subcomponents over a data set: how often each fires, how strongly, and where most.
+"""Statistics of subcomponents over a data set: what each fires on, how strongly, what it predicts, what it does.
 
-Streamed: memory is `sites x C x top_k x context` tokens whatever the size of the data. Cost: one clean pass and the
-gates per batch.
+One streamed pass. Memory does not grow with the data: a subcomponent takes 1 KB for numbers and histograms,
+`16 * tokens_kept` bytes for each of two tables of tokens at most, and `12 * window` bytes for each example
+(`benchmarks/browser.py` measures it). Cost: one clean pass and the gates per batch, and on a CPU some microseconds
+for every position where something fires. `effect_batches` adds one ablation per subcomponent and batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from html import escape
+from dataclasses import fields
 from numbers import Integral
+from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.inputs import checked_decomposition
 from spd_lens.core.squashings import importance_of
+from spd_lens.data.batches import Batch
 from spd_lens.data.streams import first_batches
-from spd_lens.support.names import near_names
+from spd_lens.objective.divergences import divergence_per_position
+from spd_lens.patching.ablation import ablation_effects
+from spd_lens.statistics.directions import site_directions
+from spd_lens.statistics.harvest_sums import HarvestSums, hash_of_read, positions_of
+from spd_lens.statistics.result import Harvest
+from spd_lens.statistics.saved import MadeFrom, made_from, read_harvest, write_harvest
+from spd_lens.statistics.sums import HarvestSettings
+from spd_lens.support.files import given_directory
 from spd_lens.support.progress import tqdm
-from spd_lens.support.tables import format_table
 
-
-@dataclass(frozen=True)
-class Example:
-    """One position where a subcomponent fires: the tokens around it, which of them fired, and how strongly."""
-
-    tokens: list[int]
-    at: int
-    importance: float
-    activation: float
-
-
-@dataclass(frozen=True)
-class SiteHarvest:
-    """Statistics of one site's subcomponents.
-
-    - `firing_rate` `[C]`: share of positions with importance above the threshold.
-    - `mean_importance` `[C]`; `mean_activation` `[C]`: mean `|a|` over the positions where it fires.
-    - `n_positions`: positions seen.
-    """
-
-    firing_rate: Float[Tensor, " C"]
-    mean_importance: Float[Tensor, " C"]
-    mean_activation: Float[Tensor, " C"]
-    n_positions: int
-    _windows: Int[Tensor, "C k window"]
-    _scores: Float[Tensor, "C k"]
-    _importances: Float[Tensor, "C k"]
-    _activations: Float[Tensor, "C k"]
-    _before: int
-
-    def __repr__(self) -> str:
-        fired = int((self.firing_rate > 0).sum())
-        return f"SiteHarvest({fired} of {len(self.firing_rate)} subcomponents fire, {self.n_positions:,} positions)"
-
-    def most_used(self, n: int, *, below: float = 1.0) -> list[int]:
-        """Ids of the subcomponents with the highest firing rate that is at most `below`, most frequent first."""
-        rates = torch.where(self.firing_rate <= below, self.firing_rate, -1.0)
-        order = rates.argsort(descending=True, stable=True)[:n]
-        return [int(c) for c in order if rates[c] > 0]
-
-    def examples(self, c: int) -> list[Example]:
-        """The positions where subcomponent `c` had the largest `importance * |activation|`, strongest first."""
-        count = len(self.firing_rate)
-        if isinstance(c, bool) or not isinstance(c, Integral) or not 0 <= c < count:
-            raise ValueError(f"c={c!r}; expected the id of a subcomponent, in 0..{count - 1}")
-        found = []
-        for k in range(self._scores.shape[1]):
-            if self._scores[c, k] <= 0:
-                continue
-            window = self._windows[c, k].tolist()
-            lead = sum(1 for token in window[: self._before] if token < 0)
-            found.append(
-                Example(
-                    tokens=[token for token in window if token >= 0],
-                    at=self._before - lead,
-                    importance=float(self._importances[c, k]),
-                    activation=float(self._activations[c, k]),
-                )
-            )
-        return found
-
-
-class Harvest(Mapping[str, SiteHarvest]):
-    """What `harvest` found: a `SiteHarvest` for every site, by its name; printed, a table of all sites."""
-
-    def __init__(self, sites: Mapping[str, SiteHarvest], threshold: float) -> None:
-        self._sites = dict(sites)
-        self.threshold = threshold
-
-    def __getitem__(self, site: str) -> SiteHarvest:
-        if site not in self._sites:
-            raise KeyError(f"no harvested site {site!r}; near: {near_names(str(site), self._sites)}")
-        return self._sites[site]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._sites)
-
-    def __len__(self) -> int:
-        return len(self._sites)
-
-    def __repr__(self) -> str:
-        positions = next((found.n_positions for found in self.values()), 0)
-        return f"Harvest({len(self)} sites, {positions:,} positions, fires above {self.threshold:g})"
-
-    def __str__(self) -> str:
-        return f"{self!r}\n{format_table(_HEADER, self._rows())}"
-
-    def _repr_html_(self) -> str:
-        def row(cells: Sequence[str], tag: str) -> str:
-            return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-        body = "".join(row(cells, "td") for cells in self._rows())
-        return f"<p>{escape(repr(self))}</p><table>{row(_HEADER, 'th')}{body}</table>"
-
-    def _rows(self) -> list[tuple[str, ...]]:
-        rows = []
-        for name, found in self.items():
-            rates = found.firing_rate
-            used = ", ".join(f"{c} ({float(rates[c]):.1%})" for c in found.most_used(3))
-            rows.append((name, str(len(rates)), str(int((rates > 0).sum())), f"{float(rates.sum()):.1f}", used or "-"))
-        return rows
-
-
-_HEADER = ("site", "C", "ever fires", "fires per position", "most used")
+# Ids of tokens of models that do not say how many there are.
+_UNSAID_VOCABULARY = 2**17
 
 
 @torch.no_grad()
@@ -135,93 +40,184 @@ def harvest(
     decomposition: Decomposition,
     batches: Any,
     *,
-    max_batches: int = 64,
+    max_batches: int | None = 64,
     top_k: int = 8,
+    random_k: int = 8,
+    bands: int = 4,
+    per_band: int = 2,
     before: int = 10,
     after: int = 4,
     threshold: float = 0.1,
+    tokens_kept: int = 256,
+    n_background: int = 64,
+    effect_batches: int = 0,
+    seed: int = 0,
+    out_dir: str | Path | None = None,
+    save_every: int = 100,
 ) -> Harvest:
-    """Firing rates and top examples (with `before` and `after` tokens of context) of every subcomponent, by site.
+    """What every subcomponent does over `batches`, by site: rates, tokens, examples, directions, effects.
 
-    A subcomponent fires where its importance exceeds `threshold`; examples are ranked by importance times
-    `|activation|`, at most one per sequence and batch. Needs batches with tokens.
+    A subcomponent fires where its importance exceeds `threshold`. Examples have `before` and `after` tokens of context:
+    the `top_k` by importance times `|activation|`, at most one of a row, `random_k` of all, and `per_band` of each of
+    `bands` ranges of importance. Needs batches with tokens.
+
+    On the first `effect_batches` batches every subcomponent is ablated alone and the KL divergence measured.
+
+    With `out_dir` the harvest is saved there every `save_every` batches and at the end; called again with the same
+    decomposition, data and settings, it goes on where it was, and adds nothing twice. `Harvest.load` reads it;
+    `Harvest.merged` adds harvests of other parts of the data, made by other processes.
+
+    Raises ValueError for settings that make no sense, batches without tokens, and an `out_dir` whose harvest is of
+    another decomposition, other data or other settings.
     """
     checked_decomposition(decomposition, "harvest")
-    for name, number, least in (("top_k", top_k, 1), ("before", before, 0), ("after", after, 0)):
-        if isinstance(number, bool) or not isinstance(number, Integral) or number < least:
-            raise ValueError(f"{name}={number!r}; expected a whole number, at least {least}")
+    settings = HarvestSettings(
+        threshold=threshold, top_k=top_k, random_k=random_k, bands=bands, per_band=per_band, before=before, after=after,
+        tokens_kept=tokens_kept, n_background=n_background, seed=seed,
+    )  # fmt: skip
+    _check_settings(settings, effect_batches=effect_batches, save_every=save_every)
     source = first_batches(batches, decomposition, max_batches, purpose="harvest")
-    collectors = {
-        name: _Collector(weight.n_subcomponents, top_k, before, after) for name, weight in decomposition.items()
-    }
-    for batch in tqdm(source, desc="harvest", leave=False):
+    sums = _nothing_yet(decomposition, settings)
+    made = None if out_dir is None else made_from(decomposition)
+    resumed = _Resumed(out_dir, sums, made)
+    for index, batch in enumerate(tqdm(source, desc="harvest", leave=False)):
         if batch.tokens is None:
             raise ValueError("harvest needs tokens beside the inputs: give Batch(inputs, tokens=...)")
+        if resumed.has(index, batch.tokens):
+            continue
+        sums = resumed.sums
         batch = batch.to(decomposition.device)
-        assert batch.tokens is not None
-        clean = decomposition.clean_pass(batch.inputs, start_at=batch.start_at, attention_mask=batch.attention_mask)
-        inputs = clean.inputs
-        pre = decomposition.pre_importances(inputs)
-        for name, collector in collectors.items():
-            g, a = importance_of(pre[name]), decomposition[name].activations(inputs[name])
-            if g.ndim == 4:  # a head axis: the strongest head speaks for the position
-                a, g = a.abs().amax(2), g.amax(2)
-            if batch.position_mask is not None:
-                g = g * batch.position_mask.unsqueeze(-1)
-            collector.add(g, a, batch.tokens, batch.position_mask, threshold)
-    return Harvest({name: collector.finish() for name, collector in collectors.items()}, threshold)
+        _add(sums, decomposition, batch)
+        if index < effect_batches:
+            _add_effects(sums, decomposition, batch)
+        sums.note_read(batch.tokens)  # pyright: ignore[reportArgumentType]
+        if out_dir is not None and sums.n_batches % save_every == 0:
+            assert made is not None
+            write_harvest(out_dir, sums, made, directions={}, token_strings={}, finished=False)
+    resumed.check_finished()
+    found = _finished(decomposition, resumed.sums, made or made_from(decomposition))
+    if out_dir is not None:
+        found.save(out_dir)
+    return found
 
 
-class _Collector:
-    """Running statistics and top examples of one site, on the CPU."""
-
-    def __init__(self, n_subcomponents: int, top_k: int, before: int, after: int) -> None:
-        C, window = n_subcomponents, before + 1 + after
-        self.before, self.after, self.top_k = before, after, top_k
-        self.fired, self.importance, self.activation = torch.zeros(C), torch.zeros(C), torch.zeros(C)
-        self.positions = 0
-        self.scores = torch.zeros(C, top_k)
-        self.importances, self.activations = torch.zeros(C, top_k), torch.zeros(C, top_k)
-        self.windows = torch.full((C, top_k, window), -1)
-
-    def add(self, g: Tensor, a: Tensor, tokens: Tensor, position_mask: Tensor | None, threshold: float) -> None:
-        fires = g > threshold
-        self.fired += fires.sum((0, 1)).cpu()
-        self.importance += g.sum((0, 1)).cpu()
-        self.activation += (a.abs() * fires).sum((0, 1)).cpu()
-        self.positions += g.shape[0] * g.shape[1] if position_mask is None else int(position_mask.sum())
-
-        score, position = (g * a.abs() * fires).max(dim=1)  # [batch C]: the best position of every sequence
-        rows = torch.arange(len(g), device=g.device)[:, None].expand_as(position)
-        columns = torch.arange(g.shape[2], device=g.device).expand_as(position)
-        best_g, best_a = g[rows, position, columns], a[rows, position, columns]
-        self._merge(score.T.cpu(), best_g.T.cpu(), best_a.T.cpu(), self._windows(tokens, position).cpu())
-
-    def _windows(self, tokens: Tensor, position: Tensor) -> Int[Tensor, "C batch window"]:
-        length = tokens.shape[1]
-        offsets = torch.arange(-self.before, self.after + 1, device=tokens.device)
-        index = position.T[..., None] + offsets
-        rows = torch.arange(len(tokens), device=tokens.device)[None, :, None]
-        inside = (index >= 0) & (index < length)
-        return torch.where(inside, tokens[rows, index.clamp(0, length - 1)], -1)
-
-    def _merge(self, score: Tensor, importance: Tensor, activation: Tensor, windows: Tensor) -> None:
-        scores = torch.cat([self.scores, score], dim=1)
-        self.scores, keep = scores.topk(self.top_k, dim=1)
-        self.importances = torch.cat([self.importances, importance], dim=1).gather(1, keep)
-        self.activations = torch.cat([self.activations, activation], dim=1).gather(1, keep)
-        together = torch.cat([self.windows, windows], dim=1)
-        self.windows = together.gather(1, keep[..., None].expand(-1, -1, together.shape[2]))
-
-    def finish(self) -> SiteHarvest:
-        return SiteHarvest(
-            firing_rate=self.fired / max(1, self.positions),
-            mean_importance=self.importance / max(1, self.positions),
-            mean_activation=self.activation / self.fired.clamp_min(1),
-            n_positions=self.positions,
-            _windows=self.windows,
-            _scores=self.scores,
-            _importances=self.importances,
-            _activations=self.activations,
-            _before=self.before,
+def _check_settings(settings: HarvestSettings, **others: int) -> None:
+    least = {"top_k": 1, "bands": 1, "tokens_kept": 1, "save_every": 1}
+    numbers = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name != "threshold"}
+    for name, number in {**numbers, **others}.items():
+        low = least.get(name, 0)
+        if isinstance(number, bool) or not isinstance(number, Integral) or (number < low and name != "seed"):
+            raise ValueError(f"{name}={number!r}; expected a whole number, at least {low}")
+    if not 0 <= settings.threshold < 1:
+        raise ValueError(
+            f"threshold={settings.threshold!r}; expected a number in [0, 1), the least importance that fires"
         )
+
+
+def _nothing_yet(decomposition: Decomposition, settings: HarvestSettings) -> HarvestSums:
+    counts = {name: weight.n_subcomponents for name, weight in decomposition.items()}
+    d_vocab = decomposition.host.vocabulary_size() or _UNSAID_VOCABULARY
+    return HarvestSums(counts, d_vocab, settings)
+
+
+class _Resumed:
+    """Sums to go on from: those saved in `out_dir`, once the data has been seen to be the same, or none."""
+
+    def __init__(self, out_dir: str | Path | None, fresh: HarvestSums, made: MadeFrom | None) -> None:
+        self.sums, self._left, self._out_dir, self._seen = fresh, 0, out_dir, ""
+        if out_dir is None or made is None:
+            return
+        saved = read_harvest(given_directory(out_dir, "out_dir"), missing_ok=True)
+        if saved is None:
+            return
+        if saved.sums.settings != fresh.settings:
+            changed = [
+                f"{f.name} was {getattr(saved.sums.settings, f.name)} and is {getattr(fresh.settings, f.name)}"
+                for f in fields(HarvestSettings)
+                if getattr(saved.sums.settings, f.name) != getattr(fresh.settings, f.name)
+            ]
+            raise ValueError(
+                f"{out_dir} holds a harvest with other settings ({', '.join(changed)}); choose another out_dir"
+            )
+        saved.made.check_same(made, f"the harvest in {out_dir}")
+        self.saved, self._left = saved.sums, saved.sums.n_batches
+
+    def has(self, index: int, tokens: Tensor) -> bool:
+        """Whether this batch was counted before the interruption. Raises ValueError if it is another one."""
+        if index >= self._left:
+            return False
+        self._seen = hash_of_read(self._seen, tokens)
+        if index == self._left - 1:
+            if self._seen != self.saved.read:
+                raise ValueError(
+                    f"the first {self._left} batches are not those that the harvest in {self._out_dir} was made from; "
+                    "choose another out_dir, or give the same data in the same order"
+                )
+            self.sums, self._left = self.saved, 0
+        return True
+
+    def check_finished(self) -> None:
+        """ValueError if the data ended before what was counted."""
+        if self._left:
+            raise ValueError(
+                f"the harvest in {self._out_dir} has counted {self._left} batches, and this data has fewer; choose "
+                "another out_dir, or give the same data"
+            )
+
+
+def _add(sums: HarvestSums, decomposition: Decomposition, batch: Batch) -> None:
+    assert batch.tokens is not None
+    clean = decomposition.clean_pass(batch.inputs, start_at=batch.start_at, attention_mask=batch.attention_mask)
+    pre = decomposition.pre_importances(clean.inputs)
+    importances, activations = {}, {}
+    for name, weight in decomposition.items():
+        g, a = importance_of(pre[name]), weight.activations(clean.inputs[name])
+        if g.ndim == 4:  # a head axis: the strongest head speaks for the position
+            a, g = a.abs().amax(2), g.amax(2)
+        if batch.position_mask is not None:
+            g = g * batch.position_mask.unsqueeze(-1)
+        importances[name], activations[name] = g, a
+    logits = clean.output
+    is_text = logits.ndim == 3 and logits.shape[:2] == batch.tokens.shape and logits.shape[2] <= sums.d_vocab
+    predicted = logits.argmax(-1) if is_text and decomposition.host.vocabulary_size() else None
+    sums.add(importances, activations, positions_of(batch.tokens, predicted, batch.position_mask, sums.settings))
+
+
+def _add_effects(sums: HarvestSums, decomposition: Decomposition, batch: Batch) -> None:
+    """The KL divergence that the ablation of each subcomponent causes, summed over the positions that count."""
+    assert batch.tokens is not None
+    if batch.attention_mask is not None:
+        raise ValueError("effect_batches needs batches without padding on the left; pad on the right, or set it to 0")
+    mask = batch.position_mask
+    counted = torch.ones_like(batch.tokens, dtype=torch.bool) if mask is None else mask
+    clean = decomposition.clean_pass(batch.tokens).output
+
+    def kl(logits: Tensor) -> Tensor:
+        return (divergence_per_position(clean, logits) * counted).sum(1)
+
+    for name, site in sums.sites.items():
+        effects = ablation_effects(decomposition, batch.tokens, kl, {name: None})
+        site.effect += effects.values.double().sum((1, 2)).cpu()
+    sums.effect_positions += int(counted.sum())
+
+
+def _finished(decomposition: Decomposition, sums: HarvestSums, made: MadeFrom) -> Harvest:
+    directions = {name: site_directions(decomposition, name) for name in decomposition}
+    ids = {int(t) for site in sums.sites.values() for t in _shown_tokens(site)}
+    ids |= set(sums.background.tokens.unique().tolist())
+    ids |= {
+        int(t)
+        for found in directions.values()
+        for table in (found.raised_ids, found.lowered_ids)
+        if table is not None
+        for t in table.unique()
+    }
+    ids.discard(-1)
+    names = sorted(ids)
+    strings = dict(zip(names, decomposition.host.token_strings(names), strict=True))
+    return Harvest(sums, made, directions, strings)
+
+
+def _shown_tokens(site: Any) -> list[int]:
+    windows = [reservoir.tokens.unique() for reservoir in (site.top, site.random, site.banded)]
+    return torch.cat([*windows, site.inputs.used_tokens(), site.predicted.used_tokens()]).unique().tolist()

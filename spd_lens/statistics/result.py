@@ -1,0 +1,153 @@
+"""`Harvest`: what `harvest` found, of all sites; printed, saved, merged."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from html import escape
+from pathlib import Path
+
+from spd_lens.core.decomposition import Decomposition
+from spd_lens.statistics.directions import SiteDirections
+from spd_lens.statistics.harvest_sums import HarvestSums
+from spd_lens.statistics.saved import MadeFrom, made_from, read_harvest, write_harvest
+from spd_lens.statistics.site_harvest import SiteHarvest
+from spd_lens.support.names import near_names
+from spd_lens.support.tables import format_table
+
+
+class Harvest(Mapping[str, SiteHarvest]):
+    """What `harvest` found: a `SiteHarvest` for every site, by its name; printed, a table of all sites."""
+
+    def __init__(
+        self,
+        sums: HarvestSums,
+        made: MadeFrom,
+        directions: Mapping[str, SiteDirections],
+        token_strings: Mapping[int, str],
+    ) -> None:
+        self.sums, self.made_from = sums, made
+        self.token_strings = dict(token_strings)
+        self._sites = {
+            name: SiteHarvest(
+                site,
+                n_positions=sums.n_positions,
+                effect_positions=sums.effect_positions,
+                input_totals=sums.input_totals,
+                predicted_totals=sums.predicted_totals,
+                directions=directions.get(name),
+            )
+            for name, site in sums.sites.items()
+        }
+
+    @property
+    def threshold(self) -> float:
+        """Importance above which a subcomponent fires."""
+        return self.sums.settings.threshold
+
+    @property
+    def n_positions(self) -> int:
+        """Positions that were counted."""
+        return self.sums.n_positions
+
+    def __getitem__(self, site: str) -> SiteHarvest:
+        if site not in self._sites:
+            raise KeyError(f"no harvested site {site!r}; near: {near_names(str(site), self._sites)}")
+        return self._sites[site]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sites)
+
+    def __len__(self) -> int:
+        return len(self._sites)
+
+    def token_string(self, token: int) -> str:
+        """The token as text, or its number where the model has no tokenizer."""
+        return self.token_strings.get(token, f"[{token}]")
+
+    # -- files -----------------------------------------------------------------------------------------------------
+
+    def save(self, directory: str | Path) -> Path:
+        """Write `harvest.safetensors` and `harvest.json` to `directory`, which may be that of the decomposition.
+
+        Raises OSError if the disk is full; what was there then still is.
+        """
+        directions = {name: site.directions for name, site in self.items() if site.directions is not None}
+        return write_harvest(
+            directory,
+            self.sums,
+            self.made_from,
+            directions=directions,
+            token_strings=self.token_strings,
+            finished=True,
+        )
+
+    @staticmethod
+    def load(directory: str | Path, decomposition: Decomposition | None = None) -> Harvest:
+        """What `save` wrote, or `harvest(..., out_dir=...)`.
+
+        Raises ValueError for damaged, foreign and newer files, for a harvest that was not finished, and, given a
+        decomposition, for the harvest of another one.
+        """
+        saved = read_harvest(directory)
+        assert saved is not None
+        if not saved.finished:
+            raise ValueError(
+                f"the harvest in {directory} was interrupted after {saved.sums.n_batches} batches; call harvest(..., "
+                f"out_dir={str(directory)!r}) with the same data to go on"
+            )
+        if decomposition is not None:
+            saved.made.check_same(made_from(decomposition), f"the harvest in {directory}")
+        return Harvest(saved.sums, saved.made, saved.directions, saved.token_strings)
+
+    def merged(self, *others: Harvest) -> Harvest:
+        """The harvest of all the data that this one and the others read, each part once.
+
+        Counts, sums, and random examples are those of one pass over everything; so are the counts of tokens within
+        `tokens_kept`, and top examples, except that a row that was cut differently counts as another row.
+
+        Raises ValueError for harvests of other decompositions, with other settings, and for the same data twice.
+        """
+        every = (self, *others)
+        for i, other in enumerate(others, start=1):
+            self.made_from.check_same(other.made_from, f"harvest {i}")
+            if other.sums.settings != self.sums.settings or other.sums.counts != self.sums.counts:
+                raise ValueError(f"harvest {i} was made with other settings: {other.sums.settings}")
+        read = [found.sums.read for found in every]
+        twice = next((i for i, digest in enumerate(read) if digest in read[:i]), None)
+        if twice is not None:
+            raise ValueError(f"harvest {twice} read the same data as harvest {read.index(read[twice])}; give each once")
+        sums = copy.deepcopy(self.sums)
+        strings = dict(self.token_strings)
+        for other in others:
+            sums.merge(copy.deepcopy(other.sums))
+            strings |= other.token_strings
+        directions = {name: site.directions for name, site in self.items() if site.directions is not None}
+        return Harvest(sums, replace(self.made_from), directions, strings)
+
+    # -- printed ---------------------------------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        return f"Harvest({len(self)} sites, {self.n_positions:,} positions, fires above {self.threshold:g})"
+
+    def __str__(self) -> str:
+        return f"{self!r}\n{format_table(_HEADER, self._rows())}"
+
+    def _repr_html_(self) -> str:
+        def row(cells: Sequence[str], tag: str) -> str:
+            return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+        body = "".join(row(cells, "td") for cells in self._rows())
+        return f"<p>{escape(repr(self))}</p><table>{row(_HEADER, 'th')}{body}</table>"
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        rows = []
+        for name, found in self.items():
+            rates = found.firing_rate
+            used = ", ".join(f"{c} ({float(rates[c]):.1%})" for c in found.most_used(3))
+            rows.append((name, str(len(rates)), str(int((rates > 0).sum())), f"{float(rates.sum()):.1f}", used or "-"))
+        return rows
+
+
+_HEADER = ("site", "C", "ever fires", "fires per position", "most used")
