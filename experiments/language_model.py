@@ -31,7 +31,7 @@ if __name__ == "__main__":
 from spd_lens import Decomposition, Reconstruction, TokenBatches, TrainConfig, decompose, evaluate, pack_tokens, train
 from spd_lens.evaluation import EvaluationReport
 from spd_lens.models import load_moby_dick, load_tiny_lm
-from spd_lens.objective import Merged, Persistent
+from spd_lens.objective import Merged, Persistent, Scope
 from spd_lens.support import library_versions
 from spd_lens.training import GraphedStep, make_learner
 
@@ -61,9 +61,11 @@ def decomposed(seed: int, scale: float, gate_width: int = 128, device: str = "cp
     )
 
 
-def configuration(coefficient: float, steps: int, seed: int, rows: int) -> TrainConfig:
-    """The recipe for one coefficient of minimality; `rows` of a batch are even, half of them adversarial."""
-    adversary = Merged(0.5, Persistent(warm_steps=1, scope="position", lr_warmup=0.025))
+def configuration(
+    coefficient: float, steps: int, seed: int, *, scope: Scope = "position", source_lr: float = 0.01
+) -> TrainConfig:
+    """The recipe for one coefficient of minimality; half of a batch's rows are adversarial."""
+    adversary = Merged(0.5, Persistent(warm_steps=1, lr=source_lr, scope=scope, lr_warmup=0.025))
     return TrainConfig(
         steps=steps,
         lr=1e-3,
@@ -125,9 +127,15 @@ def written_windows(n: int, device: str, seed: int, at_once: int = 4096) -> torc
 def train_run(args: argparse.Namespace) -> dict[str, Any]:
     """Train one run, or go on with it where it was; returns the last line of its log."""
     out = args.out or Path("runs/language_model") / f"c{args.coefficient:g}-s{args.seed}-x{args.scale:g}-n{args.steps}"
-    decomposition = decomposed(args.seed, args.scale, args.gate_width, args.device)
+    if args.start is None:
+        decomposition = decomposed(args.seed, args.scale, args.gate_width, args.device)
+    else:
+        decomposition = Decomposition.from_pretrained(args.start, load_tiny_lm(args.device))
     batches = TokenBatches(training_windows(args.device, args.seed), batch_size=args.rows, seed=args.seed)
-    config = configuration(args.coefficient, args.steps, args.seed, args.rows)
+    config = configuration(args.coefficient, args.steps, args.seed, scope=args.scope, source_lr=args.source_lr)
+    if args.start is not None:
+        # What is trained already goes on where the anneal ended.
+        config = config.changed(lr=args.lr, gamma_start=config.gamma_end)
     if args.cuda_graphs:
         final = train_graphed(decomposition, batches, config, out)
         return {"out": str(out), "steps": config.steps, "final": final}
@@ -192,6 +200,10 @@ def main() -> None:
     training.add_argument("--steps", type=int, default=20_000)
     training.add_argument("--rows", type=int, default=4, help="rows of 128 tokens in a batch")
     training.add_argument("--gate-width", type=int, default=128)
+    training.add_argument("--scope", choices=["position", "example", "batch"], default="position", help="of sources")
+    training.add_argument("--source-lr", type=float, default=0.01, help="of the persistent adversary")
+    training.add_argument("--start", type=Path, help="a saved decomposition to go on with, at --lr")
+    training.add_argument("--lr", type=float, default=3e-4, help="with --start")
     training.add_argument("--device", default="cpu")
     training.add_argument("--cuda-graphs", action="store_true", help="every step a CUDA graph; no checkpoints")
     training.add_argument("--out", type=Path)
