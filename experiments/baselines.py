@@ -47,7 +47,7 @@ from spd_lens.core import SiteMask
 from spd_lens.data import Batch
 from spd_lens.support import format_table
 from spd_lens.toys import TMSReport, tms_report
-from spd_lens.training import many, train_many
+from spd_lens.training import MemberLearner, train_many
 
 NAMES = {"rows": "rows of W, gates trained", "svd": "singular vectors, gates trained"}
 NAMES |= {"random": "random pieces, gates trained", "spd": "SPD"}
@@ -151,7 +151,7 @@ def spd_step(experiment: Experiment, target: nn.Module, x: torch.Tensor) -> Meas
         product, batch = ProductStep(decompositions[0], experiment.config), Batch(x[0])
         parameters = decompositions[0].subcomponent_parameters() + decompositions[0].gate_parameters()
         return _measured(lambda: product.step(batch), parameters)
-    batched = many._Run(many._Stack(decompositions), [experiment.config] * len(x))
+    batched = MemberLearner(decompositions, [experiment.config] * len(x))
     return _measured(lambda: batched.step(x, 0), list(batched.stack.parameters.values()))
 
 

@@ -4,14 +4,17 @@ from spd_lens.training.belonging import belongs_to, check_belongs
 from spd_lens.training.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from spd_lens.training.config import Reconstruction, TrainConfig
 from spd_lens.training.cuda_graphs import GraphedStep
+from spd_lens.training.learner import Learner, make_learner
 from spd_lens.training.loggers import tensorboard_logger, wandb_logger
-from spd_lens.training.loop import TrainResult, make_learner, train
+from spd_lens.training.loop import train
 from spd_lens.training.many import ManyResult, train_many
 from spd_lens.training.member_adam import MemberAdam
+from spd_lens.training.member_learner import MemberLearner
 from spd_lens.training.processes import Processes, join_processes
 from spd_lens.training.run_files import RunFiles, open_run
-from spd_lens.training.step import Learner, accumulate_gradients, take_step
+from spd_lens.training.step import accumulate_gradients, take_step
 from spd_lens.training.terms import LossTerm, StepView
+from spd_lens.training.train_result import TrainResult
 
 __all__ = [
     "Checkpoint",
@@ -20,6 +23,7 @@ __all__ = [
     "LossTerm",
     "ManyResult",
     "MemberAdam",
+    "MemberLearner",
     "Processes",
     "Reconstruction",
     "RunFiles",

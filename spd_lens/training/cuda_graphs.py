@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from spd_lens.data.batches import Batch
-from spd_lens.training.step import Learner, take_step
+from spd_lens.training.learner import Learner
+from spd_lens.training.step import take_step
 
 # Optimisers make their state, and libraries their handles, in ordinary steps before anything is recorded.
 STEPS_BEFORE = 5

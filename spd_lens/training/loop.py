@@ -10,12 +10,9 @@ Left out on purpose: learning-rate searches, early stopping, evaluation (see `sp
 
 from __future__ import annotations
 
-import html
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,60 +23,24 @@ from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.inputs import checked_decomposition
 from spd_lens.core.units import ALIVE_ABOVE
 from spd_lens.data.streams import endless_batches
-from spd_lens.hosts.site import match_sites
 from spd_lens.objective.divergences import mean_over_positions
 from spd_lens.support.files import given_path, plain
 from spd_lens.support.progress import tqdm
 from spd_lens.training.belonging import FREE, SeenData, belongs_to, check_belongs, same_data, started
-from spd_lens.training.checkpoint import Checkpoint, read_checkpoint
+from spd_lens.training.checkpoint import Checkpoint
 from spd_lens.training.conditions import Stop, not_finite, stop_on_signals, training_conditions
 from spd_lens.training.config import TrainConfig
+from spd_lens.training.last_good import LastGood
+from spd_lens.training.learner import Learner, make_learner
 from spd_lens.training.loggers import Logger
 from spd_lens.training.processes import Processes, join_processes
 from spd_lens.training.run_files import RunFiles, open_run
-from spd_lens.training.step import (
-    Learner,
-    accumulate_gradients,
-    apply_gradients,
-    faithfulness,
-    set_learning_rates,
-)
+from spd_lens.training.step import accumulate_gradients, apply_gradients, faithfulness, set_learning_rates
 from spd_lens.training.terms import coefficient
+from spd_lens.training.train_result import TrainResult
 
 # Several processes agree on whether to stop at every so many steps.
 STEPS_BETWEEN_QUESTIONS = 5
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a finished (or stopped) run leaves: steps done, the log, and where its files are."""
-
-    steps: int
-    config: TrainConfig
-    log: list[dict[str, Any]]
-    directory: Path
-    interrupted: bool = False
-
-    @property
-    def final(self) -> dict[str, Any]:
-        """The last line of the log."""
-        return self.log[-1] if self.log else {}
-
-    def __repr__(self) -> str:
-        shown = ", ".join(f"{name} {self.final[name]:.3g}" for name in ("loss", "L0") if name in self.final)
-        stopped = ", interrupted" if self.interrupted else ""
-        return (
-            f"TrainResult({self.steps:,} of {self.config.steps:,} steps{stopped}; last logged: {shown or 'nothing'}; "
-            f"{len(self.log):,} log lines in .log, the last in .final; files in {str(self.directory)!r})"
-        )
-
-    def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><td>{html.escape(str(name))}</td><td>{value:.4g}</td></tr>"
-            for name, value in self.final.items()
-            if isinstance(value, (int, float)) and "/" not in name
-        )
-        return f"<p>{html.escape(repr(self))}</p><table>{rows}</table>"
 
 
 def train(
@@ -137,7 +98,7 @@ def train(
                 files.begin(config, belongs)
             else:
                 files.continue_from(checkpoint, newest=_is_run(resume_from))
-        good = _Good(learner, processes, checkpoint)
+        good = LastGood(learner, processes, checkpoint)
         if checkpoint is None:
             _warm_up_faithfulness(learner, stop)
         else:
@@ -215,42 +176,6 @@ def _agreed_to_stop(stop: Stop, processes: Processes, step: int, device: torch.d
     return step % STEPS_BETWEEN_QUESTIONS == 0 and processes.any(stop.is_set(), device)
 
 
-class _Good:
-    """The last state known to be finite: a checkpoint on disk, or the start, kept in memory until there is one."""
-
-    def __init__(self, learner: Learner, processes: Processes, checkpoint: Checkpoint | None) -> None:
-        self.learner, self.processes, self.checkpoint = learner, processes, checkpoint
-        self.start: dict[str, Tensor] | None = None
-        if checkpoint is None:
-            self.start = {name: t.detach().clone() for name, t in learner.decomposition.tensors().items()}
-
-    def is_now(self, checkpoint: Checkpoint) -> None:
-        """A checkpoint has been written; the start is not needed any more."""
-        self.checkpoint, self.start = checkpoint, None
-
-    def put_back(self) -> str:
-        """Put the state back into the learner; what it was, in words."""
-        if self.checkpoint is None:
-            assert self.start is not None
-            self.learner.decomposition.load_tensors(self.start)
-            return "there was no checkpoint yet, the decomposition is as it was before"
-        checkpoint = self.checkpoint
-        try:
-            self.learner.load(self.processes.own(checkpoint.tensors or read_checkpoint(checkpoint.path).tensors))
-        except (KeyError, TypeError, RuntimeError) as error:
-            raise ValueError(f"{checkpoint.path} does not fit this run: {error}") from error
-        return f"the decomposition is back at step {checkpoint.step} ({checkpoint.path})"
-
-    def give_up(self, what: str, losses: Mapping[str, Tensor]) -> None:
-        """Raise ValueError, with the last good state put back."""
-        wrong = [name for name, loss in losses.items() if not bool(loss.isfinite())]
-        kept = self.put_back()
-        raise ValueError(
-            f"{what} (terms: {', '.join(wrong) or 'all finite here'}); {kept}. Lower lr, or clip gradients with "
-            "clip_subcomponents=1.0 and clip_gates=1.0"
-        )
-
-
 def _is_run(resume_from: str | Path) -> bool:
     """Whether a run's directory was given, whose newest checkpoint is meant, and not one checkpoint's."""
     return (given_path(resume_from) / "config.json").is_file()
@@ -295,31 +220,6 @@ def _resolve_config(config: TrainConfig | None, changes: Mapping[str, Any], resu
             f"{', '.join(different)}); resume with the same one, or start a new run"
         )
     return wanted
-
-
-def make_learner(decomposition: Decomposition, config: TrainConfig, processes: Processes | None = None) -> Learner:
-    """Everything that changes while training; `accumulate_gradients(learner, batch, step)` then takes a step."""
-    processes = processes or Processes()
-    groups = [{"params": decomposition.subcomponent_parameters()}, {"params": decomposition.gate_parameters()}]
-    device = decomposition.device
-    seed = config.seed * 1_000_003 + processes.rank * 101
-    generators = {
-        "masks": torch.Generator(device).manual_seed(seed + 1),
-        "adversary": torch.Generator(device).manual_seed(seed + 2),
-        # On the CPU, so that which rows are routed is known without waiting for the device.
-        "routing": torch.Generator().manual_seed(seed + 3),
-    }
-    adam = torch.optim.Adam(groups, lr=config.lr, fused=True, capturable=device.type == "cuda")
-    learner = Learner(decomposition, config, adam, generators)
-    if config.precision == "bf16":
-        learner.autocast = partial(torch.autocast, device.type, torch.bfloat16)
-    learner.minimality_factors = match_sites(config.minimality_factors, decomposition)
-    learner.targets = {name: w.target_weight.detach() for name, w in decomposition.items()}
-    if processes.count > 1:
-        from torch.distributed.nn.functional import all_reduce
-
-        learner.sum_over_processes = all_reduce
-    return learner
 
 
 # -- parts of a step ------------------------------------------------------------------------------------------------

@@ -1,19 +1,16 @@
-"""One training step: everything that changes while training (`Learner`), and the losses of a step.
+"""One training step of a `Learner`: its losses and their gradients.
 
 Nothing in here waits for the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.masks import SiteMask, sample_masks
 from spd_lens.core.passes import CleanPass
 from spd_lens.core.routing import sample_routing
@@ -21,49 +18,12 @@ from spd_lens.core.squashings import lower_squash, upper_squash
 from spd_lens.data.batches import Batch
 from spd_lens.objective.divergences import log_probs
 from spd_lens.objective.losses import hidden_reconstruction_loss
-from spd_lens.objective.mask_sources import MaskSource, SampledMasks, mask_source
+from spd_lens.objective.mask_sources import SampledMasks
 from spd_lens.objective.reconstruction import reconstruction_passes
-from spd_lens.training.checkpoint import load_optimizer_tensors, optimizer_tensors
-from spd_lens.training.config import Reconstruction, TrainConfig
+from spd_lens.training.config import Reconstruction
+from spd_lens.training.learner import Learner
 from spd_lens.training.terms import IMPORTANCE_TERMS, StepView, coefficient
 from spd_lens.training.terms import faithfulness as faithfulness_term
-
-
-@dataclass
-class Learner:
-    """Everything that changes while training, and so everything that a checkpoint holds."""
-
-    decomposition: Decomposition
-    config: TrainConfig
-    optimizer: torch.optim.Optimizer
-    generators: dict[str, torch.Generator]
-    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
-    sum_over_processes: Callable[[Tensor], Tensor] | None = None
-    sources: dict[str, MaskSource] = field(init=False)
-    targets: dict[str, Tensor] = field(default_factory=dict)
-    minimality_factors: dict[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.sources = {term.name: mask_source(term.masks) for term in self.config.reconstructions}
-
-    def tensors(self) -> dict[str, Tensor]:
-        tensors = {f"decomposition.{name}": t for name, t in self.decomposition.tensors().items()}
-        tensors |= optimizer_tensors(self.optimizer, "adam")
-        tensors |= {f"generator.{name}": g.get_state() for name, g in self.generators.items()}
-        for term, source in self.sources.items():
-            tensors |= {f"masks.{term}|{key}": value for key, value in source.state().items()}
-        return tensors
-
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        def below(prefix: str) -> dict[str, Tensor]:
-            return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-        self.decomposition.load_tensors(below("decomposition."))
-        load_optimizer_tensors(self.optimizer, "adam", tensors)
-        for name, generator in self.generators.items():
-            generator.set_state(tensors[f"generator.{name}"])
-        for name, source in self.sources.items():
-            source.load(below(f"masks.{name}|"), self.decomposition.device)
 
 
 def accumulate_gradients(learner: Learner, batch: Batch, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -1,0 +1,84 @@
+"""`Learner`: everything that changes while training, and so everything that a checkpoint holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spd_lens.core.decomposition import Decomposition
+from spd_lens.hosts.site import match_sites
+from spd_lens.objective.mask_sources import MaskSource, mask_source
+from spd_lens.training.checkpoint import load_optimizer_tensors, optimizer_tensors
+from spd_lens.training.config import TrainConfig
+from spd_lens.training.processes import Processes
+
+
+@dataclass
+class Learner:
+    """Everything that changes while training, and so everything that a checkpoint holds."""
+
+    decomposition: Decomposition
+    config: TrainConfig
+    optimizer: torch.optim.Optimizer
+    generators: dict[str, torch.Generator]
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+    sum_over_processes: Callable[[Tensor], Tensor] | None = None
+    sources: dict[str, MaskSource] = field(init=False)
+    targets: dict[str, Tensor] = field(default_factory=dict)
+    minimality_factors: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.sources = {term.name: mask_source(term.masks) for term in self.config.reconstructions}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that the next step depends on, by name."""
+        tensors = {f"decomposition.{name}": t for name, t in self.decomposition.tensors().items()}
+        tensors |= optimizer_tensors(self.optimizer, "adam")
+        tensors |= {f"generator.{name}": g.get_state() for name, g in self.generators.items()}
+        for term, source in self.sources.items():
+            tensors |= {f"masks.{term}|{key}": value for key, value in source.state().items()}
+        return tensors
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Undo `tensors`."""
+
+        def below(prefix: str) -> dict[str, Tensor]:
+            return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+        self.decomposition.load_tensors(below("decomposition."))
+        load_optimizer_tensors(self.optimizer, "adam", tensors)
+        for name, generator in self.generators.items():
+            generator.set_state(tensors[f"generator.{name}"])
+        for name, source in self.sources.items():
+            source.load(below(f"masks.{name}|"), self.decomposition.device)
+
+
+def make_learner(decomposition: Decomposition, config: TrainConfig, processes: Processes | None = None) -> Learner:
+    """Everything that changes while training; `accumulate_gradients(learner, batch, step)` then takes a step."""
+    processes = processes or Processes()
+    groups = [{"params": decomposition.subcomponent_parameters()}, {"params": decomposition.gate_parameters()}]
+    device = decomposition.device
+    seed = config.seed * 1_000_003 + processes.rank * 101
+    generators = {
+        "masks": torch.Generator(device).manual_seed(seed + 1),
+        "adversary": torch.Generator(device).manual_seed(seed + 2),
+        # On the CPU, so that which rows are routed is known without waiting for the device.
+        "routing": torch.Generator().manual_seed(seed + 3),
+    }
+    adam = torch.optim.Adam(groups, lr=config.lr, fused=True, capturable=device.type == "cuda")
+    learner = Learner(decomposition, config, adam, generators)
+    if config.precision == "bf16":
+        learner.autocast = partial(torch.autocast, device.type, torch.bfloat16)
+    learner.minimality_factors = match_sites(config.minimality_factors, decomposition)
+    learner.targets = {name: w.target_weight.detach() for name, w in decomposition.items()}
+    if processes.count > 1:
+        from torch.distributed.nn.functional import all_reduce
+
+        learner.sum_over_processes = all_reduce
+    return learner
