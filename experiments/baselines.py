@@ -42,7 +42,7 @@ from experiments.apd_experiments import APD_EXPERIMENTS
 from experiments.paper import EXPERIMENTS, Experiment
 from experiments.runs import DECOMPOSITION_SEED, WORK, accepted_targets
 from spd_lens import Decomposition
-from spd_lens.baselines import FixedKind, apd, decompose_fixed, train_gates
+from spd_lens.baselines import APDLearner, FixedKind, decompose_fixed, train_gates
 from spd_lens.core import SiteMask
 from spd_lens.data import Batch
 from spd_lens.support import format_table
@@ -121,11 +121,11 @@ def compare_cost(name: str, *, batch: int, rounds: int, members: int) -> dict[st
     """Time and memory per step of SPD and APD on the target of an experiment."""
     experiment, apd_config = EXPERIMENTS[name], APD_EXPERIMENTS[f"apd_{name}"].config.changed(batch_size=batch)
     target: Any = experiment.new_target()
-    run = apd._Run([target] * members, [apd_config] * members)
-    x = run._batch(0)
+    learner = APDLearner([target] * members, [apd_config] * members)
+    x = learner.batch(0)
     clock = Clock(torch.device("cpu"))
     drop_workspace()
-    both = {"spd": spd_step(experiment, target, x), "apd": apd_step(run, x)}
+    both = {"spd": spd_step(experiment, target, x), "apd": apd_step(learner, x)}
     times = alternate({method: measured.step for method, measured in both.items()}, rounds, clock)
     result: dict[str, Any] = {
         "rows": x.shape[1],
@@ -155,10 +155,9 @@ def spd_step(experiment: Experiment, target: nn.Module, x: torch.Tensor) -> Meas
     return _measured(lambda: batched.step(x, 0), list(batched.stack.parameters.values()))
 
 
-def apd_step(run: Any, x: torch.Tensor) -> Measured:
+def apd_step(learner: APDLearner, x: torch.Tensor) -> Measured:
     """The step of `train_apd` without drawing its data, which SPD's does not do either."""
-    run._batch = lambda step: x
-    return _measured(lambda: run.step(run.config.steps // 2), list(run.parameters.values()))
+    return _measured(lambda: learner.step(x, learner.config.steps // 2), list(learner.parameters.values()))
 
 
 def _measured(step: Any, parameters: Sequence[torch.Tensor]) -> Measured:

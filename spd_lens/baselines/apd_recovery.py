@@ -18,7 +18,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from spd_lens.baselines.apd import APD, batch_top_k
+from spd_lens.baselines.apd import APD
+from spd_lens.baselines.apd_losses import batch_top_k
 from spd_lens.baselines.apd_targets import between_features, components_between_features, target_of
 from spd_lens.support.tables import format_table
 from spd_lens.toys.features import one_hot_inputs

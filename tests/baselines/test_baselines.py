@@ -19,6 +19,7 @@ from spd_lens.baselines import (
     APD_TMS_5_2,
     APD_TMS_40_10,
     APDConfig,
+    APDLearner,
     apd_report,
     batch_top_k,
     component_recovery,
@@ -28,7 +29,6 @@ from spd_lens.baselines import (
     train_apd,
     train_gates,
 )
-from spd_lens.baselines import apd as apd_module
 from spd_lens.toys import TMS, Recovery, ResidMLP, SparseFeatures, tms_features, tms_report
 from tests.small_models import rand, randn
 
@@ -83,14 +83,14 @@ def attributions_by_jacobian(apd: APD, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("at", ["target", "components"])
 @pytest.mark.parametrize("make", [tms, resid_mlp])
-def test_attributions_equal_those_from_the_jacobian(make: Any, at: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attributions_equal_those_from_the_jacobian(make: Any, at: Any) -> None:
     apd = random_apd(make(), TINY.changed(attributions_from=at))
     x = randn(7, 5 if make is tms else 6, seed=3)
     expected = attributions_by_jacobian(apd, x)
     assert (expected > 1e-3).double().mean() > 0.8
     for entries_at_once in (250_000, 2 * x.numel()):  # all components together, and two by two
-        monkeypatch.setattr(apd_module, "ENTRIES_AT_ONCE", entries_at_once)
-        torch.testing.assert_close(apd.attributions(x), expected, rtol=1e-9, atol=1e-12)
+        found = apd.attributions(x, entries_at_once=entries_at_once)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_batch_top_k_equals_sorting_all_pairs() -> None:
@@ -144,7 +144,7 @@ def losses_by_hand(apd: APD, x: Tensor) -> dict[str, float]:
 def test_losses_equal_a_computation_input_by_input(make: Any) -> None:
     # The second member has another k and another number of inputs that are zero.
     configs = [TINY, TINY.changed(seed=1, k=1.1)]
-    run = apd_module._Run([make(0), make(1)], configs)
+    run = APDLearner([make(0), make(1)], configs)
     for i in range(2):
         own = random_apd(make(i), configs[i], seed=i)
         with torch.no_grad():
@@ -153,7 +153,7 @@ def test_losses_equal_a_computation_input_by_input(make: Any) -> None:
                     side[name][i] = value
     n_features = run.target.n_features
     run.data = [SparseFeatures(n_features, 24, probability=0.25, low=-1.0, seed=seed) for seed in (0, 1)]
-    losses = run.losses(run._batch(0))
+    losses = run.losses(run.batch(0))
     whole = [source.batch(0).double() for source in run.data]
     zeros = [int((x == 0).all(1).sum()) for x in whole]
     assert zeros[0] != zeros[1]
@@ -204,17 +204,17 @@ def test_members_do_not_influence_each_other() -> None:
 def test_an_interrupted_run_continues_to_the_same_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = TINY.changed(unit_norm=True, hidden=1.0)
     (whole,) = train_apd([resid_mlp()], config, log_every=2)
-    step = apd_module._Run.step
+    step = APDLearner.step
 
-    def breaks(self: Any, now: int) -> Any:
+    def breaks(self: Any, x: Any, now: int) -> Any:
         if now == 5:
             raise KeyboardInterrupt
-        return step(self, now)
+        return step(self, x, now)
 
-    monkeypatch.setattr(apd_module._Run, "step", breaks)
+    monkeypatch.setattr(APDLearner, "step", breaks)
     with pytest.raises(KeyboardInterrupt):
         train_apd([resid_mlp()], config, out_dir=tmp_path / "run", checkpoint_every=2, log_every=2)
-    monkeypatch.setattr(apd_module._Run, "step", step)
+    monkeypatch.setattr(APDLearner, "step", step)
     (resumed,) = train_apd([resid_mlp()], config, out_dir=tmp_path / "run", checkpoint_every=2, log_every=2)
     assert resumed.log == whole.log
     for name in whole.V:

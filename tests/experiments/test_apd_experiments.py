@@ -24,8 +24,7 @@ from experiments.runs import accepted_targets
 from experiments.sensitivity import APDGrid, SPDGrid, read_lines, run_map, summarise_map, summary_lines
 from experiments.sensitivity_figure import save_map
 from spd_lens import decompose, train
-from spd_lens.baselines import apd as apd_module
-from spd_lens.baselines import apd_report, train_apd
+from spd_lens.baselines import APDLearner, apd_report, train_apd
 from spd_lens.support import read_tensors
 from spd_lens.toys import TMS, SparseFeatures, tms_report
 
@@ -55,16 +54,16 @@ def small() -> APDExperiment:
 
 def kill_at(step: int, monkeypatch: pytest.MonkeyPatch, asked: list[int] | None = None) -> None:
     """APD's training step raises at one step; the numbers of the others are kept."""
-    whole = apd_module._Run.step
+    whole = APDLearner.step
 
-    def killed(run: Any, now: int) -> Any:
+    def killed(learner: Any, x: Any, now: int) -> Any:
         if now == step:
             raise RuntimeError("killed")
         if asked is not None:
             asked.append(now)
-        return whole(run, now)
+        return whole(learner, x, now)
 
-    monkeypatch.setattr(apd_module._Run, "step", killed)
+    monkeypatch.setattr(APDLearner, "step", killed)
 
 
 @pytest.fixture
