@@ -5,7 +5,7 @@ from spd_lens.training.checkpoint import Checkpoint, read_checkpoint, write_chec
 from spd_lens.training.config import Reconstruction, TrainConfig
 from spd_lens.training.cuda_graphs import GraphedStep
 from spd_lens.training.learner import Learner, make_learner
-from spd_lens.training.loggers import tensorboard_logger, wandb_logger
+from spd_lens.training.loggers import Logger, tensorboard_logger, wandb_logger
 from spd_lens.training.loop import train
 from spd_lens.training.many import ManyResult, train_many
 from spd_lens.training.member_adam import MemberAdam
@@ -20,6 +20,7 @@ __all__ = [
     "Checkpoint",
     "GraphedStep",
     "Learner",
+    "Logger",
     "LossTerm",
     "ManyResult",
     "MemberAdam",

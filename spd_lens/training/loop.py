@@ -10,6 +10,7 @@ Left out on purpose: learning-rate searches, early stopping, evaluation (see `sp
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -150,7 +151,7 @@ def train(
     decomposition.training_record = {"config": config.to_json(), "steps": step, "final": final}
     if interrupted and processes.is_main:
         going_on = f"continue with resume_from={str(files.directory)!r}" if step else "nothing to go on from yet"
-        tqdm.write(f"stopped after {step} steps; {going_on}")
+        tqdm.write(f"stopped after {step} steps; {going_on}", file=sys.stderr)
     return TrainResult(step, config, log, files.directory, interrupted)
 
 

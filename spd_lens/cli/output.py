@@ -1,0 +1,59 @@
+"""What commands print and how they end: text for people, one JSON object for programs, four exit statuses.
+
+0   done
+1   it failed: damaged files, data that cannot be run, a loss that became NaN
+2   the command or its configuration makes no sense
+75  stopped by SIGTERM or Ctrl-C after a checkpoint was written; the same command goes on (`EX_TEMPFAIL`)
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import os
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from spd_lens.cli.yaml_file import ConfigError
+from spd_lens.support.files import plain
+
+DONE, FAILED, USAGE, STOPPED = 0, 1, 2, 75
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+
+def is_main_process() -> bool:
+    """Whether this process prints; under torchrun the first alone does."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def show(text: str, values: Mapping[str, Any], *, as_json: bool) -> None:
+    """Print the result of a command, in the first process."""
+    if is_main_process():
+        typer.echo(json.dumps(plain(values), allow_nan=False) if as_json else text)
+
+
+def ends_in_words(command: F) -> F:
+    """Errors of users become one line on stderr (with `--json` an object) and an exit status, not a traceback."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
+            if os.environ.get("SPD_LENS_TRACEBACK"):
+                raise
+            status = USAGE if isinstance(error, ConfigError) else FAILED
+            as_json = bool(kwargs.get("json"))
+            content = {"error": str(error), "kind": type(error).__name__, "status": status}
+            typer.echo(json.dumps(content) if as_json else f"error: {error}", err=True)
+            raise typer.Exit(status) from None
+
+    # typer reads annotations from here, in the module of the command.
+    wrapped.__signature__ = inspect.signature(command, eval_str=True)  # pyright: ignore[reportAttributeAccessIssue]
+    return wrapped  # pyright: ignore[reportReturnType]

@@ -1,0 +1,54 @@
+"""The program `spd-lens`: which commands there are."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+import spd_lens
+import spd_lens.cli.compare as compare
+import spd_lens.cli.demo as demo
+import spd_lens.cli.evaluate as evaluate
+import spd_lens.cli.export as export
+import spd_lens.cli.harvest as harvest
+import spd_lens.cli.pareto as pareto
+import spd_lens.cli.sweep as sweep
+import spd_lens.cli.train as train
+
+app = typer.Typer(
+    name="spd-lens",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Stochastic Parameter Decomposition of TransformerLens models. Begin with: spd-lens demo",
+    epilog="Exit statuses: 0 done; 1 failed; 2 the command or its file makes no sense; 75 stopped after a checkpoint, "
+    "the same command goes on. Shell completion: spd-lens --install-completion",
+)
+# In the order of `--help`.
+COMMANDS = {
+    "demo": demo,
+    "train": train,
+    "evaluate": evaluate,
+    "harvest": harvest,
+    "compare": compare,
+    "pareto": pareto,
+    "sweep": sweep,
+    "export": export,
+}
+for _name, _module in COMMANDS.items():
+    app.command(_name, help=_module.HELP, short_help=_module.HELP.split(".")[0])(_module.command)
+
+
+@app.callback()
+def _program(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        typer.echo(spd_lens.__version__)
+        raise typer.Exit
+
+
+def run() -> None:
+    """The program's entry point."""
+    app()

@@ -1,0 +1,176 @@
+"""Every command: its help with examples, one run, its JSON, and its exit status."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from spd_lens import Decomposition, decompose, train
+from spd_lens.cli import RunFile, app, load_run_data, open_saved
+from spd_lens.models import load_tiny_lm
+
+ROOT = Path(__file__).parents[2]
+CONFIG = """\
+model: {name: tiny_lm}
+decompose: {sites: {"blocks.1.mlp.W_in": 8}}
+data: {text: moby_dick, context: 16, batch_size: 4, max_rows: 40}
+train: {steps: 4, minimality: 1e-4, log_every: 1, checkpoint_every: 2}
+evaluate: {data: {split: held_out, max_rows: 8}, quick: true}
+"""
+COMMANDS = ["demo", "train", "evaluate", "harvest", "compare", "pareto", "sweep", "export"]
+
+
+def _invoke(*arguments: Any, status: int = 0) -> Any:
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == status, (result.output, result.stderr, result.exception)
+    return result
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two trained and evaluated runs, `a` and `b`, and their file."""
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "config.yaml").write_text(CONFIG)
+    for name, seed in (("a", 0), ("b", 1)):
+        _invoke("train", folder / "config.yaml", "--out", folder / name, "--set", f"decompose.seed={seed}")
+        _invoke("evaluate", folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_with_examples(name: str) -> None:
+    text = _invoke(name, "--help").output
+    assert "Examples:" in text
+    assert f"spd-lens {name}" in text
+    assert "--json" in text
+
+
+def test_a_run_from_the_command_line_equals_one_from_python(runs: Path) -> None:
+    run = RunFile.read(runs / "config.yaml")
+    decomposition = decompose(load_tiny_lm(), run.decompose.sites, seed=0)
+    train(decomposition, load_run_data(run.data, decomposition), run.train_config, out_dir=runs / "python")
+    saved, _ = open_saved(runs / "a", None)
+    for name, tensor in decomposition.tensors().items():
+        assert torch.equal(tensor, saved.tensors()[name]), name
+
+
+def test_train_refuses_a_directory_that_holds_a_run_and_goes_on_with_resume(runs: Path) -> None:
+    result = _invoke("train", runs / "config.yaml", "--out", runs / "a", status=2)
+    assert "--resume auto" in result.stderr
+    arguments = ("train", runs / "config.yaml", "--out", runs / "a", "--resume", "auto", "--json")
+    done = json.loads(_invoke(*arguments).stdout)
+    assert done["steps"] == 4
+    assert not done["interrupted"]
+
+
+def test_errors_are_one_line_or_one_object_and_a_status(runs: Path) -> None:
+    arguments = ("train", runs / "config.yaml", "--set", "train.stps=3", "--out", runs / "x")
+    assert _invoke(*arguments, status=2).stderr.startswith("error: ")
+    found = json.loads(_invoke(*arguments, "--json", status=2).stderr)
+    assert found["status"] == 2
+    assert "near: 'steps'" in found["error"]
+    assert not (runs / "x").exists()
+    assert "no out_dir" in _invoke("train", runs / "config.yaml", status=2).stderr
+    damaged = runs / "a" / "evaluation.json"
+    copy = runs / "damaged.json"
+    copy.write_text(damaged.read_text()[:100])
+    _invoke("pareto", copy, "--out", runs / "x.png", status=1)
+
+
+def test_evaluate_saves_a_report_with_a_verdict(runs: Path) -> None:
+    found = json.loads(_invoke("evaluate", runs / "a", "--json", "--quick").stdout)
+    assert set(found["sites"]) == {"blocks.1.mlp.W_in"}
+    assert found["verdict"]
+    assert Path(found["saved"]).is_file()
+
+
+def test_compare_of_a_run_with_itself_finds_everything_again(runs: Path) -> None:
+    found = json.loads(_invoke("compare", runs / "a", runs / "a", "--all", "--json").stdout)
+    assert found["sites"]["blocks.1.mlp.W_in"]["mmcs"]["rank_one"] == pytest.approx(1.0, abs=1e-6)
+    other = json.loads(_invoke("compare", runs / "a", runs / "b", "--json").stdout)
+    assert other["sites"]["blocks.1.mlp.W_in"]["mmcs"]["rank_one"] < 0.9
+
+
+def test_pareto_draws_runs(runs: Path) -> None:
+    found = json.loads(_invoke("pareto", runs / "a", runs / "b", "--out", runs / "p.png", "--json").stdout)
+    assert [point["label"] for point in found["points"]["SPD"]] == ["a", "b"]
+    assert (runs / "p.png").stat().st_size > 1000
+
+
+def test_harvest_writes_examples_as_text(runs: Path) -> None:
+    found = json.loads(_invoke("harvest", runs / "a", "--out", runs / "h.json", "--json").stdout)
+    assert found["sites"]["blocks.1.mlp.W_in"]["subcomponents"] == 8
+    written = json.loads((runs / "h.json").read_text())["sites"]["blocks.1.mlp.W_in"]
+    assert len(written) == 8
+    examples = [example for found in written for example in found["examples"]]
+    assert examples
+    assert all(isinstance(word, str) for example in examples for word in example["tokens"])
+
+
+def test_export_writes_what_from_pretrained_reads(runs: Path) -> None:
+    _invoke("export", runs / "a", "--out", runs / "exported", "--license", "mit")
+    loaded = Decomposition.from_pretrained(runs / "exported", load_tiny_lm())
+    assert list(loaded) == ["blocks.1.mlp.W_in"]
+    assert "either --out" in _invoke("export", runs / "a", status=2).stderr
+    assert "--model" in _invoke("evaluate", runs / "exported", status=2).stderr
+    assert "--data" in _invoke("evaluate", runs / "exported", "--model", "tiny_lm", status=2).stderr
+
+
+def test_demo_prints_a_file_that_train_accepts(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(_invoke("demo", "--config").output)
+    assert RunFile.read(path).train_config.steps == 300
+
+
+@pytest.mark.slow  # a whole evaluation
+def test_demo_ends_with_a_verdict(tmp_path: Path) -> None:
+    found = json.loads(_invoke("demo", "--steps", "2", "--out", tmp_path / "demo", "--json").stdout)
+    assert found["verdict"]
+    assert set(found["contexts"]) == {"blocks.1.mlp.W_in", "blocks.1.mlp.W_out"}
+
+
+@pytest.mark.slow  # five processes, each of which imports torch
+def test_a_sweep_goes_on_where_it_was_and_draws_a_picture(runs: Path, tmp_path: Path) -> None:
+    arguments = ("sweep", runs / "config.yaml", "--over", "train.minimality=1e-4,1e-2", "--out", tmp_path, "--json")
+    first = json.loads(_invoke(*arguments).stdout)
+    assert [row["status"] for row in first["runs"]] == [0, 0]
+    assert Path(first["picture"]).is_file()
+    report = Path(first["runs"][0]["directory"]) / "evaluation.json"
+    written = report.stat().st_mtime_ns
+    (Path(first["runs"][1]["directory"]) / "evaluation.json").unlink()
+    again = json.loads(_invoke(*arguments).stdout)
+    assert again == first
+    assert report.stat().st_mtime_ns == written
+    assert "same number" in _invoke(*arguments, "--over", "train.seed=1", "--zip", status=2).stderr
+    assert "stps" in _invoke(*arguments, "--over", "train.stps=1", status=2).stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_train_stopped_by_a_signal_writes_a_checkpoint_and_ends_with_75(
+    number: signal.Signals, runs: Path, tmp_path: Path
+) -> None:
+    changes = ["--set", "train.steps=100000", "--set", "train.checkpoint_every=null"]
+    arguments = [sys.executable, "-m", "spd_lens", "train", str(runs / "config.yaml"), "--out", str(tmp_path / "run")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    process = subprocess.Popen([*arguments, *changes, "--json"], env=environment, stdout=subprocess.PIPE, text=True)
+    log = tmp_path / "run" / "log.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75
+    done = json.loads(output)
+    assert done["interrupted"]
+    assert done["steps"] > 0
+    assert (tmp_path / "run" / "checkpoints" / f"step-{done['steps']:08d}" / "state.json").is_file()

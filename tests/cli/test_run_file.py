@@ -1,0 +1,111 @@
+"""A run's file: whatever makes no sense in it is named with its line, its field and near names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from spd_lens import PGD, TrainConfig
+from spd_lens.cli import ConfigError, RunFile, read_yaml
+
+GOOD = """\
+model: {name: tiny_lm}
+decompose:
+  sites:
+    blocks.0.mlp.W_in: 16
+data:
+  text: moby_dick
+  context: 16
+train:
+  steps: 20
+  lr: 1e-3
+  reconstructions:
+    - {masks: stochastic}
+    - masks: {type: PGD, steps: 3}
+      coefficient: 0.5
+"""
+
+
+def _read(tmp_path: Path, text: str) -> RunFile:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    return RunFile.read(path)
+
+
+def test_a_file_says_what_python_says(tmp_path: Path) -> None:
+    run = _read(tmp_path, GOOD)
+    config = run.train_config
+    assert config.steps == 20
+    assert config.lr == 1e-3
+    assert config.reconstructions[1].masks == PGD(steps=3)
+    assert config.reconstructions[1].coefficient == 0.5
+    assert config.minimality == TrainConfig().minimality
+    assert run.decompose.sites == {"blocks.0.mlp.W_in": 16}
+
+
+def test_what_is_written_reads_back(tmp_path: Path) -> None:
+    run = _read(tmp_path, GOOD)
+    run.write(tmp_path / "again.yaml")
+    assert RunFile.read(tmp_path / "again.yaml") == run
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("  steps: 20", "  stepps: 20", r"config\.yaml, line 9: train\.stepps: .*near: 'steps'"),
+        ("  steps: 20", "  steps: twenty", r"line 9: train\.steps: .*whole number"),
+        ("  steps: 20", "  steps: 0", r"line 9: train\.steps: .*1"),
+        ("  lr: 1e-3", "  lr: -1", r"line 10: train\.lr: "),
+        ("  lr: 1e-3", "  precision: bf17", r"line 10: train\.precision: 'bf17'; expected 'fp32' or 'bf16'"),
+        ("masks: stochastic", "mask: stochastic", r"line 12: train\.reconstructions\.0\.mask: .*near: 'masks'"),
+        ("masks: stochastic", "masks: stohastic", r"line 8: train: .*reconstructions\[0\].*stohastic"),
+        ("  context: 16", "  contxt: 16", r"line 7: data\.contxt: .*near: 'context'"),
+        ("  context: 16", "  context: 1", r"line 7: data\.context: 1; "),
+        ("  text: moby_dick", "  text: moby", r"line 6: data\.text: 'moby'; .*near: 'moby_dick'"),
+        ("  text: moby_dick", "  split: train", r"line 5: data: given no source; expected one of text, files"),
+        ("W_in: 16", "W_in: many", r"line 4: decompose\.sites\.blocks\.0\.mlp\.W_in: 'many'; .*integer"),
+        ("W_in: 16", "W_in: 0", r"line 3: decompose\.sites: .*at least 1"),
+        ("model: {name: tiny_lm}", "model: {nam: tiny_lm}", r"line 1: model\.name: is missing.*1 more"),
+        ("model: {name: tiny_lm}", "modell: {name: tiny_lm}", r"config\.yaml, line 1: model: is missing"),
+        ("  context: 16", "  text: moby_dick", r"line 7: data\.text stands twice \(first in line 6\)"),
+        ("  context: 16", "  context: [16", r"line \d+: this is no YAML"),
+    ],
+)
+def test_errors_name_line_field_and_near_names(tmp_path: Path, old: str, new: str, expected: str) -> None:
+    assert old in GOOD
+    with pytest.raises(ConfigError, match=expected):
+        _read(tmp_path, GOOD.replace(old, new))
+
+
+def test_a_field_of_the_evaluation_data_is_checked_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"line 16: evaluate\.data\.spilt: .*near: 'split'"):
+        _read(tmp_path, GOOD + "evaluate:\n  data: {spilt: held_out}\n")
+    assert _read(tmp_path, GOOD + "evaluate:\n  data: {split: held_out}\n").evaluation_data.split == "held_out"
+
+
+def test_fields_are_set_from_the_command_line(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(GOOD)
+    run = RunFile.read(path, ["train.steps=7", "data.exclude=[0, 1]", "decompose.sites={'blocks.1.mlp.W_in': 8}"])
+    assert run.train_config.steps == 7
+    assert run.data.exclude == [0, 1]
+    assert run.decompose.sites == {"blocks.1.mlp.W_in": 8}
+    for change, expected in (
+        ("train.steps", "expected FIELD=VALUE"),
+        ("train.stps=3", r"train\.stps: .*near: 'steps'"),
+        ("out_dir.x.y=3", "no such field|has no fields"),
+        ("train.steps=[", "is no YAML"),
+    ):
+        with pytest.raises(ConfigError, match=expected):
+            RunFile.read(path, [change])
+
+
+def test_files_that_are_no_mapping_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no file"):
+        read_yaml(tmp_path / "none.yaml")
+    for text, expected in (("", "holds nothing"), ("- 1\n", "holds a list"), ("\x00", "no YAML|cannot be read")):
+        path = tmp_path / "odd.yaml"
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=expected):
+            read_yaml(path)
