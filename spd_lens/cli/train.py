@@ -60,7 +60,7 @@ def command(
     }
     if result.interrupted:
         text = (
-            f"stopped after {result.steps} of {result.config.steps} steps; the same command with --resume auto goes on"
+            f"stopped after {result.steps} of {result.config.steps} steps; --resume auto goes on"
         )
     else:
         text = f"{result!r}\nsaved: {directory / DECOMPOSITION}\nnext: spd-lens evaluate {directory}"
