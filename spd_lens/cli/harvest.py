@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,16 +9,17 @@ import typer
 
 from spd_lens.cli.output import JsonFlag, ends_in_words, show
 from spd_lens.cli.runs import data_for, open_saved
-from spd_lens.statistics import Harvest, harvest
-from spd_lens.support.files import write_json
+from spd_lens.statistics import harvest
 
 HELP = """Count how often every subcomponent fires, and keep the positions where it fires most.
+
+The same command again goes on where it was stopped.
 
 Examples:
 
     spd-lens harvest runs/tiny
 
-    spd-lens harvest runs/tiny --top-k 4 --out runs/tiny/harvest.json
+    spd-lens harvest runs/tiny --top-k 4 --effect-batches 2 --out runs/tiny/effects
 """
 
 
@@ -30,14 +30,21 @@ def command(
     data: Annotated[Path | None, typer.Option(help="A YAML file with the fields of a data section.")] = None,
     max_batches: Annotated[int, typer.Option(min=1, help="Batches to go through.")] = 64,
     top_k: Annotated[int, typer.Option(min=1, help="Examples kept of every subcomponent.")] = 8,
-    out: Annotated[Path | None, typer.Option(help="A JSON file with everything, examples as text.")] = None,
+    effect_batches: Annotated[int, typer.Option(min=0, help="Batches on which each is ablated alone.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Where the harvest goes; by default DIRECTORY/harvest.")] = None,
     json: JsonFlag = False,
 ) -> None:
     decomposition, run = open_saved(directory, model)
     batches = data_for(decomposition, run, data)
-    found = harvest(decomposition, batches, max_batches=min(max_batches, batches.per_epoch), top_k=top_k)
-    if out is not None:
-        write_json(out, {"sites": harvest_json(found, decomposition.model.tokenizer)})
+    where = out or directory / "harvest"
+    found = harvest(
+        decomposition,
+        batches,
+        max_batches=min(max_batches, batches.per_epoch),
+        top_k=top_k,
+        effect_batches=effect_batches,
+        out_dir=where,
+    )
     values: dict[str, Any] = {
         name: {
             "subcomponents": len(site.firing_rate),
@@ -47,26 +54,4 @@ def command(
         }
         for name, site in found.items()
     }
-    saved = "" if out is None else f"\nsaved: {out}"
-    show(f"{found}{saved}", {"sites": values, "saved": None if out is None else str(out)}, as_json=json)
-
-
-def harvest_json(found: Harvest, tokenizer: Any) -> Mapping[str, Any]:
-    """Everything that was found, in plain values; tokens of examples as text where there is a tokenizer."""
-    sites = {}
-    for name, site in found.items():
-        subcomponents = []
-        for c in range(len(site.firing_rate)):
-            examples = [
-                {
-                    "tokens": example.tokens if tokenizer is None else [tokenizer.decode([t]) for t in example.tokens],
-                    "at": example.at,
-                    "importance": example.importance,
-                    "activation": example.activation,
-                }
-                for example in site.examples(c)
-            ]
-            rate, mean = float(site.firing_rate[c]), float(site.mean_importance[c])
-            subcomponents.append({"id": c, "firing_rate": rate, "mean_importance": mean, "examples": examples})
-        sites[name] = subcomponents
-    return sites
+    show(f"{found}\nsaved: {where}", {"sites": values, "saved": str(where)}, as_json=json)

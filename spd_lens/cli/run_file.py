@@ -16,14 +16,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from spd_lens.cli.yaml_file import ConfigError, Place, YamlFile, read_yaml, with_changes, write_yaml
+from spd_lens.core import MaskKind
+from spd_lens.objective import PGD, Merged, Persistent
 from spd_lens.support.files import write_text
 from spd_lens.support.names import near_names
 from spd_lens.training import Reconstruction, TrainConfig
+
+MASK_NAMES = (*get_args(MaskKind), "pgd", "persistent", "merged")
+BUDGETS = {kind.__name__: kind for kind in (PGD, Persistent, Merged)}
 
 
 class _Section(BaseModel):
@@ -188,6 +193,7 @@ def _check_train(file: YamlFile, train: Mapping[str, Any]) -> None:
         for name in term:
             if name not in fields:
                 raise file.error((*place, name), f"a term has no such field; near: {near_names(str(name), fields)}")
+        _check_masks(file, (*place, "masks"), term.get("masks", "stochastic"))
     plain_fields = {name: value for name, value in train.items() if name != "reconstructions"}
     try:
         TypeAdapter(TrainConfig).validate_python(plain_fields)
@@ -197,6 +203,16 @@ def _check_train(file: YamlFile, train: Mapping[str, Any]) -> None:
         TrainConfig.from_json(_train_values(train))
     except (ValueError, TypeError, KeyError) as error:
         raise file.error(("train",), str(error)) from None
+
+
+def _check_masks(file: YamlFile, place: Place, masks: Any) -> None:
+    """ConfigError unless `masks` is the name of a source, or the fields of a budget."""
+    if isinstance(masks, Mapping):
+        if masks.get("type") not in BUDGETS:
+            near = near_names(str(masks.get("type")), BUDGETS)
+            raise file.error((*place, "type"), f"{masks.get('type')!r}; expected a budget; near: {near}")
+    elif masks not in MASK_NAMES:
+        raise file.error(place, f"{masks!r}; expected a mask source; near: {near_names(str(masks), MASK_NAMES)}")
 
 
 def first_problem(file: YamlFile, kind: Any, error: ValidationError, before: Place = ()) -> ConfigError:

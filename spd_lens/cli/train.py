@@ -59,9 +59,7 @@ def command(
         "decomposition": None if result.interrupted else str(directory / DECOMPOSITION),
     }
     if result.interrupted:
-        text = (
-            f"stopped after {result.steps} of {result.config.steps} steps; --resume auto goes on"
-        )
+        text = f"stopped after {result.steps} of {result.config.steps} steps; --resume auto goes on"
     else:
         text = f"{result!r}\nsaved: {directory / DECOMPOSITION}\nnext: spd-lens evaluate {directory}"
     show(text, line, as_json=json)

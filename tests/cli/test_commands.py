@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from spd_lens import Decomposition, decompose, train
 from spd_lens.cli import RunFile, app, load_run_data, open_saved
 from spd_lens.models import load_tiny_lm
+from spd_lens.statistics import Harvest
 
 ROOT = Path(__file__).parents[2]
 CONFIG = """\
@@ -107,14 +108,12 @@ def test_pareto_draws_runs(runs: Path) -> None:
     assert (runs / "p.png").stat().st_size > 1000
 
 
-def test_harvest_writes_examples_as_text(runs: Path) -> None:
-    found = json.loads(_invoke("harvest", runs / "a", "--out", runs / "h.json", "--json").stdout)
-    assert found["sites"]["blocks.1.mlp.W_in"]["subcomponents"] == 8
-    written = json.loads((runs / "h.json").read_text())["sites"]["blocks.1.mlp.W_in"]
-    assert len(written) == 8
-    examples = [example for found in written for example in found["examples"]]
-    assert examples
-    assert all(isinstance(word, str) for example in examples for word in example["tokens"])
+def test_harvest_saves_what_python_loads(runs: Path) -> None:
+    found = json.loads(_invoke("harvest", runs / "a", "--json").stdout)
+    site = found["sites"]["blocks.1.mlp.W_in"]
+    assert site["subcomponents"] == 8
+    loaded = Harvest.load(found["saved"])["blocks.1.mlp.W_in"]
+    assert float(loaded.firing_rate.sum()) == pytest.approx(site["fires_per_position"])
 
 
 def test_export_writes_what_from_pretrained_reads(runs: Path) -> None:

@@ -59,7 +59,8 @@ def test_what_is_written_reads_back(tmp_path: Path) -> None:
         ("  lr: 1e-3", "  lr: -1", r"line 10: train\.lr: "),
         ("  lr: 1e-3", "  precision: bf17", r"line 10: train\.precision: 'bf17'; expected 'fp32' or 'bf16'"),
         ("masks: stochastic", "mask: stochastic", r"line 12: train\.reconstructions\.0\.mask: .*near: 'masks'"),
-        ("masks: stochastic", "masks: stohastic", r"line 8: train: .*reconstructions\[0\].*stohastic"),
+        ("masks: stochastic", "masks: stohastic", r"line 12: train\.reconstructions\.0\.masks: .*near: 'stochastic'"),
+        ("type: PGD", "type: PDG", r"line 13: train\.reconstructions\.1\.masks\.type: 'PDG'.*near: 'PGD'"),
         ("  context: 16", "  contxt: 16", r"line 7: data\.contxt: .*near: 'context'"),
         ("  context: 16", "  context: 1", r"line 7: data\.context: 1; "),
         ("  text: moby_dick", "  text: moby", r"line 6: data\.text: 'moby'; .*near: 'moby_dick'"),
@@ -94,7 +95,7 @@ def test_fields_are_set_from_the_command_line(tmp_path: Path) -> None:
     for change, expected in (
         ("train.steps", "expected FIELD=VALUE"),
         ("train.stps=3", r"train\.stps: .*near: 'steps'"),
-        ("out_dir.x.y=3", "no such field|has no fields"),
+        ("out_dir.x.y=3", "out_dir: .*valid string"),
         ("train.steps=[", "is no YAML"),
     ):
         with pytest.raises(ConfigError, match=expected):
