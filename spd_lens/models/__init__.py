@@ -1,5 +1,19 @@
 """Small models and texts that ship with the package, and SmolLM2-135M from a PyPI package."""
 
+from spd_lens.models.credit import decline_margin, load_credit, only_the_decision
+from spd_lens.models.credit_data import (
+    APPROVED,
+    CREDIT_ATTRIBUTES,
+    CREDIT_DECISIONS,
+    CREDIT_DIRECTORY,
+    CREDIT_PROTECTED,
+    CREDIT_WORDS,
+    DECLINED,
+    CreditApplicants,
+    credit_tokens,
+    credit_vocabulary,
+    load_credit_applicants,
+)
 from spd_lens.models.induction import (
     BOS,
     D_VOCAB,
@@ -40,19 +54,30 @@ from spd_lens.models.tiny_lm import (
 )
 
 __all__ = [
+    "APPROVED",
     "BOS",
+    "CREDIT_ATTRIBUTES",
+    "CREDIT_DECISIONS",
+    "CREDIT_DIRECTORY",
+    "CREDIT_PROTECTED",
+    "CREDIT_WORDS",
+    "DECLINED",
     "D_VOCAB",
     "INDUCTION_DIRECTORY",
     "MOBY_DICK_PATH",
     "MODULAR_ADDITION_DIRECTORY",
     "N_CTX",
     "TINY_LM_DIRECTORY",
+    "CreditApplicants",
     "HostName",
     "ModularSums",
     "P",
     "RepeatedSequences",
     "all_sums",
     "build_transformer",
+    "credit_tokens",
+    "credit_vocabulary",
+    "decline_margin",
     "earlier_copies",
     "fourier_reading",
     "frequency_shares",
@@ -60,6 +85,8 @@ __all__ = [
     "head_roles",
     "induction_accuracy",
     "induction_loss",
+    "load_credit",
+    "load_credit_applicants",
     "load_induction",
     "load_induction_decomposition",
     "load_moby_dick",
@@ -70,6 +97,7 @@ __all__ = [
     "load_tiny_lm_hf",
     "load_tiny_lm_tokenizer",
     "only_the_answer",
+    "only_the_decision",
     "open_model",
     "predictable",
     "save_transformer",
