@@ -7,7 +7,7 @@ from spd_lens.core.card import model_card
 from spd_lens.core.decomposed_weight import DecomposedWeight, ReadPoint
 from spd_lens.core.decomposing import decompose, decompose_layer
 from spd_lens.core.decomposition import Decomposition
-from spd_lens.core.fingerprint import target_fingerprint
+from spd_lens.core.fingerprint import subcomponent_hashes, target_fingerprint
 from spd_lens.core.gate_sets import GateOfAll, Gates, GatesBySite
 from spd_lens.core.gates import (
     DEFAULT_WIDTH,
@@ -83,6 +83,7 @@ __all__ = [
     "route",
     "sample_masks",
     "sample_routing",
+    "subcomponent_hashes",
     "target_fingerprint",
     "unit_hooks",
     "units_of",

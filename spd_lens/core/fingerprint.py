@@ -43,6 +43,14 @@ def _parameters_hash(decomposition: Decomposition) -> str:
     return digest.hexdigest()
 
 
+def subcomponent_hashes(decomposition: Decomposition) -> dict[str, str]:
+    """What every site's subcomponents are: one hash of V and U each. Gates do not count."""
+    return {
+        name: hashlib.sha256(f"{tensor_hash(weight.V)} {tensor_hash(weight.U)}".encode()).hexdigest()
+        for name, weight in decomposition.items()
+    }
+
+
 def difference(saved: Mapping[str, Any], now: Mapping[str, Any], *, ignore: Iterable[str] = ()) -> str | None:
     """The first thing in which two fingerprints differ, in words, or None; what only one of them has counts too."""
     ignored = set(ignore)

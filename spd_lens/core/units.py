@@ -97,12 +97,15 @@ def units_of(decomposition: Mapping[str, DecomposedWeight], ids: Ids) -> tuple[U
     - `{site: [[3, 4], [17]]}`: groups at one site.
     - `[{site: [3, 4], other: [0]}, ...]`: groups over sites.
     - a `Unit`, or a list of units (a circuit's `units`, for example), also mixed with groups.
+    - `Components`: they must be those of this decomposition.
 
     Raises ValueError for unknown sites (near names), ids outside 0..C-1, empty and repeated units; TypeError for ids
     that are not integers.
     """
     if ids is None:
         ids = dict.fromkeys(decomposition)
+    if (check_belongs := getattr(ids, "check_belongs", None)) is not None:
+        check_belongs(decomposition)
     units: list[Unit] = []
     if isinstance(ids, Mapping):
         for site, chosen in ids.items():

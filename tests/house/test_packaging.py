@@ -27,7 +27,8 @@ def names_of(requirements: list[str]) -> set[str]:
 def test_every_library_that_the_package_imports_is_declared() -> None:
     declared = names_of(PROJECT["dependencies"])
     # Imported inside functions that say what to install.
-    declared |= names_of(PROJECT["optional-dependencies"]["plots"] + PROJECT["optional-dependencies"]["loggers"])
+    extras = PROJECT["optional-dependencies"]
+    declared |= names_of(extras["plots"] + extras["loggers"] + extras["components"])
     # pandas and IPython come with TransformerLens; IPython is used where a notebook has loaded it.
     declared |= {"pandas", "ipython"}
     providers = packages_distributions()

@@ -1,0 +1,404 @@
+"""Which subcomponents fire together: `coactivation`, a sample of events as sparse lists of what fired in each.
+
+An *event* is one position of the data (or a window of positions, or a whole row); a subcomponent fires in it where its
+importance exceeds the threshold. All that can be asked about firing together follows from these lists: how often each
+two do, and how often a whole group does, which counts of pairs cannot tell.
+
+Memory is 4 bytes per firing that is kept and 16 per event, for at most `max_events` events, a uniform sample of all
+that were seen ("bottom k": every event gets a random number, those with the smallest stay). Two such samples add up to
+the sample of both. Cost: one clean pass and the gates per batch. Left out: how strongly anything fires.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int64, Integer
+from torch import Tensor
+
+from spd_lens.core.decomposition import Decomposition
+from spd_lens.core.inputs import checked_decomposition
+from spd_lens.core.squashings import importance_of
+from spd_lens.core.units import ALIVE_ABOVE
+from spd_lens.data.streams import first_batches
+from spd_lens.support.names import near_names
+from spd_lens.support.progress import tqdm
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
+
+# Positions that one event spans: so many, the last of them its own; or the whole row.
+Window: TypeAlias = int | Literal["row"]
+
+
+@dataclass(frozen=True)
+class Partner:
+    """A subcomponent that fires together with another, in `together` events.
+
+    With n, m the events of the asked one and of this one: `precision = together / m`, `recall = together / n`,
+    `jaccard = together / (n + m - together)`, `pmi = log2(together * events / (n m))`.
+    """
+
+    site: str
+    id: int
+    together: int
+    precision: float
+    recall: float
+    jaccard: float
+    pmi: float
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class CoActivation:
+    """A sample of events, and what fired in each; made by `coactivation`, or by `CoActivation.of` from one's own.
+
+    Subcomponents are numbered over all sites: those of the first site in `sites` (`{site: C}`) from 0 on, then the
+    next. Event e has `ids[starts[e]:starts[e + 1]]`, ascending.
+
+    - `keys` `[events]`: the random numbers of the sample.
+    - `fired` `[all C]`: events in which each fired, of all `n_seen` that were seen, not only of those that were kept.
+    """
+
+    sites: Mapping[str, int]
+    starts: Int64[np.ndarray, " events_and_one"]
+    ids: Integer[np.ndarray, " firings"]
+    keys: Float[np.ndarray, " events"]
+    fired: Int64[np.ndarray, " all_C"]
+    n_seen: int
+    max_events: int
+    threshold: float
+    window: Window = 1
+
+    @staticmethod
+    def of(
+        fires: Mapping[str, Bool[Tensor, "events _"] | Bool[np.ndarray, "events _"]],
+        *,
+        max_events: int = 1 << 16,
+        threshold: float = ALIVE_ABOVE,
+        window: Window = 1,
+        generator: np.random.Generator | None = None,
+    ) -> CoActivation:
+        """From whether each subcomponent fires in each event, by site.
+
+        >>> import torch
+        >>> together = CoActivation.of({"W": torch.tensor([[True, True, False], [False, False, True]])})
+        >>> together.pair_counts().toarray().tolist()
+        [[1, 1, 0], [1, 1, 0], [0, 0, 1]]
+        """
+        arrays = {site: np.asarray(fired) for site, fired in fires.items()}
+        lengths = {site: len(fired) for site, fired in arrays.items()}
+        if not arrays or 0 in lengths.values() or len(set(lengths.values())) > 1:
+            raise ValueError(f"events per site: {lengths}; expected the same number, at least one, at every site")
+        collector = _Collector(
+            {site: fired.shape[1] for site, fired in arrays.items()},
+            _positive("max_events", max_events),
+            generator or np.random.default_rng(0),
+        )
+        collector.add(np.concatenate(list(arrays.values()), axis=1))
+        return collector.finish(threshold, window)
+
+    # -- sizes ---------------------------------------------------------------------------------------------------
+
+    @property
+    def n_events(self) -> int:
+        """Events that were kept."""
+        return len(self.starts) - 1
+
+    @property
+    def n_subcomponents(self) -> int:
+        """All subcomponents of all sites, dead ones too."""
+        return sum(self.sites.values())
+
+    @property
+    def counts(self) -> Int64[np.ndarray, " all_C"]:
+        """Events of the sample in which each subcomponent fires."""
+        return np.bincount(self.ids, minlength=self.n_subcomponents).astype(np.int64)
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the sample."""
+        return sum(array.nbytes for array in (self.starts, self.ids, self.keys, self.fired))
+
+    def described(self) -> dict[str, Any]:
+        """Sizes and settings as plain values."""
+        return {
+            "n_events": self.n_events,
+            "n_seen": self.n_seen,
+            "threshold": self.threshold,
+            "window": self.window,
+        }
+
+    def __repr__(self) -> str:
+        alive, missed = int((self.counts > 0).sum()), int(((self.fired > 0) & (self.counts == 0)).sum())
+        left = f", {missed} more fire outside the sample" if missed else ""
+        window = "" if self.window == 1 else f", window {self.window}"
+        return (
+            f"CoActivation({self.n_events:,} of {self.n_seen:,} events{window}, {alive:,} of "
+            f"{self.n_subcomponents:,} subcomponents fire{left}, {len(self.ids) / max(1, self.n_events):.1f} per event)"
+        )
+
+    # -- numbers and names ---------------------------------------------------------------------------------------
+
+    def member(self, number: int) -> tuple[str, int]:
+        """`(site, id)` of a subcomponent by its number over all sites."""
+        for site, count in self.sites.items():
+            if number < count:
+                return site, int(number)
+            number -= count
+        raise ValueError(f"number {number} too large; expected one of 0..{self.n_subcomponents - 1}")
+
+    def members(self, numbers: Sequence[int] | np.ndarray) -> list[tuple[str, int]]:
+        """`member` of each."""
+        names, ends = list(self.sites), np.cumsum(list(self.sites.values()))
+        where = np.searchsorted(ends, np.asarray(numbers, dtype=np.int64), side="right")
+        offsets = np.concatenate([[0], ends])
+        return [(names[s], int(c - offsets[s])) for s, c in zip(where, numbers, strict=True)]
+
+    def number(self, site: str, c: int) -> int:
+        """The number over all sites of subcomponent `c` at `site`. Raises ValueError if there is none."""
+        if site not in self.sites:
+            raise ValueError(f"no site {site!r} in these co-activations; near: {near_names(str(site), self.sites)}")
+        if isinstance(c, bool) or not isinstance(c, Integral) or not 0 <= c < self.sites[site]:
+            raise ValueError(f"subcomponent {c!r} of {site}; expected a whole number in 0..{self.sites[site] - 1}")
+        names = list(self.sites)
+        return sum(self.sites[name] for name in names[: names.index(site)]) + int(c)
+
+    # -- what fires together -------------------------------------------------------------------------------------
+
+    def pair_counts(self) -> csr_array:
+        """Events in which both fire, `[all C, all C]`, sparse; on the diagonal the events of each."""
+        fires = self._matrix(np.int32)
+        return (fires.T @ fires).tocsr()
+
+    def partners(self, site: str, c: int, *, n: int = 10) -> list[Partner]:
+        """The `n` subcomponents that overlap most with this one in when they fire (by Jaccard index)."""
+        number, counts = self.number(site, c), self.counts
+        fires = self._matrix(np.int32)
+        together = np.asarray((fires.T @ fires[:, [number]]).todense()).ravel()
+        together[number] = 0
+        jaccard = together / np.maximum(counts + counts[number] - together, 1)
+        found = []
+        for other in np.argsort(-jaccard, kind="stable")[: _positive("n", n)]:
+            both = int(together[other])
+            if not both:
+                break
+            name, own = self.member(int(other))
+            pmi = float(np.log2(both * self.n_events / (counts[other] * counts[number])))
+            found.append(
+                Partner(name, own, both, both / counts[other], both / counts[number], float(jaccard[other]), pmi)
+            )
+        return found
+
+    def _matrix(self, dtype: Any) -> Any:
+        from scipy.sparse import csr_array
+
+        shape = (self.n_events, self.n_subcomponents)
+        return csr_array((np.ones(len(self.ids), dtype), self.ids, self.starts), shape=shape)
+
+    # -- other samples -------------------------------------------------------------------------------------------
+
+    def __add__(self, other: CoActivation) -> CoActivation:
+        """The sample of both data sets together; `max_events` is the smaller of the two.
+
+        Raises ValueError if sites, threshold or window differ.
+        """
+        if not isinstance(other, CoActivation):
+            return NotImplemented
+        for name in ("sites", "threshold", "window"):
+            ours, theirs = getattr(self, name), getattr(other, name)
+            if ours != theirs:
+                raise ValueError(f"co-activations with {name} {ours!r} and {theirs!r} cannot be added; make both alike")
+        most = min(self.max_events, other.max_events)
+        parts = _smallest_keys([_part(self), _part(other)], most)
+        n_seen, fired = self.n_seen + other.n_seen, self.fired + other.fired
+        return replace(self, **_joined(parts), n_seen=n_seen, fired=fired, max_events=most)
+
+    def drawn(self, share: float, generator: np.random.Generator) -> CoActivation:
+        """A random part of the events, without replacement."""
+        if not 0 < share <= 1:
+            raise ValueError(f"share={share!r}; expected a number above 0, at most 1")
+        chosen = generator.permutation(self.n_events)[: max(1, round(share * self.n_events))]
+        starts, ids, keys = _chosen(_part(self), np.sort(chosen))
+        return replace(self, starts=starts, ids=ids, keys=keys)
+
+    def shuffled(self, generator: np.random.Generator) -> CoActivation:
+        """What chance gives: every subcomponent fires as often as before, in events drawn anew for each."""
+        counts = self.counts
+        alive = np.flatnonzero(counts)
+        events = [generator.choice(self.n_events, counts[c], replace=False, shuffle=False) for c in alive]
+        rows, columns = np.concatenate(events or [np.zeros(0, np.int64)]), np.repeat(alive, counts[alive])
+        order = np.lexsort((columns, rows))
+        starts = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=self.n_events))]).astype(np.int64)
+        return replace(self, starts=starts, ids=columns[order].astype(np.int32))
+
+
+def coactivation(
+    decomposition: Decomposition,
+    batches: Any,
+    *,
+    max_batches: int | None = 64,
+    threshold: float = ALIVE_ABOVE,
+    window: Window = 1,
+    max_events: int = 1 << 16,
+    seed: int = 0,
+) -> CoActivation:
+    """Which subcomponents have an importance above `threshold` together, over all sites.
+
+    With `window=1` an event is a position. With `window=w` it is a position with the w - 1 before it, in the same row:
+    a subcomponent fires in it if it fires at any of them, so that what works at a token and what works at the next are
+    seen together. `window="row"`: one event per row. Positions that a batch's mask leaves out neither fire nor count.
+
+    Raises TypeError or ValueError for data that cannot be run, numbers out of range, and where nothing fires at all.
+    """
+    checked_decomposition(decomposition, "coactivation")
+    checked_threshold(threshold)
+    _check_window(window)
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
+        raise ValueError(f"seed={seed!r}; expected a whole number, zero or more")
+    sizes = {name: weight.n_subcomponents for name, weight in decomposition.items()}
+    collector = _Collector(sizes, _positive("max_events", max_events), np.random.default_rng(int(seed)))
+    source = first_batches(batches, decomposition, max_batches, purpose="count co-activations in")
+    with torch.no_grad():
+        for batch in tqdm(source, desc="coactivation", leave=False):
+            batch = batch.to(decomposition.device)
+            clean = decomposition.clean_pass(batch.inputs, start_at=batch.start_at, attention_mask=batch.attention_mask)
+            pre = decomposition.pre_importances(clean.inputs)
+            n_axes = batch.inputs.ndim if batch.inputs.is_floating_point() else batch.inputs.ndim + 1
+            fires = torch.cat([_fires(pre[name], threshold, n_axes) for name in sizes], dim=-1)
+            collector.add(_events(fires, batch.position_mask, window).cpu().numpy())
+    found = collector.finish(float(threshold), window)
+    if not found.fired.any():
+        raise ValueError(
+            f"nothing fires: no importance is above {threshold:g} in any of {found.n_seen:,} events; is the "
+            "decomposition trained? (a smaller threshold may find more)"
+        )
+    return found
+
+
+def _fires(pre: Tensor, threshold: float, n_axes: int) -> Bool[Tensor, "*batch C"]:
+    fires = importance_of(pre) > threshold
+    return fires.any(-2) if fires.ndim > n_axes else fires  # a head axis: any head speaks for the position
+
+
+def _events(fires: Tensor, position_mask: Tensor | None, window: Window) -> Bool[Tensor, "events C"]:
+    if position_mask is not None:
+        fires = fires & position_mask.unsqueeze(-1)
+    if fires.ndim < 3:
+        if window != 1:
+            raise ValueError(f"window={window!r}, but this model's inputs have no positions; leave window=1")
+        return fires if position_mask is None else fires[position_mask]
+    if window == "row":
+        rows = fires.any(1)
+        return rows if position_mask is None else rows[position_mask.any(1)]
+    seen = fires.clone()
+    for back in range(1, min(window, fires.shape[1])):
+        seen[:, back:] |= fires[:, :-back]
+    return seen.flatten(0, 1) if position_mask is None else seen[position_mask]
+
+
+def checked_threshold(threshold: Any) -> None:
+    """Raise TypeError or ValueError unless `threshold` is a number in 0..1, 1 left out."""
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
+        raise TypeError(f"threshold={threshold!r}; expected a number")
+    if not 0 <= threshold < 1:
+        raise ValueError(f"threshold={threshold!r}; expected an importance: at least 0, below 1")
+
+
+def _check_window(window: Any) -> None:
+    if window != "row" and (isinstance(window, bool) or not isinstance(window, Integral) or window < 1):
+        raise ValueError(f"window={window!r}; expected a number of positions, at least 1, or 'row'")
+
+
+def _positive(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"{name}={value!r}; expected a whole number, at least 1")
+    return int(value)
+
+
+# -- the sample ------------------------------------------------------------------------------------------------------
+
+# Some events: where each begins, what fires, the random number of each.
+_Part: TypeAlias = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def _part(together: CoActivation) -> _Part:
+    return together.starts, together.ids, together.keys
+
+
+class _Collector:
+    """Keeps the `max_events` events with the smallest random numbers of all that are added."""
+
+    def __init__(self, sites: Mapping[str, int], max_events: int, generator: np.random.Generator) -> None:
+        self.sites, self.max_events, self.generator = dict(sites), max_events, generator
+        self.parts: list[_Part] = []
+        self.fired = np.zeros(sum(sites.values()), np.int64)
+        self.n_seen = self.n_held = 0
+        self.largest = np.inf
+
+    def add(self, fires: Bool[np.ndarray, "events all_C"]) -> None:
+        self.fired += fires.sum(0)
+        self.n_seen += len(fires)
+        keys = self.generator.random(len(fires))
+        stays = keys < self.largest
+        fires, keys = fires[stays], keys[stays]
+        rows, columns = np.nonzero(fires)
+        starts = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=len(fires)))]).astype(np.int64)
+        self.parts.append((starts, columns.astype(np.int32), keys))
+        self.n_held += len(keys)
+        if self.n_held >= 2 * self.max_events:
+            self._drop()
+
+    def _drop(self) -> None:
+        self.parts = _smallest_keys(self.parts, self.max_events)
+        self.n_held = sum(len(keys) for _, _, keys in self.parts)
+        if self.n_held == self.max_events:
+            self.largest = max(float(keys.max(initial=0)) for _, _, keys in self.parts)
+
+    def finish(self, threshold: float, window: Window) -> CoActivation:
+        self._drop()
+        return CoActivation(
+            self.sites,
+            **_joined(self.parts),
+            fired=self.fired,
+            n_seen=self.n_seen,
+            max_events=self.max_events,
+            threshold=threshold,
+            window=window,
+        )
+
+
+def _smallest_keys(parts: list[_Part], n: int) -> list[_Part]:
+    keys = np.concatenate([keys for _, _, keys in parts])
+    if len(keys) <= n:
+        return parts
+    stays = np.zeros(len(keys), bool)
+    stays[np.argpartition(keys, n - 1)[:n]] = True
+    ends = np.cumsum([len(keys) for _, _, keys in parts])[:-1]
+    return [_chosen(part, np.flatnonzero(own)) for part, own in zip(parts, np.split(stays, ends), strict=True)]
+
+
+def _chosen(part: _Part, events: np.ndarray) -> _Part:
+    starts, ids, keys = part
+    lengths = np.diff(starts)[events]
+    own = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    return own, ids[slices_of(starts[events], lengths)], keys[events]
+
+
+def slices_of(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Indices `starts[0]..starts[0] + lengths[0] - 1`, then those of the next, in one array."""
+    ends = np.cumsum(lengths)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - ends + lengths, lengths)
+
+
+def _joined(parts: list[_Part]) -> dict[str, np.ndarray]:
+    lengths = np.concatenate([np.diff(starts) for starts, _, _ in parts])
+    return {
+        "starts": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        "ids": np.concatenate([ids for _, ids, _ in parts]),
+        "keys": np.concatenate([keys for _, _, keys in parts]),
+    }
