@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import gzip
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor
 
+from spd_lens.core.decomposition import Decomposition
 from spd_lens.models.loading import (
     HostName,
     bridge_around,
@@ -48,11 +49,33 @@ MOBY_DICK_PATH = Path(__file__).resolve().parent / "shipped" / "texts" / "moby_d
 FIRST_HELD_OUT_HEADING = "CHAPTER 124. The Needle."
 
 
+@overload
+def load_tiny_lm(
+    device: str | torch.device = ...,
+    dtype: torch.dtype = ...,
+    host: HostName | None = ...,
+    *,
+    decomposed: Literal[False] = ...,
+) -> HookedTransformer | TransformerBridge: ...
+
+
+@overload
+def load_tiny_lm(
+    device: str | torch.device = ...,
+    dtype: torch.dtype = ...,
+    host: HostName | None = ...,
+    *,
+    decomposed: Literal[True],
+) -> Decomposition: ...
+
+
 def load_tiny_lm(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     host: HostName | None = None,
-) -> HookedTransformer | TransformerBridge:
+    *,
+    decomposed: bool = False,
+) -> HookedTransformer | TransformerBridge | Decomposition:
     """Return the tiny language model in the model class of the installed TransformerLens, in eval mode.
 
     Both classes compute the same logits `[batch, pos, 2048]` from tokens `[batch, pos]`, `pos` <= 128.
@@ -64,6 +87,9 @@ def load_tiny_lm(
         dtype: floating point type of the weights; they are stored in float32.
         host: "hooked" for a `HookedTransformer` (transformer_lens 3.x only), "bridge" for a
             `TransformerBridge`. None takes "hooked" where it exists and "bridge" otherwise.
+        decomposed: return the shipped `Decomposition` of all 12 matrices of its two blocks instead (its `model` is
+            the model), trained by `experiments/language_model.py`; the folder `decomposition` beside the weights
+            holds its log, its evaluation and its recipe.
 
     Raises:
         TypeError: `dtype` is not a torch dtype.
@@ -71,6 +97,10 @@ def load_tiny_lm(
             floating point type.
     """
     check_dtype(dtype)
+    if decomposed:
+        if dtype != torch.float32:
+            raise ValueError(f"dtype is {dtype}; the shipped decomposition belongs to the float32 weights")
+        return Decomposition.from_pretrained(TINY_LM_DIRECTORY / "decomposition", load_tiny_lm(device, host=host))
     # Building a module draws its initial weights; loading a model should not shift the caller's seed.
     with torch.random.fork_rng(devices=[]), no_deprecation_warnings():
         if resolve_host(host) == "hooked":

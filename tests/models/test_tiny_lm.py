@@ -219,3 +219,20 @@ def test_recipe_says_how_and_from_what(recipe: dict[str, Any]) -> None:
     assert {"command", "seed", "versions", "steps", "batch_windows", "tokens_seen", "baselines"} <= recipe.keys()
     assert recipe["optimizer"]["lr_peak"] > 0
     assert "CC0-1.0" in recipe["text"]["data_licence"]
+
+
+def test_the_shipped_decomposition_is_all_matrices_of_the_blocks_and_adds_up_to_them():
+    decomposition = load_tiny_lm(decomposed=True)
+    assert len(decomposition) == 12
+    assert sum(weight.n_subcomponents for _, weight in decomposition.items()) == 4736
+    plain = dict(load_tiny_lm_hf().named_parameters())
+    for block in (0, 1):
+        for name, parameter in (("W_in", "c_fc"), ("W_out", "c_proj")):
+            weight = decomposition[f"blocks.{block}.mlp.{name}"]
+            stored = plain[f"transformer.h.{block}.mlp.{parameter}.weight"]
+            assert ((weight.V @ weight.U - stored).norm() / stored.norm()).item() < 0.01
+
+
+def test_the_shipped_decomposition_belongs_to_float32_weights_and_says_so():
+    with pytest.raises(ValueError, match="float32"):
+        load_tiny_lm(dtype=torch.bfloat16, decomposed=True)
