@@ -427,9 +427,12 @@ class DecomposedWeight(ReadPoint):
             change = change - weight * dense
         return change
 
-    def through_U(self, coefficients: Float[Tensor, "*batch C"], y0: Tensor) -> Tensor:
-        """`coefficients @ U` in the shape of `y0`, which may have a head axis and repeat grouped heads."""
-        U = self.U
+    def through_U(self, coefficients: Float[Tensor, "*batch C"], y0: Tensor, U: Tensor | None = None) -> Tensor:
+        """`coefficients @ U` in the shape of `y0`, which may have a head axis and repeat grouped heads.
+
+        `U [C d_out]` is the site's own unless given.
+        """
+        U = self.U if U is None else U
         split_input = coefficients.ndim == y0.ndim
         # By the number of axes too: with one stored head, d_head is all of d_out.
         has_heads = y0.ndim > coefficients.ndim or y0.shape[-1] != U.shape[1]

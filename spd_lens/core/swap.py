@@ -5,6 +5,7 @@ Everything is checked before anything is changed, and a failure half-way undoes 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -210,6 +211,41 @@ class InputReader:
 
 def _reader_on(module: nn.Module) -> InputReader | None:
     return next((hook for hook in module._forward_pre_hooks.values() if isinstance(hook, InputReader)), None)
+
+
+class _Tap:
+    """Stands among the readers of an input, and keeps what they get, by thread."""
+
+    def __init__(self) -> None:
+        self.taken: dict[int, Tensor] = {}
+
+    def is_needed(self) -> bool:
+        return True
+
+    def receive_input(self, x: Tensor) -> None:
+        self.taken[threading.get_ident()] = x
+
+
+@contextmanager
+def tapped_input(weight: DecomposedWeight) -> Iterator[dict[int, Tensor]]:
+    """While open, a pass leaves what the site's matmul reads in the dict, under the number of its thread."""
+    source, tap = weight.site.source, _Tap()
+    if isinstance(source, ModuleInput):
+        reader = _reader_on(source.module)
+        assert reader is not None
+        entry: Any = (source.read, tap)
+        reader.readers.append(entry)
+        try:
+            yield tap.taken
+        finally:
+            reader.readers.remove(entry)
+        return
+    point: Any = source.point
+    point.readers = [*point.readers, tap]
+    try:
+        yield tap.taken
+    finally:
+        point.readers = [r for r in point.readers if r is not tap]
 
 
 def _become(point: HookPoint, cls: type[HookPoint]) -> None:

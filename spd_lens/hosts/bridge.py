@@ -23,6 +23,7 @@ from spd_lens.hosts.bridge_blocks import Reached, SkippedBlock, StopsHere, enter
 from spd_lens.hosts.bridge_guards import added_points, guard
 from spd_lens.hosts.bridge_sites import bridge_site
 from spd_lens.hosts.host import Host, Provenance
+from spd_lens.hosts.hugging_face import hugging_face_copy
 from spd_lens.hosts.site import Site
 
 
@@ -162,6 +163,20 @@ class BridgeHost(Host):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="A forward hook edited hook_scale")
             yield
+
+    # -- other weights -------------------------------------------------------------------------------------------
+
+    def with_matrices(self, new: Mapping[str, Float[Tensor, "_in _out"]]) -> nn.Module:
+        from transformers import PreTrainedModel
+
+        # TransformerLens's native models have no form of their own outside a bridge.
+        if not isinstance(self.model.original_model, PreTrainedModel):
+            return super().with_matrices(new)
+        return hugging_face_copy(self, new)
+
+    def _names_of(self, parameter: Tensor) -> set[str]:
+        # A bridge reaches every parameter on several ways.
+        return {"one name"}
 
     # -- provenance ----------------------------------------------------------------------------------------------
 

@@ -52,9 +52,9 @@ class ScaledMatrix(StoredMatrix):
         """`W * scale [d_in, d_out]`, a copy."""
         return super().read() * self._scale()
 
-    def write(self, matrix: Float[Tensor, "d_in d_out"]) -> None:
-        """Overwrite the stored parameter in place, so that `read` gives `matrix [d_in, d_out]`."""
-        super().write(matrix / self._scale())
+    def as_stored(self, matrix: Float[Tensor, "d_in d_out"]) -> Tensor:
+        """`matrix [d_in, d_out]` without the scale."""
+        return super().as_stored(matrix / self._scale().to(matrix.dtype))
 
 
 def _multiplies_itself(mlp: nn.Module) -> bool:

@@ -244,6 +244,52 @@ class Host(ABC):
         """How many earlier positions a block's call finds in its key-value cache."""
         return 0
 
+    # -- other weights -------------------------------------------------------------------------------------------
+
+    def with_matrices(self, new: Mapping[str, Float[Tensor, "_in _out"]]) -> nn.Module:
+        """A plain model with `new[site] [d_in, d_out]` in place of the sites' matrices; this model is used up.
+
+        A model of its own class with other weights; a bridge becomes the Hugging Face model that it wraps. Raises
+        ValueError, naming the site, where one parameter would have to hold two values.
+        """
+        sites = {name: self.site(name) for name in new}
+        for name, site in sites.items():
+            self._check_shared(name, site, sites, new)
+        for name, site in sites.items():
+            site.matrix.write(new[name])
+        return self.model
+
+    def _check_shared(self, name: str, site: Site, edited: Mapping[str, Site], new: Mapping[str, Tensor]) -> None:
+        """ValueError if a site's parameter is used elsewhere, and not to be changed there in the same way."""
+        own, parameter = site.matrix.as_stored(new[name]), site.matrix.stored()
+        users = [other for other in self.site_names() if self._stores(other, parameter)]
+        for other in users:
+            if other not in edited:
+                raise ValueError(
+                    f"{name} and {other} are one stored matrix, and only {name} is to be changed; change {other} in "
+                    "the same way, or untie the two in the model first"
+                )
+            if not torch.allclose(edited[other].matrix.as_stored(new[other]), own, rtol=1e-9, atol=1e-12):
+                raise ValueError(
+                    f"{name} and {other} are one stored matrix, and they are to be changed in different ways; change "
+                    "both alike, or untie the two in the model first"
+                )
+        names = self._names_of(parameter)
+        if len(names) > max(1, len(users)):
+            raise ValueError(
+                f"{name} is used in several places of the model ({', '.join(sorted(names))}); untie them first"
+            )
+
+    def _stores(self, name: str, parameter: Tensor) -> bool:
+        try:
+            return self.site(name).matrix.stored() is parameter
+        except ValueError:  # no site of this model
+            return False
+
+    def _names_of(self, parameter: Tensor) -> set[str]:
+        """The names under which a parameter is registered."""
+        return {name for name, p in self.model.named_parameters(remove_duplicate=False) if p is parameter}
+
     # -- places that analysis holds still -----------------------------------------------------------------------
 
     def frozen_points(self, *, attention: bool, norms: bool) -> list[str]:

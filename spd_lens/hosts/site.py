@@ -48,13 +48,16 @@ class StoredMatrix:
         """`W [d_in, d_out]`, a view where the layout allows one, otherwise a copy."""
         return einops.rearrange(self.stored(), self.pattern)
 
+    def as_stored(self, matrix: Float[Tensor, "d_in d_out"]) -> Tensor:
+        """`matrix [d_in, d_out]` in the host's own layout, in the matrix's dtype."""
+        left, right = (side.strip() for side in self.pattern.split("->"))
+        sizes = dict(zip(left.split(), self.stored().shape, strict=True))
+        return einops.rearrange(matrix, f"{right} -> {left}", **sizes)
+
     def write(self, matrix: Float[Tensor, "d_in d_out"]) -> None:
         """Overwrite the stored parameter in place with `matrix [d_in, d_out]`."""
-        stored = self.stored()
-        left, right = (side.strip() for side in self.pattern.split("->"))
-        sizes = dict(zip(left.split(), stored.shape, strict=True))
         with torch.no_grad():
-            stored.copy_(einops.rearrange(matrix, f"{right} -> {left}", **sizes).to(stored.dtype))
+            self.stored().copy_(self.as_stored(matrix).to(self.stored().dtype))
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,7 +28,7 @@ LEVELS = [
     {"core"},
     {"objective", "data", "tasks", "patching"},
     {"evaluation", "statistics", "circuits"},
-    {"training", "graphs", "components"},
+    {"training", "graphs", "components", "editing"},
     {"pictures"},
     {"models"},
     {"toys"},
