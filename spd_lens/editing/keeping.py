@@ -137,6 +137,9 @@ def save_baked(model: nn.Module, directory: str | Path, *, tokenizer: Any = None
                 write_json(temporary / "config.json", _config_content(config))
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
+        for file in temporary.iterdir():
+            # safetensors makes files that only their owner can read; the folder's mode tells the umask.
+            file.chmod(temporary.stat().st_mode & 0o666)
     return directory
 
 
