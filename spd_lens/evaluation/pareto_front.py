@@ -68,6 +68,8 @@ class Pareto:
         return figure
 
     def _draw(self, axis: Any, value_of: Any) -> None:
+        from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
         positive = True
         for index, (name, points) in enumerate(self.points.items()):
             shown = sorted((p.l0, v, p) for p in points if (v := value_of(p)) is not None)
@@ -85,6 +87,10 @@ class Pareto:
         if positive:
             axis.set_xscale("log")
             axis.set_yscale("log")
+            for side in (axis.xaxis, axis.yaxis):
+                side.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+                side.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+                side.set_minor_formatter(NullFormatter())
         if value_of is not _extra_ce:
             off = [p.all_off for points in self.points.values() for p in points]
             axis.axhline(max(off), color="0.35", linestyle="--", linewidth=1, label="all decomposed sites off")
