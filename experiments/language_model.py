@@ -30,6 +30,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from spd_lens import Decomposition, Reconstruction, TokenBatches, TrainConfig, decompose, evaluate, pack_tokens, train
+from spd_lens.baselines import NO_LR, fixed_factors
 from spd_lens.evaluation import EvaluationReport
 from spd_lens.models import load_moby_dick, load_tiny_lm
 from spd_lens.objective import Merged, Persistent, Scope
@@ -60,6 +61,15 @@ def decomposed(seed: int, scale: float, gate_width: int = 128, device: str = "cp
         init="exact" if scale >= 1 else "normal",
         seed=seed,
     )
+
+
+def fix(decomposition: Decomposition, kind: Literal["svd", "random"], seed: int) -> None:
+    """Put subcomponents in that nobody learnt: singular vectors or random ones, which add up to the matrices too."""
+    with torch.no_grad():
+        for index, weight in enumerate(decomposition.values()):
+            V, U = fixed_factors(weight.target_weight, kind, weight.n_subcomponents, seed * 1_000_003 + index)
+            weight.V.copy_(V)
+            weight.U.copy_(U)
 
 
 def configuration(
@@ -127,16 +137,20 @@ def written_windows(n: int, device: str, seed: int, at_once: int = 4096) -> torc
 
 def train_run(args: argparse.Namespace) -> dict[str, Any]:
     """Train one run, or go on with it where it was; returns the last line of its log."""
-    out = args.out or Path("runs/language_model") / f"c{args.coefficient:g}-s{args.seed}-x{args.scale:g}-n{args.steps}"
+    name = f"c{args.coefficient:g}-s{args.seed}-x{args.scale:g}-n{args.steps}-{args.fixed or 'spd'}"
+    out = args.out or Path("runs/language_model") / name
     if args.start is None:
         decomposition = decomposed(args.seed, args.scale, args.gate_width, args.device)
     else:
         decomposition = Decomposition.from_pretrained(args.start, load_tiny_lm(args.device))
-    batches = TokenBatches(training_windows(args.device, args.seed), batch_size=args.rows, seed=args.seed)
     config = configuration(args.coefficient, args.steps, args.seed, scope=args.scope, source_lr=args.source_lr)
     if args.start is not None:
         # What is trained already goes on where the anneal ended.
         config = config.changed(lr=args.lr, gamma_start=config.gamma_end)
+    if args.fixed is not None:
+        config = config.changed(lr=NO_LR, gate_lr=config.lr, faithfulness=0.0, clip_subcomponents=None)
+        fix(decomposition, args.fixed, args.seed)
+    batches = TokenBatches(training_windows(args.device, args.seed), batch_size=args.rows, seed=args.seed)
     if args.cuda_graphs:
         final = train_graphed(decomposition, batches, config, out)
         return {"out": str(out), "steps": config.steps, "final": final}
@@ -230,6 +244,7 @@ def main() -> None:
     training.add_argument("--source-lr", type=float, default=0.01, help="of the persistent adversary")
     training.add_argument("--start", type=Path, help="a saved decomposition to go on with, at --lr")
     training.add_argument("--lr", type=float, default=3e-4, help="with --start")
+    training.add_argument("--fixed", choices=["svd", "random"], help="train gates alone on these subcomponents")
     training.add_argument("--device", default="cpu")
     training.add_argument("--cuda-graphs", action="store_true", help="every step a CUDA graph; no checkpoints")
     training.add_argument("--out", type=Path)
