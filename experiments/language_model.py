@@ -190,7 +190,9 @@ def train_graphed(
     return line
 
 
-def measured(decomposition: Decomposition, rows: int, ladder: Sequence[int], starts: int) -> EvaluationReport:
+def measured(
+    decomposition: Decomposition, rows: int, ladder: Sequence[int], starts: int, sample_rows: int = 512
+) -> EvaluationReport:
     """The evaluation on held-out chapters: `rows` of 128 tokens; frequencies and needs from the training chapters."""
     training = text_windows("train")
     counts = torch.bincount(training[:, 1:].flatten(), minlength=VOCABULARY)
@@ -200,7 +202,7 @@ def measured(decomposition: Decomposition, rows: int, ladder: Sequence[int], sta
         max_batches=-(-rows // 16),
         adversary_steps=tuple(ladder),
         starts=starts,
-        deletion_sample=list(training[:512].split(16)),
+        deletion_sample=list(training[:sample_rows].split(16)),
         token_counts=counts,
     )
 
