@@ -4,7 +4,7 @@ Call `decompose` or `decompose_layer` and use the `Decomposition` they return; `
 the pure functions that it is made of."""
 
 from spd_lens.core.card import model_card
-from spd_lens.core.decomposed_weight import DecomposedWeight, ReadPoint
+from spd_lens.core.decomposed_weight import DecomposedWeight
 from spd_lens.core.decomposing import decompose, decompose_layer
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.fingerprint import subcomponent_hashes, target_fingerprint
@@ -25,11 +25,13 @@ from spd_lens.core.gates import (
 from spd_lens.core.inputs import as_mask, as_tensor, checked_decomposition, checked_tokens
 from spd_lens.core.masks import MaskKind, SiteMask, mask_from_source, sample_masks
 from spd_lens.core.passes import BlockStarts, CleanPass, given_masks, record_inputs
+from spd_lens.core.points import ReadPoint
 from spd_lens.core.routing import Routing, route, sample_routing
 from spd_lens.core.saving import CONFIG, TENSORS
 from spd_lens.core.settings import GateMaker, InitMaker, Settings
 from spd_lens.core.squashings import importance_of, lower_squash, upper_squash
 from spd_lens.core.subcomponents import InitKind, Subcomponents, relative_faithfulness
+from spd_lens.core.summary import SiteSummary, Summary
 from spd_lens.core.units import ALIVE_ABOVE, DELTA, WHOLE, Ids, Unit, unit_hooks, units_of
 
 __all__ = [
@@ -62,7 +64,9 @@ __all__ = [
     "Settings",
     "SharedGate",
     "SiteMask",
+    "SiteSummary",
     "Subcomponents",
+    "Summary",
     "Unit",
     "VectorGate",
     "as_mask",

@@ -14,7 +14,6 @@ Cost when watched: `2 C (d_in + d_out)` multiply-adds per position, against `d_i
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,19 +24,16 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from spd_lens.core.gates import Gate, matmul_or_lookup
+from spd_lens.core.masked_change import masked_change, through_U
 from spd_lens.core.masks import SiteMask
 from spd_lens.core.pass_state import PassState
+from spd_lens.core.points import MaskedAlready, ReadPoint, has_hook
 from spd_lens.core.squashings import importance_of
 from spd_lens.core.subcomponents import Subcomponents
-from spd_lens.hosts.site import POINT_SUFFIXES, Site, is_from_transformer_lens
-from spd_lens.support.compiling import not_compiled
+from spd_lens.hosts.site import POINT_SUFFIXES, Site
 
 if TYPE_CHECKING:
     from transformer_lens import FactoredMatrix
-
-
-def _has_hook(point: HookPoint) -> bool:
-    return bool(point._forward_hooks or point._backward_hooks or point._forward_pre_hooks or point._backward_pre_hooks)
 
 
 def _over_heads(value: Tensor | None, a: Tensor, *, n_trailing: int) -> Tensor | None:
@@ -45,62 +41,6 @@ def _over_heads(value: Tensor | None, a: Tensor, *, n_trailing: int) -> Tensor |
     if value is not None and a.ndim == 4 and value.ndim == 2 + n_trailing:
         return value.unsqueeze(-1 - n_trailing)
     return value
-
-
-class ReadPoint(HookPoint):
-    """A HookPoint that hands what it returns, after all its hooks have run, to the sites that read it.
-
-    Existing HookPoints become one by having their class changed, so every name, alias, hook and reference that
-    the host or the user holds stays valid; `__call__` rather than a hook is used because hooks that a user adds
-    later would run after ours. Compiled graphs leave it out: they would remember which hooks there were at first.
-    """
-
-    readers: Sequence[DecomposedWeight] = ()
-
-    @not_compiled
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        out = super().__call__(*args, **kwargs)
-        for weight in self.readers:
-            weight.receive_input(out)
-        return out
-
-
-class HeadResults(HookPoint):
-    """What each head adds to `W_O`'s output, where the host computes that: masks act here, before the user's hooks.
-
-    A hook that takes a head away then takes away what the masked weight makes of it.
-    """
-
-    weights: Sequence[DecomposedWeight] = ()
-
-    @not_compiled
-    def forward(self, x: Tensor) -> Tensor:
-        """`[batch pos head d_out]`, masked."""
-        return x if not self.weights else self.weights[0].masked_heads(x)
-
-
-@dataclass(frozen=True, eq=False)
-class MaskedAlready:
-    """Stands for the input of a site whose masks have acted head by head; `rest` is what belongs to no head."""
-
-    rest: Tensor | None
-
-
-class UnknownImportance(HookPoint):
-    """The importance point of a site whose importance no single pass knows (the global gate): it never fires.
-
-    TransformerLens's caches hook every point there is and may; anybody else is told what to call.
-    """
-
-    def add_hook(self, hook: Any, *args: Any, **kwargs: Any) -> Any:
-        """As a HookPoint, but ValueError for a hook that is not one of TransformerLens's caches."""
-        if not is_from_transformer_lens(hook):
-            raise ValueError(
-                f"{self.name} never fires: the global gate needs the inputs of all sites before it can say anything "
-                "about one; use decomposition.importance(tokens) instead of hooking the importance (a hook of your own "
-                "on all points: leave this one out)"
-            )
-        return super().add_hook(hook, *args, **kwargs)
 
 
 @dataclass(eq=False)
@@ -212,7 +152,7 @@ class DecomposedWeight(ReadPoint):
 
     def is_watched(self) -> bool:
         """Whether any of the site's four HookPoints has a hook of any kind."""
-        return any(_has_hook(point) for point in self.points.values())
+        return any(has_hook(point) for point in self.points.values())
 
     def is_needed(self) -> bool:
         """Whether the running pass does anything here but pass the output on."""
@@ -346,13 +286,13 @@ class DecomposedWeight(ReadPoint):
         acts_point, importance_point, mask_point, delta_point = (self.points[s] for s in POINT_SUFFIXES)
         patched, mask, delta = a, None, None
         # A hook may write in place: it gets a tensor of its own, never the `a` that the delta still needs.
-        if _has_hook(acts_point):
+        if has_hook(acts_point):
             patched = self._checked(acts_point(a.clone()), a.shape, "acts").to(a.dtype)
-        if _has_hook(importance_point) and self.gate is not None:
+        if has_hook(importance_point) and self.gate is not None:
             importance_point(self.live_importance(x, a))
-        if _has_hook(mask_point):
+        if has_hook(mask_point):
             mask = self._as_factor(self._checked(mask_point(self._ones(mask_point, a)), a.shape, "mask"), a)
-        if _has_hook(delta_point):
+        if has_hook(delta_point):
             # With an axis after the positions, as everything that TransformerLens caches and slices has one.
             shape = (*a.shape[:-1], 1)
             delta = self._checked(delta_point(self._ones(delta_point, a[..., :1])), torch.Size(shape), "delta_mask")
@@ -408,52 +348,15 @@ class DecomposedWeight(ReadPoint):
         call = state.call_of(site.layer)
         return state.cached_positions if call is None else call.cached_positions
 
-    def _combine(self, y0: Tensor, a: Tensor, patched: Tensor, mask: Tensor | None, delta: Tensor | None) -> Tensor:
-        return (y0 + self._change(y0, a, patched, mask, delta)).to(y0.dtype)
-
-    def _change(self, y0: Tensor, a: Tensor, patched: Tensor, mask: Tensor | None, delta: Tensor | None) -> Tensor:
-        """`y - y0`: `(m * a' - d * a) @ U - (1 - d) * (y0 - b)`."""
-        kept = None if delta is None else delta.unsqueeze(-1)
-        if patched is a:
-            one = torch.ones((), dtype=a.dtype, device=a.device)
-            coefficients = ((one if mask is None else mask) - (one if kept is None else kept)) * a
-        else:
-            coefficients = (patched if mask is None else mask * patched) - (a if kept is None else kept * a)
-        change = self.through_U(coefficients, y0)
-        if delta is not None:
-            dense = self._dense_part(y0)
-            weight = (1 - delta).expand(a.shape[:-1])
-            weight = weight.reshape(*weight.shape, *([1] * (dense.ndim - weight.ndim)))
-            change = change - weight * dense
-        return change
-
     def through_U(self, coefficients: Float[Tensor, "*batch C"], y0: Tensor, U: Tensor | None = None) -> Tensor:
         """`coefficients @ U` in the shape of `y0`, which may have a head axis and repeat grouped heads.
 
         `U [C d_out]` is the site's own unless given.
         """
-        U = self.U if U is None else U
-        split_input = coefficients.ndim == y0.ndim
-        # By the number of axes too: with one stored head, d_head is all of d_out.
-        has_heads = y0.ndim > coefficients.ndim or y0.shape[-1] != U.shape[1]
-        if not has_heads:
-            return coefficients @ U
-        d_head = y0.shape[-1]
-        U_heads = rearrange(U, "C (head d_head) -> head C d_head", d_head=d_head)
-        repeats = y0.shape[-2] // U_heads.shape[0]
-        if split_input:  # every head has an input of its own and uses its own columns of U
-            if repeats > 1:
-                U_heads = U_heads.repeat_interleave(repeats, dim=0)
-            return (coefficients.unsqueeze(-2) @ U_heads).squeeze(-2)
-        out = rearrange(coefficients @ U, "... (head d_head) -> ... head d_head", d_head=d_head)
-        return out if repeats == 1 else out.repeat_interleave(repeats, dim=-2)
+        return through_U(coefficients, self.U if U is None else U, y0)
 
-    def _dense_part(self, y0: Tensor) -> Tensor:
-        """`x @ W` in the shape of `y0`, taken from `y0`."""
-        bias = self.bias
-        if bias is None:
-            return y0
-        if bias.ndim == 2 and bias.shape[0] != y0.shape[-2]:  # grouped keys, which the host has repeated
-            bias = bias.repeat_interleave(y0.shape[-2] // bias.shape[0], dim=0)
-        # Not in half precision: the rounding that y0 has already must cancel where delta is 0.
-        return y0.to(torch.promote_types(y0.dtype, torch.float32)) - bias.to(y0.device)
+    def _combine(self, y0: Tensor, a: Tensor, patched: Tensor, mask: Tensor | None, delta: Tensor | None) -> Tensor:
+        return (y0 + self._change(y0, a, patched, mask, delta)).to(y0.dtype)
+
+    def _change(self, y0: Tensor, a: Tensor, patched: Tensor, mask: Tensor | None, delta: Tensor | None) -> Tensor:
+        return masked_change(y0, a, patched, mask, delta, U=self.U, bias=None if delta is None else self.bias)

@@ -7,10 +7,7 @@ lists of ordinary TransformerLens hooks; nothing is switched on or off in the mo
 from __future__ import annotations
 
 import tempfile
-import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +20,17 @@ from spd_lens.core.gate_sets import Gates, gates_of
 from spd_lens.core.inputs import checked_tokens
 from spd_lens.core.interventions import Factor, HookList, ablation_hooks, hooks_for_masks, keeping_hooks
 from spd_lens.core.masks import SiteMask
-from spd_lens.core.passes import BlockStarts, CleanPass, given_masks, record_inputs
+from spd_lens.core.passes import BlockStarts, CleanPass, captured, given_masks, record_inputs
 from spd_lens.core.saving import check_same_weights, read_decomposition, upload, write_decomposition
 from spd_lens.core.settings import GateMaker, Settings
 from spd_lens.core.squashings import importance_of
-from spd_lens.core.subcomponents import relative_faithfulness, smallest_relative_error
+from spd_lens.core.summary import Summary, summarise
 from spd_lens.core.swap import check_sites, swap_out, swap_sites
-from spd_lens.core.units import ALIVE_ABOVE, Unit, unit_hooks
+from spd_lens.core.units import Unit, unit_hooks
 from spd_lens.hosts.host import Host
 from spd_lens.hosts.opening import open_host
 from spd_lens.support.files import numbers
 from spd_lens.support.names import near_names
-from spd_lens.support.tables import format_table
 
 
 class Decomposition(Mapping[str, DecomposedWeight]):
@@ -149,7 +145,7 @@ class Decomposition(Mapping[str, DecomposedWeight]):
         with (
             torch.no_grad(),
             record_inputs(self._weights) as inputs,
-            self._capture(hidden_points) as hidden,
+            captured(self.host, hidden_points) as hidden,
             self.host.record_residuals(layers if attention_mask is None else ()) as residuals,
         ):
             output = self._run(batch, start_at, attention_mask)
@@ -197,24 +193,9 @@ class Decomposition(Mapping[str, DecomposedWeight]):
     ) -> dict[str, Tensor]:
         """As `masked_forward`, but the activations of the named hook points, with gradients (L7)."""
         self.require_present()
-        with given_masks(self._weights, masks), self._capture(points) as hidden:
+        with given_masks(self._weights, masks), captured(self.host, points) as hidden:
             self._run(batch, start_at, attention_mask)
         return hidden
-
-    @contextmanager
-    def _capture(self, points: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-        found: dict[str, Tensor] = {}
-        if not points:
-            yield found
-            return
-        known = self.model.hook_dict
-        for point in points:
-            if point not in known:
-                raise ValueError(f"no hook point {point!r}; near: {near_names(point, known)}")
-        # Of this thread only: others may run the same model meanwhile.
-        store = partial(_store, found=found, thread=threading.get_ident())
-        with self.model.hooks(fwd_hooks=[(point, partial(store, name=point)) for point in points]):
-            yield found
 
     def _run(self, batch: Tensor, start_at: int | None, attention_mask: Tensor | None = None) -> Tensor:
         self.require_present()
@@ -270,32 +251,16 @@ class Decomposition(Mapping[str, DecomposedWeight]):
 
     # -- reports -----------------------------------------------------------------------------------------------
 
-    def summary(self, batch: Any = None) -> str:
-        """One readable block: per site C, rank bound, relative faithfulness and the smallest one that C allows.
+    def summary(self, batch: Any = None) -> Summary:
+        """One readable table: per site C, rank bound, relative faithfulness and the smallest one that C allows.
 
         With a batch of tokens (or inputs) also alive subcomponents (importance above 0.01 somewhere in it) and L0
         (mean number with importance above 0.01 per position), both of that batch.
         """
-        importances = None if batch is None else self.importance(batch)
-        rows = []
-        for name, weight in self.items():
-            W = weight.target_weight.detach()
-            alive = l0 = "-"
-            if importances is not None:
-                fires = importances[name].flatten(0, -2) > ALIVE_ABOVE
-                alive, l0 = str(int(fires.any(0).sum())), f"{float(fires.float().sum(-1).mean()):.1f}"
-            error = float(relative_faithfulness(W, weight.V.detach(), weight.U.detach()))
-            floor = smallest_relative_error(W, weight.n_subcomponents)
-            rows.append(
-                (name, str(weight.n_subcomponents), str(weight.rank_bound), alive, l0, f"{error:.2e}", f"{floor:.2e}")
-            )
         trained = sum(p.numel() for p in self.subcomponent_parameters() + self.gate_parameters())
-        decomposed = sum(w.target_weight.numel() for w in self.values() if w.tied_to is None)
-        title = f"{len(self)} sites, {decomposed:,} target weights, {trained:,} trained parameters"
-        header = ("site", "C", "rank bound", "alive", "L0", "|W-VU|^2/|W|^2", "smallest possible")
-        return title + "\n" + format_table(header, rows)
+        return summarise(self, None if batch is None else self.importance(batch), trained)
 
-    # -- saving (see spd_lens.checkpoint) ------------------------------------------------------------------------
+    # -- saving (see `spd_lens.core.saving`) ----------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Tensor]:
         """Every trained tensor by a stable name: `"{site}.V"`, `"{site}.U"`, `"{site}.gate.{parameter}"`."""
@@ -403,8 +368,3 @@ class Decomposition(Mapping[str, DecomposedWeight]):
         """ValueError if `remove` was called."""
         if self._removed:
             raise ValueError("this decomposition was removed from its model; decompose it again, or load a saved one")
-
-
-def _store(value: Tensor, hook: Any, *, found: dict[str, Tensor], name: str, thread: int) -> None:
-    if threading.get_ident() == thread:
-        found[name] = value

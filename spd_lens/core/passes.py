@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 from spd_lens.core.decomposed_weight import DecomposedWeight
 from spd_lens.core.masks import SiteMask
 from spd_lens.hosts.host import Host
+from spd_lens.support.names import near_names
 
 
 @contextmanager
@@ -45,6 +48,28 @@ def given_masks(weights: Mapping[str, DecomposedWeight], masks: Mapping[str, Sit
         yield
     finally:
         state.given = before
+
+
+@contextmanager
+def captured(host: Host, points: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """While open, passes of this thread store the activations of the named hook points in the dict."""
+    found: dict[str, Tensor] = {}
+    if not points:
+        yield found
+        return
+    known = host.model.hook_dict
+    for point in points:
+        if point not in known:
+            raise ValueError(f"no hook point {point!r}; near: {near_names(point, known)}")
+    # Of this thread only: others may run the same model meanwhile.
+    store = partial(_store, found=found, thread=threading.get_ident())
+    with host.model.hooks(fwd_hooks=[(point, partial(store, name=point)) for point in points]):
+        yield found
+
+
+def _store(value: Tensor, hook: Any, *, found: dict[str, Tensor], name: str, thread: int) -> None:
+    if threading.get_ident() == thread:
+        found[name] = value
 
 
 class BlockStarts:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
-from spd_lens.core.decomposed_weight import DecomposedWeight, HeadResults, ReadPoint, Swapped, UnknownImportance
+from spd_lens.core.decomposed_weight import DecomposedWeight, Swapped
 from spd_lens.core.gates import Gate, GlobalGate, make_gate
 from spd_lens.core.pass_state import CallGuard, PassState
+from spd_lens.core.points import HeadResults, ReadPoint, UnknownImportance
 from spd_lens.core.settings import Settings
 from spd_lens.core.subcomponents import Subcomponents, initial_factors
 from spd_lens.hosts.host import Host
