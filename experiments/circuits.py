@@ -42,9 +42,9 @@ from spd_lens import PGD, Decomposition, Reconstruction, TrainConfig, decompose
 from spd_lens.circuits import (
     BUDGETS,
     CircuitReport,
-    SubcomponentUnits,
+    SubcomponentParts,
     check_circuit,
-    compare_units,
+    compare_parts,
     faithfulness_curve,
     find_circuit,
 )
@@ -182,7 +182,7 @@ def run_induction(args: Namespace) -> dict[str, Any]:
         "context": context_task(32, 10, args.seed),
     }
     compared = {name: comparison(decomposition, task) for name, task in tasks.items()}
-    curve = compared["context"]["corrupted"]["units"]["subcomponents"]
+    curve = compared["context"]["corrupted"]["parts"]["subcomponents"]
     return {
         **found["honest"],
         "cpr": curve["cpr"],
@@ -198,9 +198,9 @@ def run_induction(args: Namespace) -> dict[str, Any]:
 
 
 def comparison(decomposition: Decomposition, task: Task) -> dict[str, Any]:
-    """`compare_units` under both ablations."""
+    """`compare_parts` under both ablations."""
     return {
-        outside: compare_units(decomposition, task, level=LEVEL, outside=outside).to_json()  # pyright: ignore
+        outside: compare_parts(decomposition, task, level=LEVEL, outside=outside).to_json()  # pyright: ignore
         for outside in ("corrupted", "zero")
     }
 
@@ -245,11 +245,11 @@ def on_task(decomposition: Decomposition, task: Task, args: Namespace) -> dict[s
         }
     if values["logit_difference_clean"] <= values["logit_difference_corrupted"]:
         return values | {"left_out": "the model does not tell clean from corrupted prompts in the right direction"}
-    units = SubcomponentUnits(decomposition, task, deltas=False)
-    curve = faithfulness_curve(units)
+    parts = SubcomponentParts(decomposition, task, deltas=False)
+    curve = faithfulness_curve(parts)
     by_attribution = {site: [] for site in decomposition}
     for i in curve.ranking[:10]:
-        site, c = units.labels[i].rstrip("]").rsplit("[", 1)
+        site, c = parts.labels[i].rstrip("]").rsplit("[", 1)
         by_attribution[site].append(int(c))
     ids = {site: chosen for site, chosen in by_attribution.items() if chosen}
     effects = ablation_effects(decomposition, task.clean, task.logit_difference, ids)

@@ -5,14 +5,14 @@ from spd_lens.circuits.circuit import Circuit, circuit_of
 from spd_lens.circuits.config import CircuitConfig
 from spd_lens.circuits.curves import (
     FaithfulnessCurve,
-    UnitComparison,
-    compare_units,
+    PartComparison,
+    compare_parts,
     faithfulness_curve,
     faithfulness_of_first,
     ranked,
     smallest_size,
 )
-from spd_lens.circuits.live_units import HeadAndMLPUnits, SubcomponentUnits, Units
+from spd_lens.circuits.parts import HeadAndMLPParts, Parts, SubcomponentParts
 from spd_lens.circuits.search import find_circuit
 
 __all__ = [
@@ -21,13 +21,13 @@ __all__ = [
     "CircuitConfig",
     "CircuitReport",
     "FaithfulnessCurve",
-    "HeadAndMLPUnits",
-    "SubcomponentUnits",
-    "UnitComparison",
-    "Units",
+    "HeadAndMLPParts",
+    "PartComparison",
+    "Parts",
+    "SubcomponentParts",
     "check_circuit",
     "circuit_of",
-    "compare_units",
+    "compare_parts",
     "faithfulness_curve",
     "faithfulness_of_first",
     "find_circuit",

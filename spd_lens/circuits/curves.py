@@ -1,16 +1,16 @@
-"""Faithfulness against circuit size for any ranking of units, and kinds of units compared at equal faithfulness.
+"""Faithfulness against circuit size for any ranking of parts, and kinds of parts compared at equal faithfulness.
 
-For a ranking of n units, `f(k)` is the faithfulness with the k first ones live and all others left out
-(`Units.faithfulness`). Over the fraction `x = k / n`, with straight lines between measured sizes,
+For a ranking of n parts, `f(k)` is the faithfulness with the k first ones live and all others left out
+(`Parts.faithfulness`). Over the fraction `x = k / n`, with straight lines between measured sizes,
 
     CPR = integral of f(x) over x from 0 to 1          (higher is better; above 1 where circuits overshoot)
     CMD = integral of |1 - f(x)| over x from 0 to 1    (lower is better; 0: every size behaves as the whole model)
 
 by the trapezoidal rule, as in the circuit track of the Mechanistic Interpretability Benchmark (MIB; Mueller et al.
 2025), from which the default fractions are; here size 0 is measured too, and |1 - f| only at the measured sizes. Both
-depend on the units: a fraction of 8 heads is not one of 200 subcomponents, so compare sizes in parameters as well.
+depend on the parts: a fraction of 8 heads is not one of 200 subcomponents, so compare sizes in parameters as well.
 
-Left-out units hold the corrupted prompt's values, or 0; neither is an adversary (see `spd_lens.circuits.check`).
+Left-out parts hold the corrupted prompt's values, or 0; neither is an adversary (see `spd_lens.circuits.check`).
 
 Cost: one pass over the clean prompts per size, from the first decomposed block on.
 """
@@ -26,7 +26,7 @@ from jaxtyping import Float
 from scipy.integrate import trapezoid
 from torch import Tensor
 
-from spd_lens.circuits.live_units import HeadAndMLPUnits, Outside, SubcomponentUnits, Units
+from spd_lens.circuits.parts import HeadAndMLPParts, Outside, Parts, SubcomponentParts
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.support.pages import table_html
 from spd_lens.support.tables import format_table
@@ -35,15 +35,15 @@ from spd_lens.tasks.task import Task
 FRACTIONS = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
-# With so few units every size is measured.
+# With so few parts every size is measured.
 _ALL_SIZES = 32
 
 
 @dataclass(frozen=True, repr=False)
 class FaithfulnessCurve:
-    """Faithfulness at each of `sizes` (numbers of units); `parameters` are the numbers in the weights of those units.
+    """Faithfulness at each of `sizes` (numbers of parts); `parameters` are the numbers in the weights of those parts.
 
-    `ranking` are all units' numbers, the first to be kept first; `n_units` how many there are.
+    `ranking` are all parts' numbers, the first to be kept first; `n_parts` how many there are.
     """
 
     what: str
@@ -51,20 +51,20 @@ class FaithfulnessCurve:
     faithfulness: tuple[float, ...]
     parameters: tuple[int, ...]
     ranking: tuple[int, ...]
-    n_units: int
+    n_parts: int
 
     @property
     def cpr(self) -> float:
-        """Area under the curve over the fraction of units (see the module)."""
+        """Area under the curve over the fraction of parts (see the module)."""
         return self._area(self.faithfulness)
 
     @property
     def cmd(self) -> float:
-        """Area of the distance to 1 over the fraction of units (see the module)."""
+        """Area of the distance to 1 over the fraction of parts (see the module)."""
         return self._area([abs(1 - f) for f in self.faithfulness])
 
     def _area(self, heights: Sequence[float]) -> float:
-        x = [size / self.n_units for size in self.sizes]
+        x = [size / self.n_parts for size in self.sizes]
         return float(trapezoid(heights, x))
 
     def to_json(self) -> dict[str, Any]:
@@ -74,10 +74,10 @@ class FaithfulnessCurve:
 
     def _table(self) -> tuple[str, tuple[str, ...], list[tuple[str, ...]]]:
         rows = [
-            (f"{size:,}", f"{size / self.n_units:.3f}", f"{parameters:,}", f"{f:.3f}")
+            (f"{size:,}", f"{size / self.n_parts:.3f}", f"{parameters:,}", f"{f:.3f}")
             for size, parameters, f in zip(self.sizes, self.parameters, self.faithfulness, strict=True)
         ]
-        return self.what, ("units", "fraction", "parameters", "faithfulness"), rows
+        return self.what, ("parts", "fraction", "parameters", "faithfulness"), rows
 
     def _areas(self) -> str:
         return f"CPR {self.cpr:.4f}, CMD {self.cmd:.4f}"
@@ -87,73 +87,73 @@ class FaithfulnessCurve:
         return f"{title}\n{format_table(header, rows)}\n{self._areas()}"
 
     def __repr__(self) -> str:
-        return f"FaithfulnessCurve({self.what}: {len(self.sizes)} sizes of {self.n_units} units, {self._areas()})"
+        return f"FaithfulnessCurve({self.what}: {len(self.sizes)} sizes of {self.n_parts} parts, {self._areas()})"
 
     def _repr_html_(self) -> str:
         return table_html(*self._table(), notes=[self._areas()])
 
 
 def faithfulness_curve(
-    units: Units,
-    scores: Float[Tensor, " unit"] | Mapping[str, float] | None = None,
+    parts: Parts,
+    scores: Float[Tensor, " part"] | Mapping[str, float] | None = None,
     *,
     sizes: Sequence[int] | None = None,
 ) -> FaithfulnessCurve:
-    """`f(k)` for the units in order of falling scores (see the module for f, CPR and CMD).
+    """`f(k)` for the parts in order of falling scores (see the module for f, CPR and CMD).
 
-    `scores`: one number per unit, by number or by label (unnamed units come last); None: `units.scores()`, attribution.
-    `sizes`: numbers of units; None: every size up to 32 units, beyond that the fractions of `FRACTIONS`. 0 and all
+    `scores`: one number per part, by number or by label (unnamed parts come last); None: `parts.scores()`, attribution.
+    `sizes`: numbers of parts; None: every size up to 32 parts, beyond that the fractions of `FRACTIONS`. 0 and all
     are always measured. Raises ValueError for scores of another length, NaN, unknown labels and sizes out of range.
     """
-    ranking = ranked(units, scores)
-    n = len(units)
+    ranking = ranked(parts, scores)
+    n = len(parts)
     if sizes is None:
         sizes = range(n + 1) if n <= _ALL_SIZES else [round(fraction * n) for fraction in FRACTIONS]
     chosen = sorted({0, n, *(int(size) for size in sizes)})
     if chosen[0] < 0 or chosen[-1] > n:
-        raise ValueError(f"sizes {list(sizes)}: expected numbers of units between 0 and {n}")
-    found = [faithfulness_of_first(units, ranking, size) for size in chosen]
-    parameters = [sum(units.parameters[i] for i in ranking[:size]) for size in chosen]
-    return FaithfulnessCurve(units.what, tuple(chosen), tuple(found), tuple(parameters), tuple(ranking), n)
+        raise ValueError(f"sizes {list(sizes)}: expected numbers of parts between 0 and {n}")
+    found = [faithfulness_of_first(parts, ranking, size) for size in chosen]
+    parameters = [sum(parts.parameters[i] for i in ranking[:size]) for size in chosen]
+    return FaithfulnessCurve(parts.what, tuple(chosen), tuple(found), tuple(parameters), tuple(ranking), n)
 
 
-def ranked(units: Units, scores: Float[Tensor, " unit"] | Mapping[str, float] | None) -> list[int]:
-    """The units' numbers by falling score; equal ones in their own order."""
+def ranked(parts: Parts, scores: Float[Tensor, " part"] | Mapping[str, float] | None) -> list[int]:
+    """The parts' numbers by falling score; equal ones in their own order."""
     if scores is None:
-        scores = units.scores()
+        scores = parts.scores()
     if isinstance(scores, Mapping):
-        by_label = torch.full((len(units),), -torch.inf)
+        by_label = torch.full((len(parts),), -torch.inf)
         for label, score in scores.items():
-            by_label[units.index(label)] = float(score)
+            by_label[parts.index(label)] = float(score)
         scores = by_label
-    if scores.shape != (len(units),) or bool(scores.isnan().any()):
-        raise ValueError(f"scores have shape {tuple(scores.shape)}; expected ({len(units)},), one per unit, and no NaN")
+    if scores.shape != (len(parts),) or bool(scores.isnan().any()):
+        raise ValueError(f"scores have shape {tuple(scores.shape)}; expected ({len(parts)},), one per part, and no NaN")
     return scores.argsort(descending=True, stable=True).tolist()
 
 
-def faithfulness_of_first(units: Units, ranking: Sequence[int], size: int) -> float:
-    """Faithfulness with the first `size` units of the ranking live."""
-    kept = torch.zeros(len(units), dtype=torch.bool)
+def faithfulness_of_first(parts: Parts, ranking: Sequence[int], size: int) -> float:
+    """Faithfulness with the first `size` parts of the ranking live."""
+    kept = torch.zeros(len(parts), dtype=torch.bool)
     kept[list(ranking[:size])] = True
-    return units.faithfulness(kept)
+    return parts.faithfulness(kept)
 
 
-def smallest_size(units: Units, ranking: Sequence[int], level: float) -> tuple[int, float]:
+def smallest_size(parts: Parts, ranking: Sequence[int], level: float) -> tuple[int, float]:
     """The size at which the ranking first reaches `level`, found by doubling and bisection, and the faithfulness there.
 
     Faithfulness need not rise with size: between the sizes that were tried, smaller ones may reach the level too.
     """
-    n, low, high = len(units), 0, 1
-    reached = faithfulness_of_first(units, ranking, 0)
+    n, low, high = len(parts), 0, 1
+    reached = faithfulness_of_first(parts, ranking, 0)
     if reached >= level:
         return 0, reached
-    while (reached := faithfulness_of_first(units, ranking, high)) < level:
+    while (reached := faithfulness_of_first(parts, ranking, high)) < level:
         if high == n:
-            raise ValueError(f"no size tried reaches faithfulness {level}: with all {n} units live it is {reached:.4g}")
+            raise ValueError(f"no size tried reaches faithfulness {level}: with all {n} parts live it is {reached:.4g}")
         low, high = high, min(2 * high, n)
     while high - low > 1:
         middle = (low + high) // 2
-        value = faithfulness_of_first(units, ranking, middle)
+        value = faithfulness_of_first(parts, ranking, middle)
         if value >= level:
             high, reached = middle, value
         else:
@@ -162,11 +162,11 @@ def smallest_size(units: Units, ranking: Sequence[int], level: float) -> tuple[i
 
 
 @dataclass(frozen=True, repr=False)
-class UnitComparison:
-    """Two (or more) kinds of units on the same task at the same level of faithfulness. `str(...)` is one table.
+class PartComparison:
+    """Two (or more) kinds of parts on the same task at the same level of faithfulness. `str(...)` is one table.
 
     By name: the `curves`, and where each first reaches `level`: `sizes`, `parameters`, the measured `faithfulness`,
-    and the `labels` of the units there, most important first. None where no measured size reaches the level.
+    and the `labels` of the parts there, most important first. None where no measured size reaches the level.
     """
 
     level: float
@@ -180,10 +180,10 @@ class UnitComparison:
         """Plain values."""
         return {
             "level": self.level,
-            "units": {
+            "parts": {
                 name: {
-                    "units": self.sizes[name],
-                    "of": curve.n_units,
+                    "parts": self.sizes[name],
+                    "of": curve.n_parts,
                     "parameters": self.parameters[name],
                     "of_parameters": curve.parameters[-1],
                     "faithfulness": self.faithfulness[name],
@@ -195,16 +195,16 @@ class UnitComparison:
         }
 
     def _table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]], list[str]]:
-        """Header, rows and notes, one for every kind of units."""
+        """Header, rows and notes, one for every kind of parts."""
         rows: list[tuple[str, ...]] = []
         for name, curve in self.curves.items():
             size, parameters, reached = self.sizes[name], self.parameters[name], self.faithfulness[name]
             if size is None or parameters is None or reached is None:
-                row = (f"not by {curve.n_units:,}", "-", f"{max(curve.faithfulness):.3f}")
+                row = (f"not by {curve.n_parts:,}", "-", f"{max(curve.faithfulness):.3f}")
             else:
-                row = (f"{size:,} of {curve.n_units:,}", f"{parameters:,}", f"{reached:.3f}")
+                row = (f"{size:,} of {curve.n_parts:,}", f"{parameters:,}", f"{reached:.3f}")
             rows.append((name, *row, f"{curve.cpr:.3f}", f"{curve.cmd:.3f}"))
-        header = ("units", f"to reach {self.level:g}", "parameters", "faithfulness", "CPR", "CMD")
+        header = ("parts", f"to reach {self.level:g}", "parameters", "faithfulness", "CPR", "CMD")
         return header, rows, [f"{name}: {curve.what}" for name, curve in self.curves.items()]
 
     def __str__(self) -> str:
@@ -213,48 +213,48 @@ class UnitComparison:
 
     def __repr__(self) -> str:
         found = ", ".join(f"{name}: {size if size is not None else 'not reached'}" for name, size in self.sizes.items())
-        return f"UnitComparison(units to reach {self.level:g}: {found})"
+        return f"PartComparison(parts to reach {self.level:g}: {found})"
 
     def _repr_html_(self) -> str:
         header, rows, notes = self._table()
-        return table_html(f"units to reach {self.level:g}", header, rows, notes)
+        return table_html(f"parts to reach {self.level:g}", header, rows, notes)
 
 
-def compare_units(
+def compare_parts(
     decomposition: Decomposition,
     task: Task,
     *,
     level: float = 0.9,
     outside: Outside = "corrupted",
     scores: Mapping[str, Tensor | Mapping[str, float]] | None = None,
-) -> UnitComparison:
+) -> PartComparison:
     """The same task's circuit over subcomponents, and over heads and MLPs, each grown until it reaches `level`.
 
     Both cover the same part of the model (heads and MLPs with decomposed matrices), are ranked by attribution patching
-    and measured under the same ablation, `outside`. Subcomponents come twice: with the deltas as units, and with all
+    and measured under the same ablation, `outside`. Subcomponents come twice: with the deltas as parts, and with all
     deltas left out (then `None` stands where the level cannot be reached). `scores` adds rankings of the subcomponents
     alone by other scores, by name: `{"importance": {"blocks.0.mlp.W_in[3]": 0.9, ...}}`.
     A subcomponent has `d_in + d_out` parameters, a delta and a matrix `d_in * d_out`.
 
     Raises ValueError where the model does not do the task, or whole heads and MLPs cannot reach the level.
     """
-    alone = SubcomponentUnits(decomposition, task, outside=outside, deltas=False)
-    kinds: dict[str, tuple[Units, Any]] = {
-        "heads and MLPs": (HeadAndMLPUnits(decomposition, task, outside=outside), None),
+    alone = SubcomponentParts(decomposition, task, outside=outside, deltas=False)
+    kinds: dict[str, tuple[Parts, Any]] = {
+        "heads and MLPs": (HeadAndMLPParts(decomposition, task, outside=outside), None),
         "subcomponents": (alone, None),
-        "subcomponents and deltas": (SubcomponentUnits(decomposition, task, outside=outside), None),
+        "subcomponents and deltas": (SubcomponentParts(decomposition, task, outside=outside), None),
     }
     kinds |= {f"subcomponents by {name}": (alone, given) for name, given in (scores or {}).items()}
     curves, sizes, parameters, faithfulness, labels = {}, {}, {}, {}, {}
-    for name, (units, given) in kinds.items():
-        curve = faithfulness_curve(units, given)
+    for name, (parts, given) in kinds.items():
+        curve = faithfulness_curve(parts, given)
         curves[name] = curve
-        if units is alone and max(curve.faithfulness) < level:
+        if parts is alone and max(curve.faithfulness) < level:
             sizes[name] = parameters[name] = faithfulness[name] = None
             labels[name] = ()
             continue
-        size, faithfulness[name] = smallest_size(units, curve.ranking, level)
+        size, faithfulness[name] = smallest_size(parts, curve.ranking, level)
         first = curve.ranking[:size]
-        sizes[name], parameters[name] = size, sum(units.parameters[i] for i in first)
-        labels[name] = tuple(units.labels[i] for i in first)
-    return UnitComparison(level, curves, sizes, parameters, faithfulness, labels)
+        sizes[name], parameters[name] = size, sum(parts.parameters[i] for i in first)
+        labels[name] = tuple(parts.labels[i] for i in first)
+    return PartComparison(level, curves, sizes, parameters, faithfulness, labels)

@@ -1,4 +1,4 @@
-"""Faithfulness of kept units against hooks written by hand and edited weights; areas and sizes against arithmetic."""
+"""Faithfulness of kept parts against hooks written by hand and edited weights; areas and sizes against arithmetic."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor
 from spd_lens import Decomposition, decompose
 from spd_lens.circuits import (
     FaithfulnessCurve,
-    HeadAndMLPUnits,
-    SubcomponentUnits,
-    Units,
+    HeadAndMLPParts,
+    Parts,
+    SubcomponentParts,
     circuit_of,
-    compare_units,
+    compare_parts,
     faithfulness_curve,
     faithfulness_of_first,
     ranked,
@@ -56,33 +56,33 @@ def decomposition() -> Decomposition:
 
 
 @pytest.mark.parametrize("outside", ["corrupted", "zero"])
-def test_all_units_are_the_target_and_none_is_the_corrupted_run(decomposition: Decomposition, outside: Any) -> None:
+def test_all_parts_are_the_target_and_none_is_the_corrupted_run(decomposition: Decomposition, outside: Any) -> None:
     task = task_of(decomposition.model)
     with torch.no_grad():
         clean, corrupted = decomposition.model(task.clean), decomposition.model(task.corrupted)
-    for kind in (SubcomponentUnits, HeadAndMLPUnits):
-        units = kind(decomposition, task, outside=outside)
-        every = torch.ones(len(units), dtype=torch.bool)
-        torch.testing.assert_close(units.logits(every), clean, rtol=0, atol=1e-10)
-        assert units.faithfulness(every) == pytest.approx(1, abs=1e-9)
-        none = units.logits(~every)
+    for kind in (SubcomponentParts, HeadAndMLPParts):
+        parts = kind(decomposition, task, outside=outside)
+        every = torch.ones(len(parts), dtype=torch.bool)
+        torch.testing.assert_close(parts.logits(every), clean, rtol=0, atol=1e-10)
+        assert parts.faithfulness(every) == pytest.approx(1, abs=1e-9)
+        none = parts.logits(~every)
         assert float((none - clean).abs().max()) > 1e-2
-        if outside == "corrupted" and kind is SubcomponentUnits:
+        if outside == "corrupted" and kind is SubcomponentParts:
             # Tokens enter through the embedding alone, which is decomposed with all the rest.
             torch.testing.assert_close(none, corrupted, rtol=0, atol=1e-10)
-            assert units.faithfulness(~every) == pytest.approx(0, abs=1e-9)
+            assert parts.faithfulness(~every) == pytest.approx(0, abs=1e-9)
 
 
 def test_zeros_outside_without_deltas_are_the_circuit_alone(decomposition: Decomposition) -> None:
     task = task_of(decomposition.model)
-    units = SubcomponentUnits(decomposition, task, outside="zero", deltas=False)
+    parts = SubcomponentParts(decomposition, task, outside="zero", deltas=False)
     ids = {site: [0, 3] for site in decomposition}
-    kept = flags(len(units), [units.index(f"{site}[{c}]") for site in ids for c in ids[site]])
+    kept = flags(len(parts), [parts.index(f"{site}[{c}]") for site in ids for c in ids[site]])
     hooks = circuit_of(decomposition, ids).only(decomposition)
     with torch.no_grad(), decomposition.model.hooks(fwd_hooks=hooks):
         expected = decomposition.model(task.clean)
-    torch.testing.assert_close(units.logits(kept), expected, rtol=0, atol=1e-10)
-    assert sum(units.parameters[i] for i in kept.nonzero()) == circuit_of(decomposition, ids).n_parameters(
+    torch.testing.assert_close(parts.logits(kept), expected, rtol=0, atol=1e-10)
+    assert sum(parts.parameters[i] for i in kept.nonzero()) == circuit_of(decomposition, ids).n_parameters(
         decomposition
     )
 
@@ -97,10 +97,10 @@ def test_left_out_subcomponents_and_deltas_hold_the_other_prompts_values(outside
     target = oracle.CASES["ln"].build(dtype=torch.float64)
     decomposition = decompose(copy.deepcopy(target), {IN: 6, "blocks.0.attn.W_V": 6, OUT: 6})
     task = task_of(target)
-    units = SubcomponentUnits(decomposition, task, outside=outside)
+    parts = SubcomponentParts(decomposition, task, outside=outside)
     ids = {IN: [1, 4], "blocks.0.attn.W_V": [0], OUT: [2, 3, 5]}
-    chosen = [units.index(f"{site}[{c}]") for site in ids for c in ids[site]]
-    chosen += [units.index(f"{OUT}[delta]")] if with_delta else []
+    chosen = [parts.index(f"{site}[{c}]") for site in ids for c in ids[site]]
+    chosen += [parts.index(f"{OUT}[delta]")] if with_delta else []
 
     hooks: Any = []
     for site in ("blocks.0.attn.W_V", IN, OUT):  # in the order in which they run
@@ -118,13 +118,13 @@ def test_left_out_subcomponents_and_deltas_hold_the_other_prompts_values(outside
         hooks = [*hooks, (oracle.output_name(target, site), lambda value, hook, y=y: y.reshape(value.shape))]
     with torch.no_grad(), target.hooks(fwd_hooks=hooks):
         expected = target(task.clean)
-    got = units.logits(flags(len(units), chosen))
+    got = parts.logits(flags(len(parts), chosen))
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-9)
     with torch.no_grad():
         m, clean, corrupted = (
             float(task.logit_difference(z).mean()) for z in (expected, target(task.clean), target(task.corrupted))
         )
-    f = units.faithfulness(flags(len(units), chosen))
+    f = parts.faithfulness(flags(len(parts), chosen))
     assert f == pytest.approx((m - corrupted) / (clean - corrupted), abs=1e-9)
     assert abs(f - 1) > 1e-3
 
@@ -134,10 +134,10 @@ def test_heads_and_mlps_at_0_are_the_model_with_edited_weights() -> None:
     target = oracle.CASES["ln"].build(dtype=torch.float64)
     decomposition = decompose(copy.deepcopy(target), {"blocks.*.attn.W_V": 5, "blocks.1.mlp.W_in": 5})
     task = task_of(target)
-    units = HeadAndMLPUnits(decomposition, task, outside="zero")
-    assert units.labels == [f"head {layer}.{head}" for layer in range(2) for head in range(4)] + ["mlp 1"]
+    parts = HeadAndMLPParts(decomposition, task, outside="zero")
+    assert parts.labels == [f"head {layer}.{head}" for layer in range(2) for head in range(4)] + ["mlp 1"]
     d, d_head, d_mlp = target.cfg.d_model, target.cfg.d_head, target.cfg.d_mlp
-    assert units.parameters == [4 * d * d_head] * 8 + [2 * d * d_mlp]
+    assert parts.parameters == [4 * d * d_head] * 8 + [2 * d * d_mlp]
     edited = copy.deepcopy(target)
     with torch.no_grad():
         for layer, head in ((0, 1), (1, 3), (1, 0)):
@@ -145,14 +145,14 @@ def test_heads_and_mlps_at_0_are_the_model_with_edited_weights() -> None:
         edited.blocks[1].mlp.W_out.zero_()
         edited.blocks[1].mlp.b_out.zero_()
         expected = edited(task.clean)
-    out = {units.index(label) for label in ("head 0.1", "head 1.3", "head 1.0", "mlp 1")}
-    got = units.logits(flags(9, [i for i in range(9) if i not in out]))
+    out = {parts.index(label) for label in ("head 0.1", "head 1.3", "head 1.0", "mlp 1")}
+    got = parts.logits(flags(9, [i for i in range(9) if i not in out]))
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-9)
 
 
 def test_heads_and_mlps_hold_the_corrupted_prompts_values(decomposition: Decomposition) -> None:
     task, model = task_of(decomposition.model), decomposition.model
-    units = HeadAndMLPUnits(decomposition, task)
+    parts = HeadAndMLPParts(decomposition, task)
     z, mlp = "blocks.1.attn.hook_z", "blocks.0.hook_mlp_out"
     with torch.no_grad():
         _, cache = model.run_with_cache(task.corrupted)
@@ -164,8 +164,8 @@ def test_heads_and_mlps_hold_the_corrupted_prompts_values(decomposition: Decompo
 
         with model.hooks(fwd_hooks=[(z, one_head), (mlp, lambda value, hook: cache[mlp])]):
             expected = model(task.clean)
-    out = {units.index("head 1.2"), units.index("mlp 0")}
-    got = units.logits(flags(len(units), [i for i in range(len(units)) if i not in out]))
+    out = {parts.index("head 1.2"), parts.index("mlp 0")}
+    got = parts.logits(flags(len(parts), [i for i in range(len(parts)) if i not in out]))
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
 
 
@@ -173,23 +173,23 @@ def test_heads_and_mlps_hold_the_corrupted_prompts_values(decomposition: Decompo
 
 
 @pytest.mark.parametrize("outside", ["corrupted", "zero"])
-@pytest.mark.parametrize("kind", [SubcomponentUnits, HeadAndMLPUnits])
+@pytest.mark.parametrize("kind", [SubcomponentParts, HeadAndMLPParts])
 def test_scores_are_the_slope_towards_leaving_a_unit_out(
-    decomposition: Decomposition, kind: type[Units], outside: Any
+    decomposition: Decomposition, kind: type[Parts], outside: Any
 ) -> None:
     model = decomposition.model
     task = task_of(model)
-    units: Any = kind(decomposition, task, outside=outside)
-    scores = units.scores()
-    assert scores.shape == (len(units),)
+    parts: Any = kind(decomposition, task, outside=outside)
+    scores = parts.scores()
+    assert scores.shape == (len(parts),)
     chosen = scores.argsort(descending=True)[:12:3].tolist()
     for i in chosen:
         # A step of 1e-5 of the way: the same hooks as in a full step, their change scaled down.
-        hooks = units.hooks(flags(len(units), [j for j in range(len(units)) if j != i]))
+        hooks = parts.hooks(flags(len(parts), [j for j in range(len(parts)) if j != i]))
         slopes = []
         for step in (1e-5, -1e-5):
             with torch.no_grad(), model.hooks(fwd_hooks=[(name, scaled(hook, step)) for name, hook in hooks]):
-                slopes.append(float(units.metric(model(task.clean))) / (2 * step))
+                slopes.append(float(parts.metric(model(task.clean))) / (2 * step))
         assert float(scores[i]) == pytest.approx(abs(slopes[0] + slopes[1]), rel=1e-5, abs=1e-8)
 
 
@@ -220,8 +220,8 @@ def test_areas_are_those_of_trapezoids() -> None:
     assert straight.to_json()["cpr"] == straight.cpr
 
 
-class Table(Units):
-    """Units whose faithfulness is given, by the number that are kept."""
+class Table(Parts):
+    """Parts whose faithfulness is given, by the number that are kept."""
 
     def __init__(self, f: list[float]) -> None:
         self.what, self.f = "table", f
@@ -244,7 +244,7 @@ def test_the_smallest_size_is_where_a_rising_curve_reaches_the_level(first: int)
     table = Table([0.1] * first + [0.95] * (101 - first))
     assert smallest_size(table, list(range(100)), 0.9) == (first, 0.95)
     assert len(table.asked) <= 2 + 2 * 7
-    with pytest.raises(ValueError, match=r"no size tried reaches faithfulness 2.0: with all 100 units live it is 0.95"):
+    with pytest.raises(ValueError, match=r"no size tried reaches faithfulness 2.0: with all 100 parts live it is 0.95"):
         smallest_size(table, list(range(100)), 2.0)
 
 
@@ -260,21 +260,21 @@ def test_sizes_rankings_and_parameters() -> None:
     assert ranked(table, torch.arange(100.0))[:2] == [99, 98]
 
 
-def test_a_ranking_keeps_its_first_units(decomposition: Decomposition) -> None:
-    units = HeadAndMLPUnits(decomposition, task_of(decomposition.model))
-    scores = randn(len(units))
-    order = sorted(range(len(units)), key=lambda i: -float(scores[i]))
-    got = faithfulness_curve(units, scores)
+def test_a_ranking_keeps_its_first_parts(decomposition: Decomposition) -> None:
+    parts = HeadAndMLPParts(decomposition, task_of(decomposition.model))
+    scores = randn(len(parts))
+    order = sorted(range(len(parts)), key=lambda i: -float(scores[i]))
+    got = faithfulness_curve(parts, scores)
     for size in (1, 4):
-        expected = units.faithfulness(flags(len(units), order[:size]))
+        expected = parts.faithfulness(flags(len(parts), order[:size]))
         assert got.faithfulness[got.sizes.index(size)] == pytest.approx(expected, abs=1e-12)
-        assert faithfulness_of_first(units, got.ranking, size) == pytest.approx(expected, abs=1e-12)
+        assert faithfulness_of_first(parts, got.ranking, size) == pytest.approx(expected, abs=1e-12)
 
 
-def test_units_are_compared_at_the_same_level(decomposition: Decomposition) -> None:
+def test_parts_are_compared_at_the_same_level(decomposition: Decomposition) -> None:
     task = task_of(decomposition.model)
     by_number = {f"{IN}[{c}]": 5.0 - c for c in range(5)}
-    got = compare_units(decomposition, task, level=0.7, scores={"number": by_number})
+    got = compare_parts(decomposition, task, level=0.7, scores={"number": by_number})
     assert list(got.curves) == [
         "heads and MLPs",
         "subcomponents",
@@ -287,15 +287,15 @@ def test_units_are_compared_at_the_same_level(decomposition: Decomposition) -> N
         assert reached is not None
         assert reached >= 0.7
         assert len(got.labels[name]) == size
-    units = SubcomponentUnits(decomposition, task)
+    parts = SubcomponentParts(decomposition, task)
     labels = got.labels["subcomponents and deltas"]
-    assert got.parameters["subcomponents and deltas"] == sum(units.parameters[units.index(label)] for label in labels)
-    kept = flags(len(units), [units.index(label) for label in labels])
-    assert units.faithfulness(kept) == pytest.approx(got.faithfulness["subcomponents and deltas"], abs=1e-9)
+    assert got.parameters["subcomponents and deltas"] == sum(parts.parameters[parts.index(label)] for label in labels)
+    kept = flags(len(parts), [parts.index(label) for label in labels])
+    assert parts.faithfulness(kept) == pytest.approx(got.faithfulness["subcomponents and deltas"], abs=1e-9)
     # Five random directions per matrix explain little: without the deltas the level is out of reach, and that is said.
     assert got.sizes["subcomponents"] is None
     assert "not by" in str(got)
-    assert got.to_json()["units"]["subcomponents"]["parameters"] is None
+    assert got.to_json()["parts"]["subcomponents"]["parameters"] is None
 
 
 def test_passes_start_at_the_first_decomposed_block() -> None:
@@ -303,19 +303,19 @@ def test_passes_start_at_the_first_decomposed_block() -> None:
     task = task_of(decomposition.model)
     block = decomposition.host.block(0)
     assert block is not None
-    units = SubcomponentUnits(decomposition, task)
+    parts = SubcomponentParts(decomposition, task)
     calls: list[int] = []
     handle = block.register_forward_pre_hook(lambda module, args: calls.append(1))
-    faithfulness_curve(units, torch.arange(6.0))
+    faithfulness_curve(parts, torch.arange(6.0))
     assert not calls
     handle.remove()
-    assert HeadAndMLPUnits(decomposition, task).labels == ["mlp 1"]
+    assert HeadAndMLPParts(decomposition, task).labels == ["mlp 1"]
 
 
 def test_the_model_is_left_as_it_was(decomposition: Decomposition) -> None:
     task = task_of(decomposition.model)
     before = decomposition.model(task.clean)
-    compare_units(decomposition, task, level=0.1)
+    compare_parts(decomposition, task, level=0.1)
     assert torch.equal(decomposition.model(task.clean), before)
     assert not any(weight.is_watched() for weight in decomposition.values())
     assert all(p.grad is None for p in decomposition.model.parameters())
@@ -324,18 +324,18 @@ def test_the_model_is_left_as_it_was(decomposition: Decomposition) -> None:
 def test_mistakes_are_named(decomposition: Decomposition, without_type_checks: None) -> None:
     task = task_of(decomposition.model)
     with pytest.raises(ValueError, match="outside='mean'; expected 'corrupted'"):
-        SubcomponentUnits(decomposition, task, outside="mean")  # pyright: ignore[reportArgumentType]
+        SubcomponentParts(decomposition, task, outside="mean")  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match="task is a Tensor; expected a Task"):
-        SubcomponentUnits(decomposition, task.clean)  # pyright: ignore[reportArgumentType]
-    units = SubcomponentUnits(decomposition, task)
-    with pytest.raises(ValueError, match=r"expected bool \(\d+,\), one per unit"):
-        units.logits(torch.ones(3, dtype=torch.bool))
-    with pytest.raises(ValueError, match=r"no unit 'blocks\.0\.mlp\.W_in\(3\)'; near: 'blocks\.0"):
-        faithfulness_curve(units, {"blocks.0.mlp.W_in(3)": 1.0})
-    with pytest.raises(ValueError, match="one per unit, and no NaN"):
-        faithfulness_curve(units, torch.full((len(units),), torch.nan))
-    with pytest.raises(ValueError, match=r"sizes \[-1\]: expected numbers of units between 0 and"):
-        faithfulness_curve(units, sizes=[-1])
+        SubcomponentParts(decomposition, task.clean)  # pyright: ignore[reportArgumentType]
+    parts = SubcomponentParts(decomposition, task)
+    with pytest.raises(ValueError, match=r"expected bool \(\d+,\), one per part"):
+        parts.logits(torch.ones(3, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"no part 'blocks\.0\.mlp\.W_in\(3\)'; near: 'blocks\.0"):
+        faithfulness_curve(parts, {"blocks.0.mlp.W_in(3)": 1.0})
+    with pytest.raises(ValueError, match="one per part, and no NaN"):
+        faithfulness_curve(parts, torch.full((len(parts),), torch.nan))
+    with pytest.raises(ValueError, match=r"sizes \[-1\]: expected numbers of parts between 0 and"):
+        faithfulness_curve(parts, sizes=[-1])
     only_embedding = decompose(tiny_transformer(seed=1), {"embed.W_E": 4})
     with pytest.raises(ValueError, match="no head and no MLP has a decomposed matrix"):
-        HeadAndMLPUnits(only_embedding, task_of(only_embedding.model))
+        HeadAndMLPParts(only_embedding, task_of(only_embedding.model))

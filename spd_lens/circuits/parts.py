@@ -1,13 +1,13 @@
 """What circuits can be made of: subcomponents, or heads and MLPs, under the same ablation and with the same metric.
 
-A *unit* (node) can be kept, computed live from the clean prompt, or left out: then what it writes is that of the
-corrupted prompt at the same position (`outside="corrupted"`), or 0 (`outside="zero"`). Everything that is no unit
-(embeddings, matrices that are not decomposed, biases) always stays live, so compare units that cover the same
-matrices: `HeadAndMLPUnits` takes only heads and MLPs that have decomposed matrices.
+A *part* can be kept, computed live from the clean prompt, or left out: then what it writes is that of the
+corrupted prompt at the same position (`outside="corrupted"`), or 0 (`outside="zero"`). Everything that is no part
+(embeddings, matrices that are not decomposed, biases) always stays live, so compare parts that cover the same
+matrices: `HeadAndMLPParts` takes only heads and MLPs that have decomposed matrices.
 
 Scores are attribution patching on the clean run: `|mean over rows of sum over positions of dm/du * (u_out - u)|`, the
-first-order estimate of what leaving the unit out does to the metric m; `u` is the unit's activation. One backward
-pass for all units.
+first-order estimate of what leaving the part out does to the metric m; `u` is the part's activation. One backward
+pass for all parts.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from spd_lens.tasks.task import NormalizedMetric, Task
 Outside: TypeAlias = Literal["corrupted", "zero"]
 
 
-class Units(ABC):
-    """Nodes of one kind on one task. `labels` and `parameters` (numbers in their weight matrices) have one entry each.
+class Parts(ABC):
+    """Parts of one kind on one task. `labels` and `parameters` (numbers in their weight matrices) have one entry each.
 
-    `what` names the kind and what stands in for a unit that is left out.
+    `what` names the kind and what stands in for a part that is left out.
     """
 
     what: str
@@ -59,30 +59,30 @@ class Units(ABC):
         return len(self.labels)
 
     @abstractmethod
-    def hooks(self, kept: Bool[Tensor, " unit"]) -> HookList:
-        """Hooks for a pass over the clean prompts in which only the units in `kept` are live."""
+    def hooks(self, kept: Bool[Tensor, " part"]) -> HookList:
+        """Hooks for a pass over the clean prompts in which only the parts in `kept` are live."""
 
     @abstractmethod
-    def scores(self) -> Float[Tensor, " unit"]:
-        """Attribution of every unit (see the module); larger means that leaving it out should change more."""
+    def scores(self) -> Float[Tensor, " part"]:
+        """Attribution of every part (see the module); larger means that leaving it out should change more."""
 
-    def logits(self, kept: Bool[Tensor, " unit"]) -> Tensor:
-        """Logits `[row pos d_vocab]` on the clean prompts with only the units in `kept` live."""
+    def logits(self, kept: Bool[Tensor, " part"]) -> Tensor:
+        """Logits `[row pos d_vocab]` on the clean prompts with only the parts in `kept` live."""
         if kept.dtype != torch.bool or kept.shape != (len(self),):
-            raise ValueError(f"kept is {kept.dtype} {tuple(kept.shape)}; expected bool ({len(self)},), one per unit")
+            raise ValueError(f"kept is {kept.dtype} {tuple(kept.shape)}; expected bool ({len(self)},), one per part")
         return self._clean.run_hooked(1, self.hooks(kept), self._start)[0]
 
-    def faithfulness(self, kept: Bool[Tensor, " unit"]) -> float:
+    def faithfulness(self, kept: Bool[Tensor, " part"]) -> float:
         """`(m(circuit) - m(corrupted)) / (m(clean) - m(corrupted))` of the mean logit difference m.
 
-        `m(corrupted)` is the whole model's on the corrupted prompts, also where left-out units are 0.
+        `m(corrupted)` is the whole model's on the corrupted prompts, also where left-out parts are 0.
         """
         return float(self.metric(self.logits(kept)))
 
     def index(self, label: str) -> int:
-        """The number of a unit by its label. Raises ValueError, with near labels, for others."""
+        """The number of a part by its label. Raises ValueError, with near labels, for others."""
         if label not in self.labels:
-            raise ValueError(f"no unit {label!r}; near: {near_names(label, self.labels)}")
+            raise ValueError(f"no part {label!r}; near: {near_names(label, self.labels)}")
         return self.labels.index(label)
 
     def _gradients(self, names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -111,14 +111,14 @@ class Units(ABC):
         return values
 
 
-class SubcomponentUnits(Units):
-    """One unit for every subcomponent (`"site[3]"`), and one for every site's delta `W - V U` (`"site[delta]"`).
+class SubcomponentParts(Parts):
+    """One part for every subcomponent (`"site[3]"`), and one for every site's delta `W - V U` (`"site[delta]"`).
 
     `units` has them as `Unit`s, in the order of `labels`.
 
-    With the deltas, all units together are the target, whatever the decomposition leaves unexplained; a delta has
-    `d_in * d_out` parameters, a subcomponent `d_in + d_out`. With `deltas=False` deltas are no units and always left
-    out, as in `find_circuit`; then all units together are only as faithful as `V U` is.
+    With the deltas, all parts together are the target, whatever the decomposition leaves unexplained; a delta has
+    `d_in * d_out` parameters, a subcomponent `d_in + d_out`. With `deltas=False` deltas are no parts and always left
+    out, as in `find_circuit`; then all parts together are only as faithful as `V U` is.
     """
 
     def __init__(
@@ -161,7 +161,7 @@ class SubcomponentUnits(Units):
         deltas = {site: parts[0][site] - parts[1][site] for site in self.decomposition}
         return {site: clean[name] for site, name in acts_names.items()}, deltas
 
-    def hooks(self, kept: Bool[Tensor, " unit"]) -> HookList:
+    def hooks(self, kept: Bool[Tensor, " part"]) -> HookList:
         hooks: HookList = []
         for site, weight in self.decomposition.items():
             acts_name, _, _, delta_name = weight.site.point_names()
@@ -175,7 +175,7 @@ class SubcomponentUnits(Units):
                     hooks.append((self._outputs[site], add(self._deltas[site])))
         return hooks
 
-    def scores(self) -> Float[Tensor, " unit"]:
+    def scores(self) -> Float[Tensor, " part"]:
         points = {site: weight.site.point_names()[0] for site, weight in self.decomposition.items()}
         values, gradients = self._gradients([*points.values(), *self._outputs.values()])
         _, clean_deltas = self._values(self.task.clean)
@@ -191,8 +191,8 @@ class SubcomponentUnits(Units):
         return torch.cat(found).abs()
 
 
-class HeadAndMLPUnits(Units):
-    """One unit for every attention head (`"head 1.2"`, at `hook_z`) and MLP (`"mlp 1"`, at `hook_mlp_out`) that has a
+class HeadAndMLPParts(Parts):
+    """One part for every attention head (`"head 1.2"`, at `hook_z`) and MLP (`"mlp 1"`, at `hook_mlp_out`) that has a
     decomposed matrix, computed and replaced as a whole.
 
     Parameters are those of its weight matrices: `W_Q`, `W_K`, `W_V` and `W_O` of the head (keys and values that
@@ -222,7 +222,7 @@ class HeadAndMLPUnits(Units):
         self.parameters.append(parameters)
         self._places.append((name, head))
 
-    def hooks(self, kept: Bool[Tensor, " unit"]) -> HookList:
+    def hooks(self, kept: Bool[Tensor, " part"]) -> HookList:
         hooks: HookList = []
         for name in self._names:
             replaced = [head for (n, head), k in zip(self._places, kept.tolist(), strict=True) if n == name and not k]
@@ -233,7 +233,7 @@ class HeadAndMLPUnits(Units):
                 hooks.append((name, hold(value) if None in replaced else _replace_heads(replaced, value)))
         return hooks
 
-    def scores(self) -> Float[Tensor, " unit"]:
+    def scores(self) -> Float[Tensor, " part"]:
         values, gradients = self._gradients(self._names)
         found = []
         for name, head in self._places:
