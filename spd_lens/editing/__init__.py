@@ -2,8 +2,37 @@
 
 `edit` says what changes, `find` what to change, `report` what that does, `Edit.bake` makes the plain model."""
 
+from spd_lens.editing.baking import outputs_of
 from spd_lens.editing.change import Above, Change, Rewrite
 from spd_lens.editing.edits import Edit, edit
+from spd_lens.editing.finding import Candidate, Found, find
+from spd_lens.editing.habit import Forward, Habit, generate, kl_from
 from spd_lens.editing.keeping import load_edit, save_baked, save_edit
+from spd_lens.editing.relearning import Relearning, relearning
+from spd_lens.editing.reporting import EditReport, Effect, measure, random_edits, report
 
-__all__ = ["Above", "Change", "Edit", "Rewrite", "edit", "load_edit", "save_baked", "save_edit"]
+__all__ = [
+    "Above",
+    "Candidate",
+    "Change",
+    "Edit",
+    "EditReport",
+    "Effect",
+    "Forward",
+    "Found",
+    "Habit",
+    "Relearning",
+    "Rewrite",
+    "edit",
+    "find",
+    "generate",
+    "kl_from",
+    "load_edit",
+    "measure",
+    "outputs_of",
+    "random_edits",
+    "relearning",
+    "report",
+    "save_baked",
+    "save_edit",
+]

@@ -251,6 +251,16 @@ def edit(decomposition: Decomposition, changes: Changes, *, when: Above | None =
     return _checked(decomposition, lines, when)
 
 
+def checked_edit(edit: Any, caller: str) -> Edit:
+    """`edit`, if it is one whose decomposition is still in its model; TypeError or ValueError otherwise."""
+    if not isinstance(edit, Edit):
+        raise TypeError(
+            f"{caller} was given a {type(edit).__name__}; expected an Edit: edit(decomposition, ...) makes one"
+        )
+    edit.decomposition.require_present()
+    return edit
+
+
 def _checked(decomposition: Decomposition, changes: tuple[Change, ...], when: Above | None) -> Edit:
     """The edit, if it changes anything."""
     made = Edit(decomposition, changes, when)

@@ -1,0 +1,223 @@
+"""`find`: which subcomponents, and components, a habit hangs on, and which of them other text does not need.
+
+Gradients say quickly which of thousands are worth a try; those are then taken away one by one, exactly, on the habit's
+prompts and on control text. The estimate's agreement with what was measured stands beside the result.
+
+Cost: one forward and backward pass over the prompts; `n_measured` passes over the prompts and over the controls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from spd_lens.core.decomposition import Decomposition
+from spd_lens.core.inputs import checked_decomposition
+from spd_lens.core.units import Ids, Unit, units_of
+from spd_lens.editing.edits import Edit, edit
+from spd_lens.editing.habit import Habit, checked_habit
+from spd_lens.objective.divergences import divergence_per_position, log_probs
+from spd_lens.patching.ablation import ablation_effects
+from spd_lens.patching.agreement import Agreement
+from spd_lens.patching.arguments import checked_input
+from spd_lens.patching.attribution import attribution_patching
+from spd_lens.support.pages import table_html
+from spd_lens.support.tables import format_table
+from spd_lens.tasks.task import Task
+
+# Prompts that the gradients are taken on; more would only cost memory.
+_ESTIMATED_ON = 64
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One unit without which the habit was measured.
+
+    - `drop`: by how much `log p(answers)` falls without it, mean over prompts; `standard_error` of that.
+    - `cost`: mean KL from the target on the control text without it.
+    - `estimate`: the drop that gradients predicted.
+    - `score`: `drop / (cost + the median cost)`.
+    """
+
+    unit: Unit
+    drop: float
+    standard_error: float
+    cost: float
+    estimate: float
+    score: float
+
+
+@dataclass(frozen=True, repr=False)
+class Found:
+    """What `find` measured, best first: large drops at small costs. `str(found)` is a table.
+
+    `agreement` compares the estimates with exact ablations of a sample, half of them drawn at random.
+    """
+
+    decomposition: Decomposition
+    habit: Habit
+    candidates: tuple[Candidate, ...]
+    agreement: Agreement | None
+    n_units: int
+
+    @property
+    def units(self) -> list[Unit]:
+        """The measured units, best first; those whose drop is not clear of its error are last."""
+        return [candidate.unit for candidate in self.candidates]
+
+    @property
+    def clear(self) -> list[Unit]:
+        """The units whose drop is positive by more than twice its standard error, best first."""
+        return [c.unit for c in self.candidates if c.drop > 2 * c.standard_error]
+
+    def smallest(self, effect: float, *, at_most: int = 64) -> Edit:
+        """The smallest edit found that takes away the share `effect` of the habit's probability on its prompts.
+
+        Units are taken in order until the effect is reached, then every one that is not needed is given back, the
+        costliest first; no smaller subset of what is left reaches it by leaving one out. Which set is smallest of all
+        nobody knows without trying all. Raises ValueError if `at_most` units are not enough.
+        """
+        if not 0 < effect < 1:
+            raise ValueError(f"effect={effect}; expected a share of the probability between 0 and 1, for example 0.9")
+        ranked = self.clear[:at_most]
+        if not ranked:
+            raise ValueError(f"no unit lowers {self.habit.name!r} by more than twice its standard error")
+        before = float(self._probability([]))
+
+        def reached(units: Sequence[Unit]) -> float:
+            return 1 - float(self._probability(units)) / before
+
+        size = next((k for k in _sizes(len(ranked)) if reached(ranked[:k]) >= effect), None)
+        if size is None:
+            raise ValueError(
+                f"without the {len(ranked)} best units the probability falls by {reached(ranked):.1%}, not by "
+                f"{effect:.1%}: ask for less, measure more (n_measured), or give components as ids"
+            )
+        low = max((k for k in _sizes(len(ranked)) if k < size), default=0)
+        while size - low > 1:
+            middle = (low + size) // 2
+            low, size = (low, middle) if reached(ranked[:middle]) >= effect else (middle, size)
+        chosen = ranked[:size]
+        costs = {candidate.unit: candidate.cost for candidate in self.candidates}
+        for unit in sorted(chosen, key=lambda u: -costs[u]):
+            rest = [other for other in chosen if other is not unit]
+            if rest and reached(rest) >= effect:
+                chosen = rest
+        return edit(self.decomposition, chosen)
+
+    def _probability(self, units: Sequence[Unit]) -> Tensor:
+        if not units:
+            return self.habit.probability(self.decomposition.host.forward).mean()
+        return self.habit.probability(edit(self.decomposition, units).logits).mean()
+
+    def _table(self) -> tuple[str, list[str], list[list[str]]]:
+        header = ["without", "log p falls by", "std. error", "KL on controls", "estimate"]
+        rows = [
+            [str(c.unit), f"{c.drop:.3f}", f"{c.standard_error:.2g}", f"{c.cost:.2g}", f"{c.estimate:.3f}"]
+            for c in self.candidates[:20]
+        ]
+        title = (
+            f"{self.habit.name}: {len(self.candidates)} of {self.n_units} units measured on {len(self.habit)} prompts"
+        )
+        return title, header, rows
+
+    def _note(self) -> str:
+        return "gradients were not compared" if self.agreement is None else f"gradients: {self.agreement}"
+
+    def __str__(self) -> str:
+        title, header, rows = self._table()
+        return f"{title}\n{format_table(header, rows)}\n{self._note()}"
+
+    def __repr__(self) -> str:
+        return f"Found({self.habit.name!r}: {len(self.candidates)} units measured)"
+
+    def _repr_html_(self) -> str:
+        return table_html(*self._table(), notes=[self._note()])
+
+
+def _sizes(n: int) -> list[int]:
+    """1, 2, 4 ... and n."""
+    return sorted({2**k for k in range(n.bit_length()) if 2**k < n} | {n})
+
+
+def find(
+    decomposition: Decomposition,
+    behaviour: Habit | Task,
+    controls: Int[Tensor, "row pos"],
+    ids: Ids = None,
+    *,
+    n_measured: int = 48,
+    n_checked: int = 32,
+    per_pass: int | None = None,
+) -> Found:
+    """Units ranked by the measured effect of taking them away: on the behaviour, against that on control text.
+
+    - `behaviour`: a `Habit`, or a `Task` (its answers after its clean prompts).
+    - `controls`: tokens of text that is to stay as it is.
+    - `ids`: what is looked at, as everywhere (`units_of`): None is every subcomponent; a list of units also components.
+      Units of several subcomponents are all measured; of the others the `n_measured` with the largest estimates.
+
+    Raises ValueError for unknown sites, ids, and for prompts and controls that the model cannot run.
+    """
+    checked_decomposition(decomposition, "find")
+    habit = checked_habit(behaviour, "find").to(decomposition.device)
+    controls = checked_input(decomposition, controls, "controls")
+    if isinstance(n_measured, bool) or n_measured < 1:
+        raise ValueError(f"n_measured={n_measured}; expected at least 1")
+    units = units_of(decomposition, ids)
+    few = habit[:_ESTIMATED_ON]
+    checked_input(decomposition, habit.prompts, "the behaviour's prompts")
+    lead = few.prompts.shape
+    # A run whose activations are all 0: to patch it in is to take a subcomponent away.
+    nothing = {decomposition[s].site.point_names()[0]: torch.zeros(*lead, 1) for u in units for s in u.sites}
+    estimates = attribution_patching(
+        decomposition,
+        few.prompts,
+        nothing,
+        few.log_probability,
+        units,
+        positions=None,
+        n_checked=n_checked,
+        per_pass=per_pass,
+    )
+    drops = -estimates.effects.effects[:, 0]
+    order = drops.argsort(descending=True, stable=True).tolist()
+    singles = [i for i in order if len(units[i].members) == 1][:n_measured]
+    chosen = [i for i in order if len(units[i].members) > 1] + singles
+    tried = [units[i] for i in chosen]
+    on_habit = ablation_effects(decomposition, habit.prompts, habit.log_probability, tried, per_pass=per_pass)
+    costs = _costs(decomposition, controls, tried, per_pass)
+    measured = -on_habit.effects[:, 0]
+    errors = on_habit.standard_error[:, 0] if len(habit) > 1 else torch.zeros(len(tried))
+    scores = measured / (costs + costs.median().clamp_min(1e-9))
+    clear = measured > 2 * errors
+    ranking = sorted(range(len(tried)), key=lambda k: (not bool(clear[k]), -float(scores[k])))
+    candidates = tuple(
+        Candidate(
+            unit=tried[k],
+            drop=float(measured[k]),
+            standard_error=float(errors[k]),
+            cost=float(costs[k]),
+            estimate=float(drops[chosen[k]]),
+            score=float(scores[k]),
+        )
+        for k in ranking
+    )
+    return Found(decomposition, habit, candidates, estimates.agreement, len(units))
+
+
+def _costs(
+    decomposition: Decomposition, controls: Tensor, units: Sequence[Unit], per_pass: int | None
+) -> Float[Tensor, " unit"]:
+    """Mean KL from the target on the controls without each unit."""
+    with torch.no_grad():
+        clean = log_probs(decomposition.clean_pass(controls).output)
+
+    def kl(logits: Tensor) -> Tensor:
+        return divergence_per_position(clean, logits, clean_is_log_probs=True).mean(-1)
+
+    return ablation_effects(decomposition, controls, kl, units, per_pass=per_pass).effects[:, 0].to(torch.float32)

@@ -1,0 +1,160 @@
+"""A habit: what an edit is to change, as the probability of some tokens after some prompts, and as counted generations.
+
+Everything is measured by a function `tokens -> logits`, so that hooked, baked and other models are measured alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from spd_lens.objective.divergences import divergence_per_position, log_probs
+from spd_lens.tasks.task import Task
+
+# Tokens [row pos] -> logits [row pos d_vocab].
+Forward: TypeAlias = Callable[[Tensor], Tensor]
+# How many positions after a prompt count as near (C5).
+NEAR = 5
+
+
+@dataclass(frozen=True, eq=False)
+class Habit:
+    """Tokens that a model gives after some prompts.
+
+    - `prompts` `[row pos]`, all of one length: the answer is predicted at the last position.
+    - `answers` `[row k]`: the token ids that are the habit; -1 fills short rows.
+    - `continuations` `[row n]`: what follows in the text, the answer first; used only for what an edit costs nearby.
+      None: nothing is known of that.
+    """
+
+    name: str
+    prompts: Int[Tensor, "row pos"]
+    answers: Int[Tensor, "row _k"]
+    continuations: Int[Tensor, "row _n"] | None = None
+
+    def __post_init__(self) -> None:
+        n = len(self.prompts)
+        if self.prompts.ndim != 2 or n == 0:
+            raise ValueError(
+                f"the prompts of {self.name!r} are {tuple(self.prompts.shape)}; expected [row pos], not empty"
+            )
+        if self.answers.ndim != 2 or len(self.answers) != n or bool((self.answers < 0).all(1).any()):
+            raise ValueError(
+                f"the answers of {self.name!r} are {tuple(self.answers.shape)} for {n} prompts; expected [row k] with "
+                "at least one token id in every row"
+            )
+        if self.continuations is not None and (self.continuations.ndim != 2 or len(self.continuations) != n):
+            raise ValueError(
+                f"the continuations of {self.name!r} are {tuple(self.continuations.shape)} for {n} prompts"
+            )
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, rows: slice | Sequence[int] | Tensor) -> Habit:
+        """The habit on some rows only."""
+        index = rows if isinstance(rows, slice) else torch.as_tensor(rows)
+        return replace(self, **{k: v[index] for k, v in vars(self).items() if isinstance(v, Tensor)})
+
+    def to(self, device: torch.device | str) -> Habit:
+        """The habit with its tensors on `device`."""
+        return replace(self, **{k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)})
+
+    @property
+    def tokens(self) -> Int[Tensor, "row _pos"]:
+        """Prompts and what follows them."""
+        return self.prompts if self.continuations is None else torch.cat([self.prompts, self.continuations], 1)
+
+    @staticmethod
+    def in_text(
+        name: str,
+        rows: Int[Tensor, "row pos"],
+        answers: Sequence[int],
+        *,
+        context: int = 32,
+        first: int | None = None,
+        most: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Habit:
+        """The places of a text where one of `answers` comes next, each with the `context` tokens before it.
+
+        `rows [row pos]` is the text; `first` is put before every prompt (BOS). In random order, at most `most` of them.
+        Raises ValueError if there are none.
+        """
+        wanted = torch.tensor(sorted(set(map(int, answers))))
+        where = torch.isin(rows.cpu(), wanted)
+        where[:, :context] = False
+        where[:, rows.shape[1] - NEAR :] = False
+        found = where.nonzero()
+        if not len(found):
+            raise ValueError(f"no row of the text has one of the tokens {wanted.tolist()} after {context} others")
+        order = torch.randperm(len(found), generator=generator or torch.Generator().manual_seed(0))
+        found = found[order[:most]]
+        text = rows.cpu()
+        windows = torch.stack([text[r, p - context : p + 1 + NEAR] for r, p in found.tolist()])
+        prompts = windows[:, :context]
+        if first is not None:
+            prompts = torch.cat([torch.full((len(prompts), 1), first), prompts], 1)
+        return Habit(name, prompts, wanted.repeat(len(prompts), 1), windows[:, context:]).to(rows.device)
+
+    @staticmethod
+    def of_task(task: Task) -> Habit:
+        """The answers of a task after its clean prompts. Raises ValueError if they are not asked for at the end."""
+        if not bool((task.at == task.clean.shape[1] - 1).all()):
+            raise ValueError(f"the task {task.name!r} asks before the end of its prompts; a habit is at their end")
+        return Habit(task.name, task.clean, task.answers)
+
+    # -- what a model does -------------------------------------------------------------------------------------
+
+    def log_probability(self, logits: Float[Tensor, "row pos d_vocab"]) -> Float[Tensor, " row"]:
+        """`log sum over answers of p(answer)` where each answer is predicted; with gradients."""
+        log_p = log_probs(logits[:, self.prompts.shape[1] - 1])
+        ids = self.answers.to(logits.device)
+        return log_p.gather(1, ids.clamp_min(0)).masked_fill(ids < 0, -torch.inf).logsumexp(-1)
+
+    def probability(self, forward: Forward) -> Float[Tensor, " row"]:
+        """The probability of the answers, prompt by prompt."""
+        with torch.no_grad():
+            return self.log_probability(forward(self.prompts)).exp()
+
+    def is_answer(self, generated: Int[Tensor, "row n"]) -> Bool[Tensor, "row n"]:
+        """Which generated tokens are the habit."""
+        return (generated.unsqueeze(-1) == self.answers.to(generated.device).unsqueeze(1)).any(-1)
+
+
+@torch.no_grad()
+def generate(forward: Forward, prompts: Int[Tensor, "row pos"], n: int, *, seed: int = 0) -> Int[Tensor, "row _n"]:
+    """`n` sampled tokens after each prompt, at temperature 1; equal models give equal texts for one seed.
+
+    Every token takes a whole pass, without a key-value cache, so that conditional edits can look at all positions.
+    """
+    tokens, generator = prompts, torch.Generator().manual_seed(seed)
+    for _ in range(n):
+        p = forward(tokens)[:, -1].float().softmax(-1).cpu().double()
+        # By the inverse of the cumulative distribution: a small change of the model changes few tokens.
+        draws = torch.rand(len(p), 1, generator=generator, dtype=torch.float64)
+        chosen = (p.cumsum(-1) < draws * p.sum(-1, keepdim=True)).sum(-1).clamp_max(p.shape[-1] - 1)
+        tokens = torch.cat([tokens, chosen[:, None].to(tokens)], 1)
+    return tokens[:, prompts.shape[1] :]
+
+
+@torch.no_grad()
+def kl_from(
+    clean: Float[Tensor, "row pos d_vocab"], edited: Float[Tensor, "row pos d_vocab"]
+) -> Float[Tensor, "row pos"]:
+    """`KL(clean || edited)` at every position, in nats."""
+    return divergence_per_position(clean, edited)
+
+
+def checked_habit(habit: Any, caller: str) -> Habit:
+    """`habit`, a `Habit`, or a `Task` as one; TypeError for anything else."""
+    if isinstance(habit, Task):
+        return Habit.of_task(habit)
+    if not isinstance(habit, Habit):
+        raise TypeError(f"{caller} was given a {type(habit).__name__}; expected a Habit, or a Task (spd_lens.tasks)")
+    return habit
