@@ -16,7 +16,7 @@ from spd_lens.cli.output import STOPPED, JsonFlag, ends_in_words, show
 from spd_lens.cli.run_file import ModelSection, RunFile
 from spd_lens.cli.runs import DECOMPOSITION, RUN_FILE, decompose_run, load_run_data, open_run_model
 from spd_lens.cli.yaml_file import ConfigError
-from spd_lens.training import Logger, TrainResult, join_processes, train
+from spd_lens.training import Logger, TrainResult, join_processes, leave_processes, train
 
 HELP = """Train the decomposition that CONFIG describes, and save it to OUT/decomposition.
 
@@ -50,6 +50,7 @@ def command(
     if directory is None:
         raise ConfigError(f"{config} has no out_dir; add it, or give --out")
     result = train_run(run, directory, resume=resume)
+    leave_processes()
     line = {
         "steps": result.steps,
         "of": result.config.steps,

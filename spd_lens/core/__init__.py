@@ -7,6 +7,7 @@ from spd_lens.core.card import model_card
 from spd_lens.core.decomposed_weight import DecomposedWeight
 from spd_lens.core.decomposing import decompose, decompose_layer
 from spd_lens.core.decomposition import Decomposition
+from spd_lens.core.draws import RowsGenerator, integers, uniform
 from spd_lens.core.fingerprint import subcomponent_hashes, target_fingerprint
 from spd_lens.core.gate_sets import GateOfAll, Gates, GatesBySite
 from spd_lens.core.gates import (
@@ -60,6 +61,7 @@ __all__ = [
     "MaskKind",
     "ReadPoint",
     "Routing",
+    "RowsGenerator",
     "ScalarGate",
     "Settings",
     "SharedGate",
@@ -77,6 +79,7 @@ __all__ = [
     "decompose_layer",
     "given_masks",
     "importance_of",
+    "integers",
     "lower_squash",
     "make_gate",
     "mask_from_source",
@@ -89,6 +92,7 @@ __all__ = [
     "sample_routing",
     "subcomponent_hashes",
     "target_fingerprint",
+    "uniform",
     "unit_hooks",
     "units_of",
     "upper_squash",

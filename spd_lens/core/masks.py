@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from spd_lens.core.draws import uniform
+
 if TYPE_CHECKING:
     pass
 from collections.abc import Sequence
@@ -91,8 +93,7 @@ def _uniform(like: Tensor, shape: torch.Size, generator: Generators) -> Tensor:
         for own, room in zip(generator, members, strict=True):
             torch.rand(shape[1:], generator=own, device=own.device, dtype=dtype, out=room)
         return members.to(like.device)
-    drawn = torch.rand(shape, generator=generator, device=generator.device, dtype=dtype)
-    return drawn.to(like.device)
+    return uniform(shape, generator, dtype=dtype).to(like.device)
 
 
 def _sources(

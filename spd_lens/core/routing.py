@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from spd_lens.core.draws import integers, uniform
 from spd_lens.core.masks import SiteMask
 
 Routing = Literal["all", "layerwise", "subset"] | float
@@ -33,8 +34,7 @@ def sample_routing(
     if isinstance(routing, float):
         if not 0 <= routing <= 1:
             raise ValueError(f"routing={routing}; a static probability lies between 0 and 1")
-        device = generator.device
-        return [{n: torch.rand(shapes[n], generator=generator, device=device) < routing for n in names}]
+        return [{n: uniform(shapes[n], generator) < routing for n in names}]
     match routing:
         case "all":
             return [dict.fromkeys(names)]
@@ -53,9 +53,9 @@ def _uniform_k_subset(
     positions = min(sizes, key=len)
     if any(size[: len(positions)] != positions for size in sizes):
         raise ValueError(f"subset routing needs sites with the same positions, got shapes {sorted(map(tuple, sizes))}")
-    n_sites, device = len(names), generator.device
-    k = torch.randint(1, n_sites + 1, positions, generator=generator, device=device)
-    order = torch.rand((n_sites, *positions), generator=generator, device=device).argsort(dim=0)
+    n_sites = len(names)
+    k = integers(1, n_sites + 1, positions, generator)
+    order = uniform((n_sites, *positions), generator, rows=1).argsort(dim=0)
     rank = order.argsort(dim=0)
     chosen = rank < k
     return {

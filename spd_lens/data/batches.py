@@ -7,6 +7,7 @@ so that a resumed run finds its place without reading again what it has seen.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -185,6 +186,8 @@ class TokenBatches:
         self.batch_size = int(batch_size)
         self.seed = int(seed)
         self.exclude = _token_ids(exclude)
+        # Which rows of every batch are given: every `count`-th, from `rank` on.
+        self._share = (0, 1)
 
     @property
     def per_epoch(self) -> int:
@@ -206,8 +209,22 @@ class TokenBatches:
             epoch, within = divmod(index, self.per_epoch)
             order = self._order(epoch)
             for k in range(within, self.per_epoch):
-                yield self._batch(order[k * self.batch_size : (k + 1) * self.batch_size])
+                rank, count = self._share
+                yield self._batch(order[k * self.batch_size : (k + 1) * self.batch_size][rank::count])
                 index += 1
+
+    def for_process(self, rank: int, count: int) -> TokenBatches:
+        """The same batches with rows `rank, rank + count, ...` of each alone, the others unread.
+
+        Raises ValueError for a batch size that `count` does not divide.
+        """
+        if self.batch_size % count:
+            raise ValueError(
+                f"a batch has {self.batch_size} rows for {count} processes; expected a multiple of that number"
+            )
+        shared = copy.copy(self)
+        shared._share = (rank, count)
+        return shared
 
     def once(self) -> Iterator[Batch]:
         """One pass over all rows in their own order, the last batch possibly smaller."""

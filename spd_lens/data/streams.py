@@ -23,26 +23,30 @@ _EXPECTED = (
 )
 
 
-def endless_batches(batches: Any, decomposition: Decomposition, *, start: int = 0, stride: int = 1) -> Iterator[Batch]:
-    """Batches number `start`, `start + stride`, ... without end; the data is begun again when it ends.
+def endless_batches(
+    batches: Any, decomposition: Decomposition, *, start: int = 0, whole: bool = True
+) -> Iterator[Batch]:
+    """Batches number `start`, `start + 1`, ... without end; the data is begun again when it ends.
+
+    Not `whole`: they are one process's rows, of which it may be that no position counts.
 
     Raises ValueError for empty data, for data that cannot be begun again, and for a batch that cannot be run or in
     which no position counts.
     """
-    return _endless(_collection(batches, decomposition), decomposition, start, stride)
+    return _endless(_collection(batches, decomposition), decomposition, start, whole)
 
 
-def _endless(source: Any, decomposition: Decomposition, start: int, stride: int) -> Iterator[Batch]:
+def _endless(source: Any, decomposition: Decomposition, start: int, whole: bool) -> Iterator[Batch]:
     if hasattr(source, "batches_from"):
         items: Iterator[Any] = source.batches_from(start)
         skipped = 0
     else:
         items, skipped = _repeated(source), start
-    for i, item in enumerate(islice(items, skipped, None, stride)):
-        batch = checked_batch(item, decomposition, f"batch {start + i * stride}")
-        if counts_nowhere(batch):
+    for i, item in enumerate(islice(items, skipped, None)):
+        batch = checked_batch(item, decomposition, f"batch {start + i}")
+        if whole and counts_nowhere(batch):
             raise ValueError(
-                f"batch {start + i * stride}: its mask leaves out every position, so there is nothing to learn from; "
+                f"batch {start + i}: its mask leaves out every position, so there is nothing to learn from; "
                 "leave such rows out of the data"
             )
         yield batch

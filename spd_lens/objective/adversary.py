@@ -9,13 +9,14 @@ Cost: one forward and one backward pass of the model per ascent step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from spd_lens.core.draws import uniform
 from spd_lens.core.masks import Importances
 
 Scope = Literal["position", "example", "batch"]
@@ -57,13 +58,17 @@ def random_sources(importances: Importances, scope: Scope, generator: torch.Gene
                 lead = (g.shape[0], *([1] * (g.ndim - 2)))
             case "batch":
                 lead = (1,) * (g.ndim - 1)
-        drawn = torch.rand((*lead, g.shape[-1] + 1), generator=generator, device=generator.device)
+        drawn = uniform((*lead, g.shape[-1] + 1), generator, rows=None if scope == "batch" else 0)
         # Never in half precision: its grid is coarser than a step, and its rounding reaches 1.
         sources[name] = drawn.to(device=g.device, dtype=torch.promote_types(g.dtype, torch.float32))
     return sources
 
 
-def ascend(objective: Objective, sources: Sources, pgd: PGD) -> Sources:
+# Makes of the gradients of one process's rows those of the whole batch; `shared`: whether all rows share the sources.
+WholeBatch = Callable[[Sequence[Tensor], bool], None]
+
+
+def ascend(objective: Objective, sources: Sources, pgd: PGD, whole_batch: WholeBatch | None = None) -> Sources:
     """`pgd.steps` sign steps on `objective(sources)`, each clamped to [0, 1]; returns detached sources (K3).
 
     The objective is evaluated with gradients for the sources alone: whatever it closes over should be detached.
@@ -72,11 +77,25 @@ def ascend(objective: Objective, sources: Sources, pgd: PGD) -> Sources:
         leaves = {name: source.detach().requires_grad_(True) for name, source in sources.items()}
         with torch.enable_grad():
             gradients = torch.autograd.grad(objective(leaves), list(leaves.values()), allow_unused=True)
+        if whole_batch is not None:
+            gradients = _of_whole_batch(leaves.values(), gradients, whole_batch, shared=pgd.scope == "batch")
         sources = {
             name: leaf.detach() if grad is None else (leaf.detach() + pgd.step_size * grad.sign()).clamp(0, 1)
             for (name, leaf), grad in zip(leaves.items(), gradients, strict=True)
         }
     return {name: source.detach() for name, source in sources.items()}
+
+
+def _of_whole_batch(
+    sources: Iterable[Tensor], gradients: Iterable[Tensor | None], whole_batch: WholeBatch, *, shared: bool
+) -> list[Tensor]:
+    """Gradients over all processes; a source that this process's rows do not use has one of zeros."""
+    found = [
+        torch.zeros_like(source) if gradient is None else gradient.contiguous()
+        for source, gradient in zip(sources, gradients, strict=True)
+    ]
+    whole_batch(found, shared)
+    return found
 
 
 @dataclass(frozen=True)
@@ -125,6 +144,7 @@ class PersistentSources:
 
     def _start(self, sources: Sources, spec: Persistent) -> None:
         self.spec = spec
+        self.whole_batch: WholeBatch | None = None
         self._sources = {name: source.requires_grad_(True) for name, source in sources.items()}
         # maximize: the sources climb the loss that everything else descends.
         devices = {source.device.type for source in sources.values()}
@@ -163,6 +183,13 @@ class PersistentSources:
         self._step()
 
     def _step(self) -> None:
+        if self.whole_batch is not None:
+            sources = self._sources.values()
+            gradients = _of_whole_batch(
+                sources, [s.grad for s in sources], self.whole_batch, shared=self.spec.scope == "batch"
+            )
+            for source, gradient in zip(sources, gradients, strict=True):
+                source.grad = gradient
         self._adam.step()
         self._adam.zero_grad(set_to_none=True)
         with torch.no_grad():

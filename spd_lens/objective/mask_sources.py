@@ -21,8 +21,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from spd_lens.core.draws import RowsGenerator
 from spd_lens.core.masks import Importances, MaskKind, SiteMask, mask_from_source, sample_masks
-from spd_lens.objective.adversary import PGD, Persistent, PersistentSources, ascend, random_sources
+from spd_lens.objective.adversary import PGD, Persistent, PersistentSources, WholeBatch, ascend, random_sources
 
 Masks: TypeAlias = dict[str, SiteMask]
 # The loss of one set of masks; with a number of rows, over that many of the first rows of the batch alone.
@@ -70,6 +71,10 @@ class MaskSource(ABC):
     name: str
     # Whether passes and routing have to be known before the masks are chosen.
     climbs = False
+    # Whether the rows of `state()` are those of the batch, so that every process holds others.
+    by_rows = False
+    # Set where several processes share a batch: makes gradients of this process's rows those of the whole batch.
+    whole_batch: WholeBatch | None = None
 
     @abstractmethod
     def masks(self, importances: Importances, *, delta: bool, generator: torch.Generator) -> Masks:
@@ -137,7 +142,10 @@ class AdversarialMasks(MaskSource):
     ) -> None:
         start = random_sources(importances, self.pgd.scope, generator)
         self._sources = ascend(
-            lambda sources: objective(masks_from_sources(importances, sources, delta=delta), None), start, self.pgd
+            lambda sources: objective(masks_from_sources(importances, sources, delta=delta), None),
+            start,
+            self.pgd,
+            self.whole_batch,
         )
 
     def masks(self, importances: Importances, *, delta: bool, generator: torch.Generator) -> Masks:
@@ -152,6 +160,7 @@ class PersistentMasks(MaskSource):
 
     def __init__(self, spec: Persistent) -> None:
         self.spec = spec
+        self.by_rows = spec.scope != "batch"
         self.sources: PersistentSources | None = None
         self._active = False
 
@@ -173,6 +182,7 @@ class PersistentMasks(MaskSource):
 
         if self.sources is None:
             self.sources = PersistentSources(importances, self.spec, generator=generator)
+            self.sources.whole_batch = self.whole_batch
             self.sources.warm(hurt, self.spec.first_steps)
         _check_shapes(importances, self.sources.tensors())
         self.sources.set_progress((progress - self.spec.start) / (1 - self.spec.start))
@@ -195,6 +205,8 @@ class PersistentMasks(MaskSource):
 
     def load(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
         self.sources = PersistentSources.from_tensors(tensors, self.spec, device=device) if tensors else None
+        if self.sources is not None:
+            self.sources.whole_batch = self.whole_batch
 
 
 class MergedMasks(PersistentMasks):
@@ -223,6 +235,8 @@ class MergedMasks(PersistentMasks):
     ) -> None:
         rows = self._rows(importances)
         first = {name: g[:rows] for name, g in importances.items()}
+        if isinstance(generator, RowsGenerator):
+            self._check_shared(generator.count, next(iter(importances.values())).shape[0], rows)
         super().climb(
             lambda masks, _: objective(masks, rows), first, delta=delta, generator=generator, progress=progress
         )
@@ -239,6 +253,14 @@ class MergedMasks(PersistentMasks):
         if not self._active:
             return routed
         return {name: None if where is None else self._all_first(where) for name, where in routed.items()}
+
+    def _check_shared(self, n_processes: int, n_rows: int, rows: int) -> None:
+        whole = n_rows * n_processes
+        if min(whole - 1, max(1, round(self.share * whole))) != rows * n_processes:
+            raise ValueError(
+                f"merged masks with share={self.share} of {whole} rows do not divide among {n_processes} processes; "
+                "expected a batch and a share of which every process gets as many adversarial rows"
+            )
 
     def _all_first(self, where: Bool[Tensor, "*batch"]) -> Bool[Tensor, "*batch"]:
         rows = min(len(where) - 1, max(1, round(self.share * len(where))))

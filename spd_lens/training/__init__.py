@@ -10,7 +10,7 @@ from spd_lens.training.loop import train
 from spd_lens.training.many import ManyResult, train_many
 from spd_lens.training.member_adam import MemberAdam
 from spd_lens.training.member_learner import MemberLearner
-from spd_lens.training.processes import Processes, join_processes
+from spd_lens.training.processes import Processes, join_processes, leave_processes
 from spd_lens.training.run_files import RunFiles, open_run
 from spd_lens.training.step import accumulate_gradients, take_step
 from spd_lens.training.terms import LossTerm, StepView
@@ -35,6 +35,7 @@ __all__ = [
     "belongs_to",
     "check_belongs",
     "join_processes",
+    "leave_processes",
     "make_learner",
     "open_run",
     "read_checkpoint",

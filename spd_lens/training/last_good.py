@@ -8,14 +8,13 @@ from torch import Tensor
 
 from spd_lens.training.checkpoint import Checkpoint, read_checkpoint
 from spd_lens.training.learner import Learner
-from spd_lens.training.processes import Processes
 
 
 class LastGood:
     """A checkpoint on disk, or the start, kept in memory until there is one."""
 
-    def __init__(self, learner: Learner, processes: Processes, checkpoint: Checkpoint | None) -> None:
-        self.learner, self.processes, self.checkpoint = learner, processes, checkpoint
+    def __init__(self, learner: Learner, checkpoint: Checkpoint | None) -> None:
+        self.learner, self.checkpoint = learner, checkpoint
         self.start: dict[str, Tensor] | None = None
         if checkpoint is None:
             self.start = {name: t.detach().clone() for name, t in learner.decomposition.tensors().items()}
@@ -32,7 +31,7 @@ class LastGood:
             return "there was no checkpoint yet, the decomposition is as it was before"
         checkpoint = self.checkpoint
         try:
-            self.learner.load(self.processes.own(checkpoint.tensors or read_checkpoint(checkpoint.path).tensors))
+            self.learner.load(checkpoint.tensors or read_checkpoint(checkpoint.path).tensors)
         except (KeyError, TypeError, RuntimeError) as error:
             raise ValueError(f"{checkpoint.path} does not fit this run: {error}") from error
         return f"the decomposition is back at step {checkpoint.step} ({checkpoint.path})"

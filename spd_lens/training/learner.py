@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from spd_lens.core.decomposition import Decomposition
+from spd_lens.core.draws import RowsGenerator
 from spd_lens.hosts.site import match_sites
 from spd_lens.objective.mask_sources import MaskSource, mask_source
 from spd_lens.training.checkpoint import load_optimizer_tensors, optimizer_tensors
@@ -29,20 +30,27 @@ class Learner:
     generators: dict[str, torch.Generator]
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
     sum_over_processes: Callable[[Tensor], Tensor] | None = None
+    processes: Processes = field(default_factory=Processes)
     sources: dict[str, MaskSource] = field(init=False)
     targets: dict[str, Tensor] = field(default_factory=dict)
     minimality_factors: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.sources = {term.name: mask_source(term.masks) for term in self.config.reconstructions}
+        if self.processes.count > 1:
+            for source in self.sources.values():
+                source.whole_batch = self.processes.whole_batch
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that the next step depends on, by name."""
+        """Everything that the next step depends on, by name; the same in every process, and for any number of them."""
         tensors = {f"decomposition.{name}": t for name, t in self.decomposition.tensors().items()}
         tensors |= optimizer_tensors(self.optimizer, "adam")
         tensors |= {f"generator.{name}": g.get_state() for name, g in self.generators.items()}
         for term, source in self.sources.items():
-            tensors |= {f"masks.{term}|{key}": value for key, value in source.state().items()}
+            state = source.state()
+            if source.by_rows:
+                state = {key: self.processes.join_rows(value) for key, value in state.items()}
+            tensors |= {f"masks.{term}|{key}": value for key, value in state.items()}
         return tensors
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
@@ -56,7 +64,10 @@ class Learner:
         for name, generator in self.generators.items():
             generator.set_state(tensors[f"generator.{name}"])
         for name, source in self.sources.items():
-            source.load(below(f"masks.{name}|"), self.decomposition.device)
+            state = below(f"masks.{name}|")
+            if source.by_rows:
+                state = {key: self.processes.take_rows(value) for key, value in state.items()}
+            source.load(state, self.decomposition.device)
 
 
 def make_learner(decomposition: Decomposition, config: TrainConfig, processes: Processes | None = None) -> Learner:
@@ -64,21 +75,25 @@ def make_learner(decomposition: Decomposition, config: TrainConfig, processes: P
     processes = processes or Processes()
     groups = [{"params": decomposition.subcomponent_parameters()}, {"params": decomposition.gate_parameters()}]
     device = decomposition.device
-    seed = config.seed * 1_000_003 + processes.rank * 101
-    generators = {
-        "masks": torch.Generator(device).manual_seed(seed + 1),
-        "adversary": torch.Generator(device).manual_seed(seed + 2),
+    seed = config.seed * 1_000_003
+    generators: dict[str, torch.Generator] = {
+        "masks": _generator(device, seed + 1, processes),
+        "adversary": _generator(device, seed + 2, processes),
         # On the CPU, so that which rows are routed is known without waiting for the device.
-        "routing": torch.Generator().manual_seed(seed + 3),
+        "routing": _generator(torch.device("cpu"), seed + 3, processes),
     }
     adam = torch.optim.Adam(groups, lr=config.lr, fused=True, capturable=device.type == "cuda")
-    learner = Learner(decomposition, config, adam, generators)
+    learner = Learner(decomposition, config, adam, generators, processes=processes)
     if config.precision == "bf16":
         learner.autocast = partial(torch.autocast, device.type, torch.bfloat16)
     learner.minimality_factors = match_sites(config.minimality_factors, decomposition)
     learner.targets = {name: w.target_weight.detach() for name, w in decomposition.items()}
     if processes.count > 1:
-        from torch.distributed.nn.functional import all_reduce
-
-        learner.sum_over_processes = all_reduce
+        learner.sum_over_processes = processes.sum_with_gradients
     return learner
+
+
+def _generator(device: torch.device, seed: int, processes: Processes) -> torch.Generator:
+    if processes.count == 1:
+        return torch.Generator(device).manual_seed(seed)
+    return RowsGenerator.of(device, seed, rank=processes.rank, count=processes.count)

@@ -72,8 +72,9 @@ def train(
     empty data, token ids out of range, and for losses or parameters that are NaN or infinite (the last good checkpoint,
     or the start, is put back into the decomposition).
 
-    Under `torchrun` or `accelerate launch` every process calls this with the same arguments; gradients are averaged,
-    the first process writes the files, and the checkpoint holds the state of all.
+    Under `torchrun` or `accelerate launch` every process calls this with the same arguments and takes its rows of every
+    batch; what comes out is what one process trains, to the rounding of sums. The first process writes the files, and
+    any number of processes goes on from them.
     """
     checked_decomposition(decomposition, "train")
     processes = join_processes(decomposition.device)
@@ -82,15 +83,17 @@ def train(
 
     with stop_on_signals() as stop, training_conditions(decomposition), ExitStack() as running:
         learner = make_learner(decomposition, config, processes)
-        belongs = belongs_to(decomposition, config, batches)
+        belongs = processes.same(belongs_to(decomposition, config, batches) if processes.is_main else None)
         if resume_from is not None:
             _check_resumed(files, checkpoint, belongs)
         step = 0 if checkpoint is None else checkpoint.step
         seen = SeenData(None if checkpoint is None else checkpoint.data)
         if checkpoint is not None and processes.is_main:
             batches = same_data(batches, checkpoint.data, str(checkpoint.path))
-        start = step * processes.count + processes.rank
-        stream = endless_batches(batches, decomposition, start=start, stride=processes.count)
+        # The first process sees whole batches: their hashes go into checkpoints.
+        shares = hasattr(batches, "for_process") and not processes.is_main
+        given = batches.for_process(processes.rank, processes.count) if shares else batches
+        stream = endless_batches(given, decomposition, start=step, whole=not shares)
         if checkpoint is not None and step < config.steps:
             stream = started(stream)
         if processes.is_main:
@@ -99,18 +102,20 @@ def train(
                 files.begin(config, belongs)
             else:
                 files.continue_from(checkpoint, newest=_is_run(resume_from))
-        good = LastGood(learner, processes, checkpoint)
+        good = LastGood(learner, checkpoint)
         if checkpoint is None:
-            _warm_up_faithfulness(learner, stop)
+            _warm_up_faithfulness(learner, stop, processes)
         else:
             good.put_back()
         # The first step whose loss was not finite, as a number below 0: the largest is the earliest, on all processes.
         bad_step = torch.full((), -config.steps - 1, device=decomposition.device)
-        began, first_step, interrupted = time.perf_counter(), step, stop.is_set()
+        began, first_step = time.perf_counter(), step
+        interrupted = processes.any(stop.is_set(), decomposition.device)
         bar = tqdm(total=config.steps, initial=step, desc="SPD", unit="step", disable=not processes.is_main)
 
         while step < config.steps and not interrupted:
-            batch = seen.note(next(stream)).to(decomposition.device)
+            whole = seen.note(next(stream))
+            batch = (whole if shares else processes.own_rows(whole)).to(decomposition.device)
             set_learning_rates(learner, step)
             losses, importances = accumulate_gradients(learner, batch, step)
             total = torch.stack([coefficient(config, name) * loss for name, loss in losses.items()]).sum()
@@ -137,16 +142,16 @@ def train(
                 if wrong := not_finite(decomposition):
                     bar.close()
                     good.give_up(f"{wrong} became NaN or infinite at step {step - 1}", losses)
-                tensors = processes.every_rank(learner.tensors())
+                tensors = learner.tensors()
                 path = None
                 if processes.is_main:
-                    data, keep = seen.until(batch, (step - 1) * processes.count), config.keep_checkpoints
+                    data, keep = seen.until(whole, step - 1), config.keep_checkpoints
                     path = files.save(step, tensors, keep=keep, belongs=belongs, data=data)
                 good.is_now(Checkpoint(processes.same(path), step, {}))
         bar.close()
         processes.wait()
 
-    log = files.read_log()
+    log = processes.same(files.read_log() if processes.is_main else None)
     final = {k: v for k, v in (log[-1] if log else {}).items() if k != "positions_per_second"}
     decomposition.training_record = {"config": config.to_json(), "steps": step, "final": final}
     if interrupted and processes.is_main:
@@ -191,15 +196,16 @@ def _check_resumed(files: RunFiles, checkpoint: Checkpoint | None, belongs: Mapp
         check_belongs(checkpoint.belongs, belongs, str(checkpoint.path))
 
 
-def _warm_up_faithfulness(learner: Learner, stop: Stop) -> None:
+def _warm_up_faithfulness(learner: Learner, stop: Stop, processes: Processes) -> None:
     """L8: some steps on faithfulness alone, with an optimiser that is thrown away."""
     config = learner.config
     if config.faithfulness_warmup == 0:
         return
     parameters = learner.decomposition.subcomponent_parameters()
     optimizer = torch.optim.Adam(parameters, lr=config.faithfulness_warmup_lr)
-    for _ in tqdm(range(config.faithfulness_warmup), desc="faithfulness warm-up", leave=False):
-        if stop.is_set():
+    device = learner.decomposition.device
+    for step in tqdm(range(config.faithfulness_warmup), desc="faithfulness warm-up", leave=False):
+        if _agreed_to_stop(stop, processes, step, device):
             return
         faithfulness(learner).backward()
         optimizer.step()
@@ -240,8 +246,10 @@ def _log_values(
     tensors = {"loss": total, **losses, **norms}
     per_site = {f"L0/{n}": _mean_active(g, position_mask) for n, g in importances.items()}
     names = [*tensors, *per_site]
-    values = torch.stack([v.detach().float() for v in (*tensors.values(), *per_site.values())]).tolist()
-    line = dict(zip(names, values, strict=True))
+    values = torch.stack([v.detach().float() for v in (*tensors.values(), *per_site.values())])
+    if (weight := learner.processes.weight(position_mask)) is not None:
+        values = values * weight
+    line = dict(zip(names, learner.processes.mean(values).tolist(), strict=True))
     line["L0"] = sum(line[name] for name in per_site)
     line["lr"] = learner.optimizer.param_groups[0]["lr"]
     line["p"] = learner.config.p_at(step)

@@ -1,23 +1,34 @@
 """Several processes that train one decomposition: the only file that knows ranks.
 
 Started by `torchrun` or `accelerate launch` (anything that sets `WORLD_SIZE` and `RANK`), every process calls `train`
-with the same arguments, takes batches of its own from the stream, and gradients are averaged after the backward pass.
-Nothing of the user's is changed: an `Accelerator` or a process group of theirs stays as it is.
+with the same arguments. Process `r` of `n` takes rows `r, r + n, ...` of every batch; gradients are averaged after the
+backward pass. Random numbers are those that one process draws for the same rows (`core.draws`), so `n` processes train
+what one trains, to the rounding of sums, and their state is the same everywhere, but for adversaries with sources of
+their own in every row.
+
+Nothing of the user's is changed: an `Accelerator` or a process group of theirs stays as it is. In a group that is
+opened here, a process that dies ends the others at their next exchange, and one that stalls after
+`SPD_LENS_TIMEOUT` seconds (600).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
-# Names of checkpointed tensors that differ between processes: random state, and what adversaries remember.
-OF_ONE_PROCESS = ("generator.", "masks.")
+from spd_lens.data.batches import Batch
+
+TIMEOUT = "SPD_LENS_TIMEOUT"
+TIMEOUT_SECONDS = 600.0
+# Gradients are summed in parts of this size, each sent while the next is gathered.
+BUCKET_BYTES = 25 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -32,20 +43,78 @@ class Processes:
         """Whether this process writes files and shows progress."""
         return self.rank == 0
 
+    # -- batches ---------------------------------------------------------------------------------------------------
+
+    def own_rows(self, batch: Batch) -> Batch:
+        """This process's rows of a batch. Raises ValueError for a batch that does not divide."""
+        if self.count == 1:
+            return batch
+        n_rows = len(batch.inputs)
+        if n_rows % self.count:
+            raise ValueError(
+                f"a batch has {n_rows} rows for {self.count} processes; expected a batch size that is a multiple of "
+                f"{self.count} (and drop the last, smaller batch)"
+            )
+        rows = {name: v[self.rank :: self.count] for name, v in vars(batch).items() if isinstance(v, Tensor)}
+        return replace(batch, **rows)
+
+    def weight(self, position_mask: Tensor | None) -> Tensor | None:
+        """What the mean over this process's positions counts in the mean over processes (None: 1).
+
+        Processes whose rows have fewer positions that count weigh less.
+        """
+        if self.count == 1 or position_mask is None:
+            return None
+        own = position_mask.sum().float()
+        whole = own.clone()
+        dist.all_reduce(whole)
+        return own * self.count / whole.clamp_min(1)
+
+    # -- sums ------------------------------------------------------------------------------------------------------
+
     def average(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Replace every gradient by its mean over the processes, in one reduction per dtype."""
+        """Replace every gradient by its mean over the processes; a missing one counts as zeros."""
         if self.count == 1:
             return
-        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        parameters = list(parameters)
         for p in parameters:
-            if p.grad is not None:
-                by_dtype.setdefault(p.grad.dtype, []).append(p.grad)
-        for gradients in by_dtype.values():
-            flat = torch.cat([g.flatten() for g in gradients])
-            dist.all_reduce(flat)
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        self.average_tensors([p.grad for p in parameters if p.grad is not None])
+
+    def average_tensors(self, tensors: Sequence[Tensor]) -> None:
+        """Replace tensors by their means over the processes, in buckets that are sent while the next is gathered."""
+        if self.count == 1:
+            return
+        sent = []
+        for bucket in _buckets(tensors):
+            flat = torch.cat([t.flatten() for t in bucket])
+            sent.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
+        for bucket, flat, work in sent:
+            work.wait()
             flat /= self.count
-            for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-                gradient.copy_(part.view_as(gradient))
+            for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+    def whole_batch(self, gradients: Sequence[Tensor], shared: bool) -> None:
+        """Make of gradients of this process's rows those of the whole batch, for sources that all rows share or not."""
+        if shared:
+            self.average_tensors(gradients)
+        else:
+            for gradient in gradients:
+                gradient /= self.count
+
+    def sum_with_gradients(self, value: Tensor) -> Tensor:
+        """The sum over the processes; gradients that come back to it are summed over them, too."""
+        return value if self.count == 1 else _Sum.apply(value)  # pyright: ignore[reportReturnType]
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean over the processes."""
+        if self.count > 1:
+            value = value.clone()
+            dist.all_reduce(value)
+            value /= self.count
+        return value
 
     def largest(self, value: Tensor) -> Tensor:
         """The elementwise largest value over the processes."""
@@ -53,6 +122,8 @@ class Processes:
             value = value.clone()
             dist.all_reduce(value, op=dist.ReduceOp.MAX)
         return value
+
+    # -- agreeing --------------------------------------------------------------------------------------------------
 
     def any(self, flag: bool, device: torch.device) -> bool:
         """Whether the flag is set in any process; with several, this waits for the device."""
@@ -68,36 +139,55 @@ class Processes:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def every_rank(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of the first process, and those that differ between processes of the others (`rank1|name`)."""
-        if self.count == 1:
-            return dict(own)
-        found: list[Any] = [None] * self.count
-        dist.all_gather_object(found, {name: t.cpu() for name, t in own.items() if name.startswith(OF_ONE_PROCESS)})
-        others = {f"rank{r}|{k}": v for r, tensors in enumerate(found) if r for k, v in tensors.items()}
-        return {**own, **others}
-
-    def own(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Undo `every_rank`: this process's tensors. Raises ValueError if they are of another number of processes."""
-        ranks = {0} | {int(name.split("|")[0].removeprefix("rank")) for name in tensors if _is_of_rank(name)}
-        if len(ranks) != self.count:
-            raise ValueError(
-                f"the checkpoint is of {len(ranks)} processes and this run has {self.count}; resume with the same "
-                "number of them"
-            )
-        common = {name: t for name, t in tensors.items() if not _is_of_rank(name)}
-        prefix = f"rank{self.rank}|"
-        return common | {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-
     def wait(self) -> None:
         """Wait until every process is here."""
         if self.count > 1:
             dist.barrier()
 
+    # -- state that differs between processes ----------------------------------------------------------------------
 
-def _is_of_rank(name: str) -> bool:
-    head, found, _ = name.partition("|")
-    return bool(found) and head.startswith("rank") and head.removeprefix("rank").isdigit()
+    def join_rows(self, own: Tensor) -> Tensor:
+        """Rows of the whole batch, from those of every process."""
+        if self.count == 1 or own.ndim == 0:
+            return own
+        found = [torch.empty_like(own) for _ in range(self.count)]
+        dist.all_gather(found, own.contiguous())
+        return torch.stack(found, dim=1).flatten(0, 1)
+
+    def take_rows(self, whole: Tensor) -> Tensor:
+        """Undo `join_rows`, with whatever number of processes. Raises ValueError for rows that do not divide."""
+        if self.count == 1 or whole.ndim == 0:
+            return whole
+        if len(whole) % self.count:
+            raise ValueError(f"the checkpoint has adversaries of {len(whole)} rows, which {self.count} cannot share")
+        return whole[self.rank :: self.count].contiguous()
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        total = grads[0].clone()
+        dist.all_reduce(total)
+        return total
+
+
+def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Tensors of one dtype in lists of about `BUCKET_BYTES`."""
+    buckets: list[list[Tensor]] = []
+    room = 0
+    for tensor in sorted(tensors, key=lambda t: str(t.dtype)):
+        if not buckets or room < tensor.nbytes or buckets[-1][0].dtype != tensor.dtype:
+            buckets.append([])
+            room = BUCKET_BYTES
+        buckets[-1].append(tensor)
+        room -= tensor.nbytes
+    return buckets
 
 
 def join_processes(device: torch.device) -> Processes:
@@ -112,7 +202,8 @@ def join_processes(device: torch.device) -> Processes:
     if not dist.is_initialized():
         if world == 1:
             return Processes()
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        timeout = timedelta(seconds=float(os.environ.get(TIMEOUT, TIMEOUT_SECONDS)))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     processes = Processes(dist.get_world_size(), dist.get_rank())
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if processes.count > 1 and device.type == "cuda" and device.index != local:
@@ -121,3 +212,10 @@ def join_processes(device: torch.device) -> Processes:
             "with decomposition.to(...) before train()"
         )
     return processes
+
+
+def leave_processes() -> None:
+    """Close the process group, at the end of a program: without it a process can abort on its way out."""
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()

@@ -35,15 +35,17 @@ def accumulate_gradients(learner: Learner, batch: Batch, step: int) -> tuple[dic
     """
     config = learner.config
     clean, lower, upper = _clean_importances(learner, batch)
+    weight = learner.processes.weight(batch.position_mask)
     reached = {name: g.detach().requires_grad_() for name, g in lower.items()}
     losses: dict[str, Tensor] = {}
     for name, part in _reconstructions(learner, batch, clean, reached, step):
-        (coefficient(config, name) * part).backward()
+        _weighed(coefficient(config, name) * part, weight).backward()
         losses[name] = losses[name] + part.detach() if name in losses else part.detach()
     del clean
     total: Tensor | None = None
     for name, loss in _losses_without_passes(learner, batch, upper, step):
-        weighted = coefficient(config, name) * loss
+        # What is summed over the processes already, or is no mean over positions, weighs the same everywhere.
+        weighted = _weighed(coefficient(config, name) * loss, weight if name == "minimality" else None)
         total = weighted if total is None else total + weighted
         losses[name] = loss.detach()
     roots = [g for name, g in lower.items() if reached[name].grad is not None]
@@ -57,6 +59,11 @@ def accumulate_gradients(learner: Learner, batch: Batch, step: int) -> tuple[dic
         (config.faithfulness * loss).backward()
         losses["faithfulness"] = loss.detach()
     return losses, {name: g.detach() for name, g in lower.items()}
+
+
+def _weighed(loss: Tensor, weight: Tensor | None) -> Tensor:
+    """A mean over this process's positions, as its part of the mean over all."""
+    return loss if weight is None else weight * loss
 
 
 def _clean_importances(learner: Learner, batch: Batch) -> tuple[CleanPass, dict[str, Tensor], dict[str, Tensor]]:
@@ -158,7 +165,9 @@ def _reconstruction(
 
     def objective(masks: Mapping[str, Any], rows: int | None) -> Tensor:
         routed = passes if rows is None else [dict.fromkeys(one) for one in passes]
-        return torch.stack(list(summands(lower, _Given(masks), routed, rows, 1))).sum()
+        counted = None if batch.position_mask is None else batch.position_mask[:rows]
+        found = torch.stack(list(summands(lower, _Given(masks), routed, rows, 1))).sum()
+        return _weighed(found, learner.processes.weight(counted))
 
     source.climb(
         objective,
