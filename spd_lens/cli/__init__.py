@@ -4,6 +4,7 @@ What a command does, Python does too: `RunFile.read("config.yaml")` checks a fil
 other command is one call of the function of its name."""
 
 from spd_lens.cli.output import DONE, FAILED, STOPPED, USAGE
+from spd_lens.cli.plan import BlockJob, split_blocks
 from spd_lens.cli.program import app, run
 from spd_lens.cli.run_file import RunFile
 from spd_lens.cli.runs import decompose_run, load_run_data, open_run_model, open_saved
@@ -16,6 +17,7 @@ __all__ = [
     "FAILED",
     "STOPPED",
     "USAGE",
+    "BlockJob",
     "ConfigError",
     "RunFile",
     "SweepCell",
@@ -28,6 +30,7 @@ __all__ = [
     "read_yaml",
     "run",
     "run_cells",
+    "split_blocks",
     "sweep_cells",
     "train_run",
 ]

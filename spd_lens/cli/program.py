@@ -12,7 +12,9 @@ import spd_lens.cli.demo as demo
 import spd_lens.cli.evaluate as evaluate
 import spd_lens.cli.export as export
 import spd_lens.cli.harvest as harvest
+import spd_lens.cli.merge as merge
 import spd_lens.cli.pareto as pareto
+import spd_lens.cli.plan as plan
 import spd_lens.cli.sweep as sweep
 import spd_lens.cli.train as train
 
@@ -28,12 +30,14 @@ app = typer.Typer(
 # In the order of `--help`.
 COMMANDS = {
     "demo": demo,
+    "plan": plan,
     "train": train,
     "evaluate": evaluate,
     "harvest": harvest,
     "compare": compare,
     "pareto": pareto,
     "sweep": sweep,
+    "merge": merge,
     "export": export,
 }
 for _name, _module in COMMANDS.items():

@@ -30,6 +30,8 @@ from spd_lens.training import Reconstruction, TrainConfig
 MASK_NAMES = (*get_args(MaskKind), "pgd", "persistent", "merged")
 BUDGETS = {kind.__name__: kind for kind in (PGD, Persistent, Merged)}
 
+SOURCES = ("text", "files", "dataset", "tokens", "residuals")
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
@@ -46,7 +48,10 @@ class ModelSection(_Section):
 
 
 class DecomposeSection(_Section):
-    """The arguments of `decompose`; `C: null` is 1.5 times the rank bound."""
+    """The arguments of `decompose`; `C: null` is 1.5 times the rank bound.
+
+    `start_from`: a saved decomposition that training begins with; its sites and gates are then used.
+    """
 
     sites: dict[str, int | None] = Field(min_length=1)
     gate: Literal["scalar", "vector", "shared", "attention", "global"] = "scalar"
@@ -54,6 +59,7 @@ class DecomposeSection(_Section):
     gate_options: dict[str, Any] = Field(default_factory=dict)
     init: Literal["normal", "paper", "exact"] = "normal"
     seed: int = 0
+    start_from: str | None = None
 
     @field_validator("sites")
     @classmethod
@@ -70,6 +76,7 @@ class DataSection(_Section):
     - `text`: a text that ships with the package, `moby_dick` (splits `train` and `held_out`).
     - `files`: text files; `dataset`: a name or folder for `datasets.load_dataset`; `tokens`: a `.npy` file `[n pos]`.
     - `cache_residuals`: compute once what enters the first decomposed block.
+    - `residuals`: a directory of `write_residuals`, the streams that enter the first decomposed block, on disk.
     """
 
     text: Literal["moby_dick"] | None = None
@@ -87,12 +94,13 @@ class DataSection(_Section):
     exclude: list[int] = Field(default_factory=list)
     seed: int = 0
     cache_residuals: bool = False
+    residuals: str | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> DataSection:
-        given = [n for n in ("text", "files", "dataset", "tokens") if getattr(self, n) is not None]
+        given = [n for n in SOURCES if getattr(self, n) is not None]
         if len(given) != 1:
-            raise ValueError(f"given {', '.join(given) or 'no source'}; expected one of text, files, dataset, tokens")
+            raise ValueError(f"given {', '.join(given) or 'no source'}; expected one of {', '.join(SOURCES)}")
         return self
 
 
@@ -128,10 +136,9 @@ class RunFile(_Section):
     def evaluation_data(self) -> DataSection:
         """The data to evaluate on."""
         given = self.evaluate.data
-        sources = ("text", "files", "dataset", "tokens")
         kept = self.data.model_dump()
-        if any(name in given for name in sources):
-            kept |= dict.fromkeys(sources)
+        if any(name in given for name in SOURCES):
+            kept |= dict.fromkeys(SOURCES)
         return DataSection.model_validate(kept | given)
 
     @staticmethod

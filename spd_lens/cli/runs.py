@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from spd_lens.cli.run_file import DataSection, DecomposeSection, ModelSection, RunFile, first_problem
 from spd_lens.cli.yaml_file import ConfigError, read_yaml
 from spd_lens.core import Decomposition, decompose
-from spd_lens.data import TokenBatches, cache_residuals, load_tokens, pack_tokens
+from spd_lens.data import TokenBatches, cache_residuals, load_tokens, open_residuals, pack_tokens
 from spd_lens.models import (
     load_induction,
     load_moby_dick,
@@ -48,6 +48,8 @@ def _revision(revision: str | None) -> dict[str, str]:
 
 def decompose_run(model: Any, section: DecomposeSection) -> Decomposition:
     """The decomposition that a run begins with."""
+    if section.start_from is not None:
+        return Decomposition.from_pretrained(section.start_from, model)
     return decompose(
         model,
         section.sites,
@@ -61,6 +63,15 @@ def decompose_run(model: Any, section: DecomposeSection) -> Decomposition:
 
 def load_run_data(section: DataSection, decomposition: Decomposition) -> TokenBatches:
     """The batches of a run."""
+    if section.residuals is not None:
+        layers = [w.site.layer for w in decomposition.values() if w.site.layer is not None]
+        return open_residuals(
+            section.residuals,
+            min(layers, default=0),
+            batch_size=section.batch_size,
+            seed=section.seed,
+            exclude=section.exclude,
+        )
     tokenizer = getattr(decomposition.model, "tokenizer", None)
     if section.tokens is not None:
         rows: Any = _read_tokens(section)

@@ -1,6 +1,7 @@
 """Batches of tokens, token windows from texts and data sets, cached residual streams."""
 
 from spd_lens.data.batches import Batch, TokenBatches, as_batch
+from spd_lens.data.residual_files import open_residuals, write_residuals
 from spd_lens.data.residuals import ResidualBatches, cache_residuals
 from spd_lens.data.streams import checked_batch, endless_batches, first_batches
 from spd_lens.data.tokens import cut_windows, load_tokens, pack_tokens
@@ -16,5 +17,7 @@ __all__ = [
     "endless_batches",
     "first_batches",
     "load_tokens",
+    "open_residuals",
     "pack_tokens",
+    "write_residuals",
 ]

@@ -1,6 +1,7 @@
 """Train a decomposition: `train`, its `TrainConfig`, and many small runs at once with `train_many`."""
 
 from spd_lens.training.belonging import belongs_to, check_belongs
+from spd_lens.training.blocks import merge_decompositions, sites_by_block
 from spd_lens.training.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from spd_lens.training.config import Reconstruction, TrainConfig
 from spd_lens.training.cuda_graphs import GraphedStep
@@ -10,6 +11,8 @@ from spd_lens.training.loop import train
 from spd_lens.training.many import ManyResult, train_many
 from spd_lens.training.member_adam import MemberAdam
 from spd_lens.training.member_learner import MemberLearner
+from spd_lens.training.model_shape import SHAPES, ModelShape
+from spd_lens.training.planning import DEVICES, Device, Plan, plan
 from spd_lens.training.processes import Processes, join_processes, leave_processes
 from spd_lens.training.run_files import RunFiles, open_run
 from spd_lens.training.step import accumulate_gradients, take_step
@@ -17,7 +20,10 @@ from spd_lens.training.terms import LossTerm, StepView
 from spd_lens.training.train_result import TrainResult
 
 __all__ = [
+    "DEVICES",
+    "SHAPES",
     "Checkpoint",
+    "Device",
     "GraphedStep",
     "Learner",
     "Logger",
@@ -25,6 +31,8 @@ __all__ = [
     "ManyResult",
     "MemberAdam",
     "MemberLearner",
+    "ModelShape",
+    "Plan",
     "Processes",
     "Reconstruction",
     "RunFiles",
@@ -37,8 +45,11 @@ __all__ = [
     "join_processes",
     "leave_processes",
     "make_learner",
+    "merge_decompositions",
     "open_run",
+    "plan",
     "read_checkpoint",
+    "sites_by_block",
     "take_step",
     "tensorboard_logger",
     "train",
