@@ -1,0 +1,87 @@
+"""Block by block: streams on disk train what tokens train, and parts that are merged are the parts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from spd_lens import Decomposition, TokenBatches, TrainConfig, cache_residuals, decompose, train
+from spd_lens.data import open_residuals, write_residuals
+from spd_lens.training import merge_decompositions, sites_by_block
+from tests.small_models import tiny_transformer, tokens
+
+CONFIG = TrainConfig(steps=3, log_every=1)
+
+
+def _part(block: int, **settings: object) -> Decomposition:
+    arguments = {"gate": "shared", "gate_width": 8, "seed": block} | settings
+    return decompose(tiny_transformer(), {f"blocks.{block}.mlp.W_*": 12}, **arguments)  # pyright: ignore[reportArgumentType]
+
+
+def test_streams_on_disk_are_those_in_memory(tmp_path: Path) -> None:
+    data = TokenBatches(tokens(16), 4, seed=2)
+    cached = _part(1)
+    directory = write_residuals(cached, data, [0, 1], tmp_path / "streams")
+    train(cached, cache_residuals(cached, data), CONFIG, out_dir=tmp_path / "memory")
+    mapped = _part(1)
+    batches = open_residuals(directory, 1, batch_size=4, seed=2)
+    train(mapped, batches, CONFIG, out_dir=tmp_path / "disk")
+    for name, expected in cached.tensors().items():
+        assert torch.equal(mapped.tensors()[name], expected), name
+
+
+def test_streams_that_were_changed_or_are_of_another_model_are_refused(tmp_path: Path) -> None:
+    data = TokenBatches(tokens(16), 4)
+    directory = write_residuals(_part(1), data, [1], tmp_path / "streams")
+    with pytest.raises(ValueError, match="has no streams of block 0; near: '1'"):
+        open_residuals(directory, 0, batch_size=4)
+    with pytest.raises(ValueError, match="exists already"):
+        write_residuals(_part(1), data, [1], directory)
+    other = decompose(tiny_transformer(seed=5), {"blocks.1.mlp.W_*": 12})
+    with pytest.raises(ValueError, match="another model"):
+        train(other, open_residuals(directory, 1, batch_size=4), CONFIG, out_dir=tmp_path / "run")
+    values = np.load(directory / "block-00001.npy", mmap_mode="r+")
+    values[0, 0, 0] += 1
+    values.flush()
+    with pytest.raises(ValueError, match=r"block-00001\.npy is damaged"):
+        open_residuals(directory, 1, batch_size=4)
+
+
+def test_merged_decompositions_are_their_parts_and_train_on(tmp_path: Path) -> None:
+    parts = [_part(0), _part(1)]
+    saved = [part.save_pretrained(tmp_path / f"part-{i}") for i, part in enumerate(parts)]
+    model = tiny_transformer()
+    merged = merge_decompositions(model, saved)
+    expected = parts[0].tensors() | parts[1].tensors()
+    assert merged.tensors().keys() == expected.keys()
+    for name, tensor in merged.tensors().items():
+        assert torch.equal(tensor, expected[name]), name
+    train(merged, [tokens(4)], CONFIG, out_dir=tmp_path / "run")
+
+
+def test_parts_that_do_not_fit_are_refused_and_the_model_is_unchanged(tmp_path: Path) -> None:
+    first = _part(0).save_pretrained(tmp_path / "first")
+    twice = _part(0, seed=9).save_pretrained(tmp_path / "twice")
+    wide = _part(1, gate_width=16).save_pretrained(tmp_path / "wide")
+    model = tiny_transformer()
+    names = set(model.hook_dict)  # pyright: ignore[reportArgumentType]
+    for parts, expected in (
+        ([first, twice], "which another has too"),
+        ([first, wide], "shared gates of width 16, the first shared gates of width 8"),
+        ([], "nothing to merge"),
+    ):
+        with pytest.raises(ValueError, match=expected):
+            merge_decompositions(model, parts)
+        assert set(model.hook_dict) == names  # pyright: ignore[reportArgumentType]
+
+
+def test_sites_are_sorted_by_block() -> None:
+    sites = {"blocks.10.mlp.W_in": 1, "blocks.2.attn.W_V": 2, "blocks.10.mlp.W_out": 3}
+    expected = {2: {"blocks.2.attn.W_V": 2}, 10: {"blocks.10.mlp.W_in": 1, "blocks.10.mlp.W_out": 3}}
+    assert sites_by_block(sites) == expected
+    assert list(sites_by_block(sites)) == [2, 10]
+    with pytest.raises(ValueError, match="embed.W_E is in no block"):
+        sites_by_block({"embed.W_E": 4})
