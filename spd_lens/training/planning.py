@@ -29,10 +29,9 @@ DEFAULT_WIDTHS = {kind: DEFAULT_WIDTH[kind] for kind in get_args(KnownGate)}
 
 # How many tensors of each size are alive when most are, fitted once to 26 small models whose steps were counted (the
 # largest single error 24 %, of activations alone) and rounded. Per token: importances (values under two squashings and
-# their graphs), masks of a pass, residual streams with norms, hidden layers, attention scores, heads, logits (clean,
-# masked, their gradient). Per step: matrices as large as the largest decomposed weight.
-PER_IMPORTANCE, PER_MASK, PER_D_MODEL, PER_D_MLP = 5.0, 1.4, 29.0, 2.6
-PER_SCORE, PER_HEAD, PER_LOGIT, PER_WEIGHT = 2.0, 5.0, 5.0, 4.0
+# their graphs), masks of a pass, attention scores, heads, logits (clean, masked, their gradient). Per step: matrices as
+# large as the largest decomposed weight. Layer-wise routing holds less than is planned.
+PER_IMPORTANCE, PER_MASK, PER_SCORE, PER_HEAD, PER_LOGIT, PER_WEIGHT = 5.0, 1.4, 2.0, 5.0, 5.5, 4.0
 
 
 @dataclass(frozen=True)
@@ -320,13 +319,8 @@ class _Step:
         masked = [C for _, _, C in sizes]
         if all(term.routing == "layerwise" for term in self.config.reconstructions):
             masked = [max(masked)]
-        hidden = {"shared": 2 * self.width * len(sizes), "scalar": 0, "vector": 3 * self.width * sum(masked)}
-        blocks = shape.n_layers - self._first()
-        has_attention = any(site.startswith(f"blocks.{self._first()}.attn") for site in self.counts)
-        attended = blocks if has_attention else blocks - 1
-        of_blocks = blocks * (
-            PER_D_MODEL * shape.d_model + PER_D_MLP * shape.d_mlp * (2.2 if shape.gated else 1)
-        ) + attended * shape.n_heads * (PER_SCORE * self.context + PER_HEAD * shape.d_head)
+        hidden = {"shared": 2 * self.width * len(sizes), "scalar": 0, "vector": 2 * self.width * sum(masked)}
+        of_blocks = sum(self._block(block) for block in range(self._first(), shape.n_layers))
         importances = PER_IMPORTANCE * sum(C for _, _, C in sizes) + PER_MASK * sum(masked) + hidden[self.gate]
         return {
             "importances and masks": 4.0 * tokens * importances,
@@ -334,6 +328,17 @@ class _Step:
             "logits": 4.0 * tokens * PER_LOGIT * shape.d_vocab,
             "products of weights": 4.0 * PER_WEIGHT * max(a * b for a, b, _ in sizes) + half * 2.0 * self.n_trained(),
         }
+
+    def _block(self, block: int) -> float:
+        """Numbers per token that a block keeps for the backward pass of a masked pass."""
+        shape = self.shape
+        own = [site for site in self.counts if site.startswith(f"blocks.{block}.")]
+        # Sites keep the outputs of target and subcomponents apart.
+        share = min(1.0, 2 * len(own) / len(shape.block_matrices()))
+        found = (10 + 19 * share) * shape.d_model + (2.0 + 0.6 * share) * shape.d_mlp * (1.7 if shape.gated else 1)
+        if block > self._first() or any(".attn." in site for site in own):
+            found += shape.n_heads * (PER_SCORE * self.context + PER_HEAD * shape.d_head)
+        return found
 
     def largest(self, memory: float) -> int:
         """Rows that fit into `memory` bytes on a rank."""

@@ -83,5 +83,5 @@ def test_sites_are_sorted_by_block() -> None:
     expected = {2: {"blocks.2.attn.W_V": 2}, 10: {"blocks.10.mlp.W_in": 1, "blocks.10.mlp.W_out": 3}}
     assert sites_by_block(sites) == expected
     assert list(sites_by_block(sites)) == [2, 10]
-    with pytest.raises(ValueError, match="embed.W_E is in no block"):
+    with pytest.raises(ValueError, match=r"embed\.W_E is in no block"):
         sites_by_block({"embed.W_E": 4})

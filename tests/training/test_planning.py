@@ -23,8 +23,7 @@ SUBSET = Reconstruction(1.0, "stochastic", "subset")
 CASES: dict[str, tuple[ModelShape, dict[str, int | None], str, int, tuple[Reconstruction, ...]]] = {
     "an MLP": (PLAIN, {"blocks.1.mlp.W_*": 200}, "shared", 32, (Reconstruction(),)),
     "all sites, two terms": (PLAIN, {"blocks.*": 96}, "shared", 64, (Reconstruction(), SUBSET)),
-    "gated, layerwise": (GATED, {"blocks.*.mlp.W_*": 64, "blocks.*.attn.*W_V": 32}, "shared", 24,
-                         (Reconstruction(1.0, "stochastic", "layerwise"),)),
+    "gated": (GATED, {"blocks.*.mlp.W_*": 64, "blocks.*.attn.*W_V": 32}, "shared", 24, (Reconstruction(),)),
     "attention, an adversary": (PLAIN, {"blocks.0.attn.W_[QKVO]": 48}, "vector", 4,
                                 (Reconstruction(1.0, PGD(steps=4)),)),
     "a large vocabulary": (WIDE, {"blocks.0.mlp.W_*": 64}, "scalar", 8, (Reconstruction(),)),
