@@ -14,7 +14,7 @@ from spd_lens.support.files import (
 from spd_lens.support.interrupts import hold_interrupts
 from spd_lens.support.names import near_names
 from spd_lens.support.owners import clear_dead_temporaries, held, own_mark, temporary_beside
-from spd_lens.support.pages import filled_page, script_json, shortened, table_html, visible
+from spd_lens.support.pages import filled_page, page_without_script, script_json, shortened, table_html, visible
 from spd_lens.support.progress import tqdm
 from spd_lens.support.saved_pair import SavedPair
 from spd_lens.support.tables import format_table
@@ -38,6 +38,7 @@ __all__ = [
     "near_names",
     "new_directory",
     "own_mark",
+    "page_without_script",
     "read_checked",
     "read_tensors",
     "script_json",

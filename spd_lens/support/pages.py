@@ -77,6 +77,14 @@ def filled_page(template: str, *, title: str, data: Any) -> str:
     )
 
 
+def page_without_script(template: str, *, title: str, **values: Any) -> str:
+    """The page `templates/{template}` filled in; its policy lets no script run and nothing in from outside."""
+    from markupsafe import Markup
+
+    policy = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+    return _environment().get_template(template).render(title=title, policy=Markup(policy), **values)
+
+
 def table_html(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> str:
     """A table for a notebook: a caption, a header, rows (first column left, others right), and lines below."""
     template = _environment().get_template("table.html")

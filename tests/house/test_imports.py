@@ -30,6 +30,7 @@ LEVELS = [
     {"evaluation", "statistics", "circuits"},
     {"training", "graphs", "components", "editing"},
     {"pictures"},
+    {"audit"},
     {"models"},
     {"toys"},
     {"baselines"},

@@ -1,0 +1,30 @@
+"""Audits of single decisions: reasons that anybody can run again.
+
+`explain` gives an `AuditReport` for one input and one decision, `report.save` writes it, `verify` runs every claim of
+it again and says where it disagrees."""
+
+from spd_lens.audit.adversary import Budget
+from spd_lens.audit.cases import Cases
+from spd_lens.audit.decision import Decision
+from spd_lens.audit.explaining import Choices, explain
+from spd_lens.audit.fairness import FairnessView, fairness_view
+from spd_lens.audit.page import audit_page
+from spd_lens.audit.report import AuditReport, Reason, Withheld, report_schema
+from spd_lens.audit.verifying import Verification, verify
+
+__all__ = [
+    "AuditReport",
+    "Budget",
+    "Cases",
+    "Choices",
+    "Decision",
+    "FairnessView",
+    "Reason",
+    "Verification",
+    "Withheld",
+    "audit_page",
+    "explain",
+    "fairness_view",
+    "report_schema",
+    "verify",
+]
