@@ -9,11 +9,15 @@ TL4 ?= 4.3.0
 # One thread per worker: two workers fill two cores without fighting over them.
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest
 
-.PHONY: demo test test-slow test-tl4 check lint format types examples tutorials tutorials-tl4 package docs docs-check \
+.PHONY: demo audit test test-slow test-tl4 check lint format types examples tutorials tutorials-tl4 package docs docs-check \
 	reproduce-quick lock clean
 
 demo: $(VENV)/.ready
 	$(PY) tutorials/demo.py
+
+# A declined applicant for a loan: the report, its page, and the verification. Offline, under three minutes.
+audit: $(VENV)/.ready
+	$(PY) -m spd_lens audit --out runs/audit
 
 test: $(VENV)/.ready
 	$(PYTEST) -n 2 -m "not slow and not tutorial"

@@ -95,7 +95,7 @@ def explain(
     inputs: Any,
     decision: Any,
     *,
-    cases: Cases,
+    cases: Any,
     position: int | None = None,
     reasons_at: Sequence[int] | None = None,
     choices: Choices | None = None,
@@ -106,7 +106,7 @@ def explain(
 
     - `decision`: the number or name of an output (against the strongest other), a pair of them, or a `Decision`; at
       `position`, the last by default.
-    - `cases`: what to compare with, and the words; see `Cases`.
+    - `cases`: a `Cases`: what to compare with, and the words.
     - `reasons_at`: positions that may be reasons; by default those that have a name, or all of a text.
 
     Raises ValueError for an input outside the vocabulary, a decision that the model does not make or does not have, and
@@ -145,7 +145,7 @@ class _Audit:
         decomposition: Decomposition,
         inputs: Any,
         decision: Any,
-        cases: Cases,
+        cases: Any,
         position: int | None,
         reasons_at: Sequence[int] | None,
         choices: Choices,
@@ -236,6 +236,7 @@ class _Audit:
         places = [self._place(p) for p in self.reasons_at]
         return AuditReport(
             title=self.title or f"Why {self.decision.chosen_name}?",
+            inputs=self.ids,
             model_name=self.decomposition.host.provenance().model_name,
             decision=DecisionMade(**vars(self.decision), margin=self.margin, worst_margin=self.worst_margin),
             start=self.start,

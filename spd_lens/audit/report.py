@@ -190,10 +190,11 @@ class Digests(CheckedContent):
 
 
 class AuditReport(CheckedContent):
-    """An audit of one decision; `explain` makes it, `verify` runs it again."""
+    """An audit of one decision; `explain` makes it, `verify` runs it again. `inputs`: the audited tokens."""
 
     title: Text
     model_name: Text
+    inputs: Annotated[list[Index], Field(max_length=100_000)]
     decision: DecisionMade
     start: Number
     reasons_for: Annotated[list[Reason], Field(max_length=N_REASONS)]

@@ -67,21 +67,26 @@ class Verification:
 def verify(
     report: AuditReport | str | Path,
     decomposition: Decomposition,
-    inputs: Any,
     *,
     cases: Cases,
+    inputs: Any = None,
     seed: int | None = None,
 ) -> Verification:
     """Run a report, or the file of one, again; `seed=None` is the report's own, see the module.
 
-    `inputs` is the report's input, `[pos]` or `[1 pos]`. Raises ValueError for files that are no report.
+    `inputs`: the input that the report should be about, `[pos]` or `[1 pos]`; None: the one that stands in it. Raises
+    ValueError for files that are no report.
     """
     checked_decomposition(decomposition, "verify")
     if not isinstance(report, AuditReport):
         report = AuditReport.load(report)
-    tokens = checked_tokens(
-        inputs[None] if getattr(inputs, "ndim", 2) == 1 else inputs, decomposition.host, name="inputs"
-    )
+    given = [report.inputs] if inputs is None else inputs
+    try:
+        tokens = checked_tokens(
+            given[None] if getattr(given, "ndim", 2) == 1 else given, decomposition.host, name="inputs"
+        )
+    except ValueError as error:
+        return Verification((f"its input is none of this model: {error}",), (), len(report.reasons), 0)
     other = list(_other_things(report, decomposition, tokens, cases))
     lacking = list(_lacking(report))
     if other or lacking:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 import spd_lens
+import spd_lens.cli.audit as audit
 import spd_lens.cli.compare as compare
 import spd_lens.cli.demo as demo
 import spd_lens.cli.evaluate as evaluate
@@ -39,6 +40,7 @@ COMMANDS = {
     "sweep": sweep,
     "merge": merge,
     "export": export,
+    "audit": audit,
 }
 for _name, _module in COMMANDS.items():
     app.command(_name, help=_module.HELP, short_help=_module.HELP.split(".")[0])(_module.command)

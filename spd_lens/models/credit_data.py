@@ -206,3 +206,20 @@ def load_credit_applicants(split: str) -> CreditApplicants:
     rows = tuple({name: " ".join(table[n][c].split()) for name, c in _COLUMNS.items()} for n in numbers)
     labels = torch.tensor([int(table[n]["creditability"] == "bad") for n in numbers])
     return CreditApplicants(credit_tokens(rows), labels, rows, tuple(numbers))
+
+
+def credit_cases(split: str = "train") -> dict[str, Any]:
+    """The applicants of a part as the fields of `spd_lens.audit.Cases`: `Cases(**credit_cases())`.
+
+    `numbers` are rows of the table; outcomes are "good risk" and "bad risk".
+    """
+    applicants = load_credit_applicants(split)
+    return {
+        "tokens": applicants.tokens,
+        "vocabulary": credit_vocabulary(),
+        "places": CREDIT_ATTRIBUTES,
+        "outputs": CREDIT_DECISIONS,
+        "outcomes": ["bad risk" if bad else "good risk" for bad in applicants.labels.tolist()],
+        "numbers": applicants.numbers,
+        "dictionary": CREDIT_WORDS,
+    }

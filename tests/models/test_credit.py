@@ -5,10 +5,13 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from spd_lens.evaluation import worst_case
 from spd_lens.models import (
     CREDIT_ATTRIBUTES,
     CREDIT_DIRECTORY,
@@ -22,6 +25,7 @@ from spd_lens.models import (
     load_recipe,
 )
 
+RESULTS = Path(__file__).parents[2] / "experiments" / "results" / "credit"
 SPLITS = ("train", "validation", "held_out")
 
 
@@ -107,6 +111,21 @@ def test_the_shipped_model_reaches_what_its_recipe_says() -> None:
     assert float((bad[:, None] > good).float().mean()) == pytest.approx(reported["credit model"]["auc"], abs=1e-3)
     # It is as good as the models that people use for this, within the noise of 300 applicants.
     assert reported["credit model"]["auc"] > reported["logistic regression"]["auc"] - 0.03
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_shipped_decompositions_are_those_that_were_reported(seed: int) -> None:
+    decomposition = load_credit(decomposed=True, seed=seed)
+    assert len(decomposition) == 9
+    report = json.loads((RESULTS / f"decomposition-{seed}.json").read_text())["report"]
+    tokens = load_credit_applicants("held_out").tokens
+    reached = worst_case(decomposition, [tokens], steps=(20,), starts=1).divergence[20]
+    assert reached < 1.5 * float(report["adversarial"]["20"]) < 0.25 * report["divergence"]["all off"]
+
+
+def test_a_seed_that_does_not_ship_is_refused() -> None:
+    with pytest.raises(ValueError, match="seed=7; expected 0 or 1, the seeds whose decompositions ship"):
+        load_credit(decomposed=True, seed=7)
 
 
 def test_only_the_decision_has_an_output() -> None:
