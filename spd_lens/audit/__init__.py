@@ -4,9 +4,10 @@
 it again and says where it disagrees."""
 
 from spd_lens.audit.adversary import Budget
+from spd_lens.audit.bench import Choices, Judged, judge_places
 from spd_lens.audit.cases import Cases
 from spd_lens.audit.decision import Decision
-from spd_lens.audit.explaining import Choices, explain
+from spd_lens.audit.explaining import explain
 from spd_lens.audit.fairness import FairnessView, fairness_view
 from spd_lens.audit.page import audit_page
 from spd_lens.audit.report import AuditReport, Reason, Withheld, report_schema
@@ -19,12 +20,14 @@ __all__ = [
     "Choices",
     "Decision",
     "FairnessView",
+    "Judged",
     "Reason",
     "Verification",
     "Withheld",
     "audit_page",
     "explain",
     "fairness_view",
+    "judge_places",
     "report_schema",
     "verify",
 ]

@@ -67,27 +67,36 @@ def mean_values(controls: Recorded) -> Values:
     return {name: a.mean(0) for name, a in controls.activations.items()}
 
 
-def equal_use(position: int, cells: Cells, rates: Rates, generator: torch.Generator) -> Cells | None:
-    """As many random cells as there are in `cells` (at `position`), each drawn beside one of them: another place of the
-    same site, and as often used in the data (one of the `NEAREST` in `rates`, which are 0 where nothing can be drawn).
+def equal_use(
+    position: int, cells_of: Sequence[Cells], rates: Rates, n: int, generator: torch.Generator
+) -> list[Cells] | None:
+    """`n` random sets; the i-th has as many cells as `cells_of[i % len]` has at `position`.
+
+    Each is drawn beside one of these: another place of the same site, and as often used in the data (one of the
+    `NEAREST` in `rates`, which are 0 where nothing can be drawn).
 
     None where some site has no such cell at another place.
     """
-    drawn = {}
-    for name, own in cells.items():
-        drawn[name] = torch.zeros_like(own)
-        wanted = rates[name][position][own[position]]
-        if not len(wanted):
-            continue
-        elsewhere = rates[name].clone()
-        elsewhere[position] = 0.0
-        places = elsewhere.flatten().nonzero().squeeze(1)
-        if not len(places):
-            return None
-        distance = (elsewhere.flatten()[places][None] - wanted[:, None]).abs()
-        near = places[distance.argsort(dim=1, stable=True)[:, :NEAREST]]
-        picks = torch.randint(near.shape[1], (len(near), 1), generator=generator).to(near.device)
-        drawn[name].view(-1)[near.gather(1, picks).squeeze(1)] = True
+    drawn: list[Cells] = [{} for _ in range(n)]
+    for name in cells_of[0]:
+        wanted = torch.stack([cells[name][position] for cells in cells_of])
+        ids = wanted.any(0).nonzero().squeeze(1)
+        chosen = torch.zeros(n, rates[name].numel(), dtype=torch.bool, device=wanted.device)
+        if len(ids):
+            elsewhere = rates[name].clone()
+            elsewhere[position] = 0.0
+            places = elsewhere.flatten().nonzero().squeeze(1)
+            if not len(places):
+                return None
+            distance = (elsewhere.flatten()[places][None] - rates[name][position][ids][:, None]).abs()
+            near = places[distance.argsort(dim=1, stable=True)[:, :NEAREST]]
+            picks = torch.randint(near.shape[1], (n, len(ids)), generator=generator).to(near.device)
+            targets = near[torch.arange(len(ids), device=near.device), picks]
+            here = wanted[:, ids][torch.arange(n) % len(cells_of)]
+            rows = torch.arange(n, device=near.device)[:, None].expand_as(targets)
+            chosen[rows[here], targets[here]] = True
+        for own, row in zip(drawn, chosen, strict=True):
+            own[name] = row.view(rates[name].shape)
     return drawn
 
 

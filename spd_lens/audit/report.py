@@ -16,13 +16,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from spd_lens.audit.bench import N_REASONS, Why
 from spd_lens.support.checked_json import CheckedContent, checked_text, read_checked
 from spd_lens.support.files import given_path, write_text
 
 FORMAT, VERSION = "spd_lens audit report", 1
 # A report has a few hundred numbers; what is larger is none.
 LARGEST_FILE = 2_000_000
-N_REASONS = 4
 SCHEMA_PATH = Path(__file__).resolve().parent / "audit_report.schema.json"
 
 Text = Annotated[str, Field(max_length=1_000)]
@@ -108,9 +108,7 @@ class Withheld(CheckedContent):
 
     place: Place
     effect: Number
-    why: Literal[
-        "no more than random subcomponents of equal use", "the adversary undoes it", "no controls of equal use"
-    ]
+    why: Why
 
 
 class Rest(CheckedContent):

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from spd_lens.audit.adversary import Budget
+from spd_lens.audit.bench import N_REASONS, Choices, Judged, judge_places
 from spd_lens.audit.cases import Cases
 from spd_lens.audit.decision import Decision
-from spd_lens.audit.explaining import Choices, claims_again, code_digest, digests, explain
-from spd_lens.audit.report import N_REASONS, AuditReport, Reason, Withheld
+from spd_lens.audit.explaining import code_digest, digests, explain
+from spd_lens.audit.report import AuditReport, Reason
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.inputs import checked_decomposition, checked_tokens
 
@@ -95,7 +96,15 @@ def verify(
     decision = Decision(made.chosen, made.other, made.position, made.chosen_name, made.other_name)
     try:
         if seed is not None:
-            found = claims_again(report, decomposition, tokens, decision, cases, _choices(report), seed)
+            found = judge_places(
+                decomposition,
+                tokens,
+                decision,
+                cases=cases,
+                reasons_at=report.settings.reasons_at,
+                choices=_choices(report),
+                seed=seed,
+            )
             failed = [text for own in report.reasons if (text := _undone(own, found)) is not None]
             held = len(report.reasons) - len(failed)
             return Verification(tuple(failed), tuple(_notes(report)), len(report.reasons), held)
@@ -202,13 +211,11 @@ def _brief(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _undone(reason: Reason, found: dict[int, Reason | Withheld]) -> str | None:
+def _undone(reason: Reason, found: dict[int, Judged]) -> str | None:
     """Why a reason does not hold on a fresh seed, or None."""
     new = found.get(reason.place.position)
     if new is None:
         return f"{reason.place.name}: this place does nothing here"
-    if isinstance(new, Withheld):
-        return f"{reason.place.name}: {new.why}"
-    if new.effect * reason.effect > 0:
-        return None
-    return f"{reason.place.name}: its effect was {reason.effect:g} and is {new.effect:g} with other controls"
+    if new.effect * reason.effect <= 0:
+        return f"{reason.place.name}: its effect was {reason.effect:g} and is {new.effect:g} with other controls"
+    return None if new.why_not is None else f"{reason.place.name}: {new.why_not}"

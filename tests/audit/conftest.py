@@ -12,7 +12,7 @@ from spd_lens.audit import AuditReport, Budget, Cases, Choices, explain
 from spd_lens.core import Decomposition
 from spd_lens.models import credit_cases, decline_margin, load_credit, load_credit_applicants
 
-SMALL = Choices(n_controls=6, n_draws=16, budget=Budget(steps=6, starts=1))
+SMALL = Choices(n_controls=4, n_draws=16, budget=Budget(steps=4, starts=1))
 
 
 @dataclass(frozen=True)

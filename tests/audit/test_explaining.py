@@ -101,14 +101,13 @@ def test_a_reason_has_passed_every_check(audited: Audited) -> None:
     assert not given & {w.place.position for w in report.withheld}
 
 
-def test_a_larger_budget_never_helps_a_claim(audited: Audited) -> None:
-    worst = []
-    for steps in (2, 6, 12):
-        report = audited.explain(choices=replace(SMALL, budget=Budget(steps=steps, starts=1)))
-        worst.append(report.decision.worst_margin)
-    # Step sizes fall with the budget, so paths differ; the margin itself is an upper bound for all of them.
-    assert worst[0] <= audited.report.decision.margin + 1e-6
-    assert min(worst[1:]) <= worst[0]
+def test_the_adversary_is_never_kinder_than_no_adversary_and_more_starts_never_help_a_claim(audited: Audited) -> None:
+    """Its first start is what the one start was, so its worst is at most that."""
+    assert audited.report.decision.worst_margin < audited.report.decision.margin
+    for reason in audited.report.reasons:
+        assert reason.worst <= abs(reason.effect_low) + abs(reason.effect_high)
+    two = audited.explain(choices=replace(SMALL, budget=Budget(steps=4, starts=4)))
+    assert two.decision.worst_margin <= audited.report.decision.worst_margin + 0.05
 
 
 def test_everything_irrelevant_when_no_place_says_anything_new(audited: Audited) -> None:

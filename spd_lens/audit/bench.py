@@ -1,0 +1,278 @@
+"""The bench that an audit is measured on: one input, its decision, control cases, and candidates for reasons.
+
+`Bench` does every experiment of an audit; `explain` makes a report of them, `judge_places` scores what others claim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from spd_lens.audit.adversary import Budget, worst_claims
+from spd_lens.audit.candidates import (
+    Candidate,
+    candidates,
+    equal_use,
+    mean_values,
+    use_rates,
+    used_cells,
+)
+from spd_lens.audit.cases import Cases
+from spd_lens.audit.decision import the_decision
+from spd_lens.audit.trials import Trial, Trials, record
+from spd_lens.core.decomposition import Decomposition
+from spd_lens.core.inputs import checked_decomposition, checked_tokens
+
+# An audit never gives more reasons for a decision, or against it.
+N_REASONS = 4
+COVERAGE_OF_CONTROLS = 0.95
+# Cases that tell how often a subcomponent is used at a place.
+N_FOR_RATES = 256
+# Agreement of a counterfactual: a difference of at most this share of the larger change, or this much.
+CF_SHARE, CF_ABSOLUTE = 0.25, 0.05
+Why = Literal["no more than random subcomponents of equal use", "the adversary undoes it", "no controls of equal use"]
+
+
+@dataclass(frozen=True)
+class Choices:
+    """How much is measured. What moves less than the share `smallest_effect` of the margin is never a reason."""
+
+    n_reasons: int = N_REASONS
+    n_controls: int = 16
+    n_draws: int = 64
+    smallest_effect: float = 0.02
+    budget: Budget = field(default_factory=Budget)
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.n_reasons <= N_REASONS:
+            raise ValueError(
+                f"n_reasons={self.n_reasons}; expected 1 to {N_REASONS}: more are not likely to be helpful"
+            )
+        if self.n_controls < 2 or self.n_draws < 8:
+            raise ValueError(
+                f"n_controls={self.n_controls}, n_draws={self.n_draws}; expected at least 2 and at least 8"
+            )
+
+
+@dataclass(frozen=True)
+class Change:
+    """A place's token changed to `token`: what its subcomponents predict that the margin loses, and what it loses."""
+
+    token: int
+    predicted: float
+    measured: float
+
+    @property
+    def agrees(self) -> bool:
+        """Equal signs, and a difference of at most a quarter of the larger, or 0.05."""
+        gap, size = abs(self.measured - self.predicted), max(abs(self.measured), abs(self.predicted))
+        return self.measured * self.predicted > 0 and gap <= max(CF_SHARE * size, CF_ABSOLUTE)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What the interventions say about one place.
+
+    - `effect`: what the margin loses when the place's subcomponents are as in the control cases, mean over these.
+    - `controls`: the middle 95 % of what random subcomponents of equal use do; None where there are none.
+    - `worst`: the smallest effect, in its own direction, that the adversary reaches.
+    - `change`: the counterfactual; None where every control case has the same token there.
+    """
+
+    position: int
+    effect: float
+    effects: tuple[float, ...]
+    controls: tuple[float, float] | None
+    worst: float
+    change: Change | None
+
+    @property
+    def beyond_controls(self) -> bool:
+        """Whether the effect is outside of what random subcomponents of equal use do."""
+        return self.controls is not None and not self.controls[0] <= self.effect <= self.controls[1]
+
+    @property
+    def why_not(self) -> Why | None:
+        """Why this is no reason; None: it is one."""
+        if self.controls is None:
+            return "no controls of equal use"
+        if not self.beyond_controls:
+            return "no more than random subcomponents of equal use"
+        return None if self.worst > 0 else "the adversary undoes it"
+
+
+@torch.no_grad()
+def judge_places(
+    decomposition: Decomposition,
+    inputs: Any,
+    decision: Any,
+    *,
+    cases: Any,
+    position: int | None = None,
+    reasons_at: Sequence[int] | None = None,
+    choices: Choices | None = None,
+    seed: int = 0,
+) -> dict[int, Judged]:
+    """Every place of an input, judged by the interventions of an audit: for claims that other methods make.
+
+    Arguments and errors as in `explain`; places that have no subcomponents which depend on the case are not in it.
+    """
+    bench = Bench(decomposition, inputs, decision, cases, position, reasons_at, choices or Choices(), seed)
+    effects = bench.effects()
+    order = effects.mean(1).abs().argsort(descending=True, stable=True).tolist()
+    return {judged.position: judged for judged in bench.judged(order, effects)}
+
+
+class Bench:
+    """One input and everything that is done to it. Made and used without gradients."""
+
+    def __init__(
+        self,
+        decomposition: Decomposition,
+        inputs: Any,
+        decision: Any,
+        cases: Any,
+        position: int | None,
+        reasons_at: Sequence[int] | None,
+        choices: Choices,
+        seed: int,
+    ) -> None:
+        self.decomposition = checked_decomposition(decomposition, "explain")
+        if not isinstance(cases, Cases):
+            raise TypeError(f"cases is a {type(cases).__name__}; expected spd_lens.audit.Cases")
+        self.cases, self.choices = cases, choices
+        self.tokens = _one_input(inputs, decomposition)
+        self._check_fit()
+        self.own = record(decomposition, self.tokens)
+        names = cases.outputs if cases.outputs is not None else self._output_names()
+        self.decision = the_decision(decision, self.own.logits, names, position)
+        self.trials = Trials(decomposition, self.tokens, self.decision)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.ids: list[int] = self.tokens[0].tolist()
+        self.margin = float(self.trials.margins([Trial()])[0])
+        self.case_margins = self._case_margins()
+        self.control_cases = self._choose_controls()
+        self.controls = record(decomposition, cases.tokens[self.control_cases])
+        self.means = mean_values(self.controls)
+        self.rates = use_rates(record(decomposition, cases.tokens[:N_FOR_RATES]))
+        self.start = float(self.case_margins[self.control_cases].mean())
+        self.reasons_at = self._places(reasons_at)
+        self.found = candidates(self.own, self.controls, self.decision.position, self.reasons_at)
+
+    # -- what is given ----------------------------------------------------------------------------------------------
+
+    def _check_fit(self) -> None:
+        n_pos, expected = self.tokens.shape[1], self.cases.tokens.shape[1]
+        if n_pos != expected:
+            raise ValueError(f"the input has {n_pos} tokens and the cases have {expected}; expected equal lengths")
+        checked_tokens(self.cases.tokens, self.decomposition.host, name="cases.tokens")
+        size = self.decomposition.host.vocabulary_size()
+        if size is not None and len(self.cases.vocabulary) < size:
+            raise ValueError(f"the vocabulary has {len(self.cases.vocabulary)} texts; the model has {size} tokens")
+
+    def _output_names(self) -> Sequence[str] | None:
+        fits = len(self.cases.vocabulary) >= self.own.logits.shape[-1]
+        return [str(text) for text in self.cases.vocabulary] if fits else None
+
+    def _places(self, given: Sequence[int] | None) -> list[int]:
+        n_pos = self.tokens.shape[1]
+        if given is None:
+            return list(range(n_pos if self.cases.places is None else len(self.cases.places)))
+        odd = [p for p in given if not 0 <= p < n_pos]
+        if odd or len(set(given)) < len(given):
+            raise ValueError(f"reasons_at={list(given)[:20]}; expected different positions, 0..{n_pos - 1}")
+        return [int(p) for p in given]
+
+    def _case_margins(self) -> Float[Tensor, " n"]:
+        rows = self.cases.tokens.split(256)
+        host, device = self.decomposition.host, self.decomposition.device
+        return torch.cat([self.decision.margin(host.forward(part.to(device))).double().cpu() for part in rows])
+
+    def _choose_controls(self) -> list[int]:
+        """Cases that the model decides the other way, drawn at random; where there are too few, any others."""
+        n, same = self.choices.n_controls, (self.cases.tokens == self.tokens.cpu()).all(1)
+        other_way = ((self.case_margins < 0) & ~same).nonzero().squeeze(1)
+        if len(other_way) < n:
+            other_way = (~same).nonzero().squeeze(1)
+        if len(other_way) < 2:
+            raise ValueError("the cases hold fewer than two inputs other than this one; give more to compare with")
+        order = torch.randperm(len(other_way), generator=self.generator)[:n]
+        return sorted(other_way[order].tolist())
+
+    # -- what is measured -------------------------------------------------------------------------------------------
+
+    def effects(self) -> Float[Tensor, "candidate control"]:
+        """What replacing each candidate by each control case takes from the margin."""
+        trials = [
+            Trial(replaced=used_cells(c, self.controls, k), values=self.controls.row(k))
+            for c in self.found
+            for k in range(len(self.control_cases))
+        ]
+        return self.margin - self.trials.margins(trials).view(len(self.found), len(self.control_cases))
+
+    def judged(self, chosen: Sequence[int], effects: Tensor, *, at_most: int | None = None) -> list[Judged]:
+        """The chosen candidates, in their order; after `at_most` reasons of one sign the others of it are left out."""
+        means = [float(effects[i].mean()) for i in chosen]
+        claims = [(self.found[i].cells, e) for i, e in zip(chosen, means, strict=True)]
+        *worst, self.worst_margin = worst_claims(
+            self.trials, self.own.importances, claims, self.means, self.choices.budget, self.generator
+        )
+        found: list[Judged] = []
+        given = {True: list[int](), False: list[int]()}
+        for i, mean, least in zip(chosen, means, worst, strict=True):
+            side = given[mean > 0]
+            if at_most is not None and len(side) >= at_most:
+                continue
+            candidate = self.found[i]
+            controls = self._controls(candidate, {*given[True], *given[False]})
+            singles = tuple(effects[i].tolist())
+            one = Judged(candidate.position, mean, singles, controls, least, self.change(candidate))
+            found.append(one)
+            if one.why_not is None:
+                side.append(candidate.position)
+        return found
+
+    def _controls(self, candidate: Candidate, given: set[int]) -> tuple[float, float] | None:
+        """What as many random cells of equal use do, replaced by their means over the control cases.
+
+        Places that are reasons already are left out, else the strongest would hide all others.
+        """
+        rates = {name: rate.clone() for name, rate in self.rates.items()}
+        for rate in rates.values():
+            rate[sorted(given)] = 0.0
+        used = [used_cells(candidate, self.controls, k) for k in range(len(self.control_cases))]
+        drawn = equal_use(candidate.position, used, rates, self.choices.n_draws, self.generator)
+        if drawn is None:
+            return None
+        effects = self.margin - self.trials.margins([Trial(replaced=cells, values=self.means) for cells in drawn])
+        outside = (1 - COVERAGE_OF_CONTROLS) / 2
+        low, high = effects.quantile(torch.tensor([outside, 1 - outside], dtype=effects.dtype)).tolist()
+        return low, high
+
+    def change(self, candidate: Candidate) -> Change | None:
+        """The place's token becomes the one that most control cases have there; None where all have this one."""
+        p = candidate.position
+        there = self.cases.tokens[self.control_cases, p]
+        others, counts = there[there != self.ids[p]].unique(return_counts=True)
+        if not len(others):
+            return None
+        token = int(others[counts.argmax()])
+        changed = self.tokens.clone()
+        changed[0, p] = token
+        after = record(self.decomposition, changed)
+        measured = self.margin - float(self.decision.margin(after.logits).double())
+        trial = Trial(replaced=candidate.cells, values=after.row(0))
+        return Change(token, self.margin - float(self.trials.margins([trial])[0]), measured)
+
+
+def _one_input(inputs: Any, decomposition: Decomposition) -> Tensor:
+    given = torch.as_tensor(inputs)[None] if getattr(inputs, "ndim", 2) == 1 else inputs
+    tokens = checked_tokens(given, decomposition.host, name="inputs")
+    if tokens.is_floating_point() or len(tokens) != 1:
+        raise ValueError(f"inputs has shape {tuple(tokens.shape)}, {tokens.dtype}; expected one row of tokens [pos]")
+    return tokens.to(decomposition.device)
