@@ -42,7 +42,7 @@ class Cases:
     outputs: Sequence[str] | None = None
     outcomes: Sequence[str] | None = None
     numbers: Sequence[int] | None = None
-    dictionary: Mapping[str, str] = field(default_factory=dict)
+    dictionary: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         tokens = as_tensor(self.tokens, "cases.tokens")
