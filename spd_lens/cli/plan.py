@@ -10,8 +10,10 @@ from typing import Annotated, Literal
 import typer
 
 from spd_lens.cli.output import JsonFlag, ends_in_words, show
-from spd_lens.cli.run_file import RunFile
+from spd_lens.cli.run_file import DataSection, RunFile
+from spd_lens.cli.runs import decompose_run, load_run_data, open_run_model
 from spd_lens.cli.yaml_file import ConfigError
+from spd_lens.data import write_residuals
 from spd_lens.support.files import write_text
 from spd_lens.training import DEVICES, ModelShape, TrainConfig, plan, sites_by_block
 
@@ -20,7 +22,8 @@ HELP = """Calculate bytes by kind, FLOPs by term and tokens a second of a run; n
 Give CONFIG, or --model with --sites and --C. --model is a known shape, or a folder with a config.json.
 
 With --split blocks, CONFIG becomes one run's file for every block, with the shell lines (jobs.sh) and a SLURM array
-(array.sbatch) that train them, in --out; `spd-lens merge` puts what they train together.
+(array.sbatch) that train them, in --out; `spd-lens merge` puts what they train together. With --streams the model runs
+once over the data, and what enters each block is written to OUT/streams, which the jobs read.
 
 Examples:
 
@@ -30,7 +33,7 @@ Examples:
 
     spd-lens plan config.yaml --device cpu --json
 
-    spd-lens plan config.yaml --split blocks --out jobs
+    spd-lens plan config.yaml --split blocks --streams --out jobs
 """
 
 
@@ -51,12 +54,13 @@ def command(
     utilisation: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the rated rate.")] = 0.3,
     split: Annotated[str | None, typer.Option(help="blocks: one job for every block.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where the jobs go.")] = None,
+    streams: Annotated[bool, typer.Option("--streams", help="Also write what enters every block, once.")] = False,
     json: JsonFlag = False,
 ) -> None:
     if split is not None:
         if split != "blocks" or config is None or out is None:
             raise ConfigError("--split needs CONFIG and --out: spd-lens plan config.yaml --split blocks --out jobs")
-        jobs = split_blocks(RunFile.read(config), out)
+        jobs = split_blocks(RunFile.read(config), out, streams=streams)
         values = [{"block": job.block, "config": str(job.config), "line": job.line} for job in jobs]
         where = f"{len(jobs)} jobs: {out / 'jobs.sh'}, or sbatch {out / 'array.sbatch'}"
         show("\n".join([where, *(job.line for job in jobs)]), {"jobs": values}, as_json=json)
@@ -136,14 +140,18 @@ exit $status
 """
 
 
-def split_blocks(run: RunFile, out: Path) -> list[BlockJob]:
-    """Write one run's file for every block with sites, `jobs.sh` and `array.sbatch`; nothing is trained or loaded.
+def split_blocks(run: RunFile, out: Path, *, streams: bool = False) -> list[BlockJob]:
+    """Write one run's file for every block with sites, `jobs.sh` and `array.sbatch`; nothing is trained.
+
+    With `streams` the model is run once over the data; otherwise nothing is loaded.
 
     Raises ConfigError for a model whose shape is not known, ValueError for patterns that name nothing.
     """
-    sites = ModelShape.of(run.model.name).sites(run.decompose.sites)
+    blocks = sites_by_block(ModelShape.of(run.model.name).sites(run.decompose.sites))
+    if streams:
+        run = run.model_copy(update={"data": _write_streams(run, list(blocks), out / "streams")})
     jobs = []
-    for block, own in sites_by_block(sites).items():
+    for block, own in blocks.items():
         job = BlockJob(block, out / f"block-{block:03d}.yaml", out / f"block-{block:03d}")
         section = run.decompose.model_copy(update={"sites": dict(own)})
         changed = run.model_copy(update={"decompose": section, "out_dir": str(job.directory)})
@@ -153,3 +161,15 @@ def split_blocks(run: RunFile, out: Path) -> list[BlockJob]:
     lines = shlex.quote(str(out / "jobs.sh"))
     write_text(out / "array.sbatch", SBATCH.format(last=len(jobs) - 1, lines=lines))
     return jobs
+
+
+def _write_streams(run: RunFile, blocks: list[int], directory: Path) -> DataSection:
+    """Write what enters every block; the data section that reads it."""
+    if run.data.cache_residuals or run.data.residuals is not None:
+        raise ConfigError("--streams with cached streams in the data section; leave cache_residuals and residuals away")
+    model = open_run_model(run.model)
+    decomposition = decompose_run(model, run.decompose)
+    if not directory.exists():
+        write_residuals(decomposition, load_run_data(run.data, decomposition), blocks, directory)
+    kept = {"batch_size": run.data.batch_size, "seed": run.data.seed, "exclude": run.data.exclude}
+    return DataSection(residuals=str(directory), **kept)

@@ -10,6 +10,7 @@ import spd_lens
 import spd_lens.cli.audit as audit
 import spd_lens.cli.compare as compare
 import spd_lens.cli.demo as demo
+import spd_lens.cli.edit as edit
 import spd_lens.cli.evaluate as evaluate
 import spd_lens.cli.export as export
 import spd_lens.cli.harvest as harvest
@@ -38,6 +39,7 @@ COMMANDS = {
     "compare": compare,
     "pareto": pareto,
     "sweep": sweep,
+    "edit": edit,
     "merge": merge,
     "export": export,
     "audit": audit,

@@ -91,10 +91,8 @@ class Plan:
         lines = [
             f"calculated: {self.n_target:,} target weights, {self.n_trained:,} trained parameters, "
             f"{self.gpus} rank{'s' * (self.gpus > 1)}, {self.rows} rows of {self.context} tokens each",
-            format_table(
-                ("bytes a rank", "GB"), [(k, f"{v / 1e9:.3f}") for k, v in self._with_sum(self.bytes_by_kind)]
-            ),
-            format_table(("a step", "TFLOP"), [(k, f"{v / 1e12:.4g}") for k, v in self._with_sum(self.flops_by_term)]),
+            format_table(("bytes a rank", "GB"), _with_sum(self.bytes_by_kind, 1e9, ".3f")),
+            format_table(("a step of a rank", "TFLOP"), _with_sum(self.flops_by_term, 1e12, ".4g")),
         ]
         if self.tokens_per_second is not None:
             fits = f"at most {self.largest_batch:,} rows a rank fit" if self.largest_batch else "not one row fits"

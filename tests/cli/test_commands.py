@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +30,7 @@ data: {text: moby_dick, context: 16, batch_size: 4, max_rows: 40}
 train: {steps: 4, minimality: 1e-4, log_every: 1, checkpoint_every: 2}
 evaluate: {data: {split: held_out, max_rows: 8}, quick: true}
 """
-COMMANDS = ["demo", "train", "evaluate", "harvest", "compare", "pareto", "sweep", "export", "audit"]
+COMMANDS = ["demo", "train", "evaluate", "harvest", "compare", "pareto", "sweep", "export", "plan", "merge", "edit", "audit"]
 
 
 def _invoke(*arguments: Any, status: int = 0) -> Any:
@@ -123,6 +125,83 @@ def test_export_writes_what_from_pretrained_reads(runs: Path) -> None:
     assert "either --out" in _invoke("export", runs / "a", status=2).stderr
     assert "--model" in _invoke("evaluate", runs / "exported", status=2).stderr
     assert "--data" in _invoke("evaluate", runs / "exported", "--model", "tiny_lm", status=2).stderr
+
+
+def test_edit_measures_saves_and_bakes(runs: Path, tmp_path: Path) -> None:
+    arguments = ("edit", runs / "a", "--scale", "blocks.1.mlp.W_in:0,3=0", "--json")
+    outputs = ("--save", tmp_path / "edit.json", "--bake", tmp_path / "model")
+    found = json.loads(_invoke(*arguments, *outputs).stdout)
+    assert found["kl"] > 0
+    assert (tmp_path / "edit.json").is_file()
+    assert any((tmp_path / "model").iterdir())
+    for wrong in ("blocks.1.mlp.W_in:x=0", "blocks.1.mlp.W_in=0", "3"):
+        assert "expected SITE:IDS=FACTOR" in _invoke("edit", runs / "a", "--scale", wrong, status=2).stderr
+
+
+def test_plan_says_what_a_run_costs(runs: Path) -> None:
+    options = ("--C", "1152", "--gpus", "2", "--device", "a100")
+    found = json.loads(_invoke("plan", "--model", "gpt2", "--sites", "blocks.5.mlp.W_*", *options, "--json").stdout)
+    assert found["rows"] == 4
+    assert found["tokens_per_second"] > 0
+    assert found["bytes"] == pytest.approx(sum(found["bytes_by_kind"].values()))
+    assert "calculated" in _invoke("plan", runs / "config.yaml", "--device", "cpu").stdout
+    assert "give CONFIG, or" in _invoke("plan", status=2).stderr
+    assert "near: 'gpt2'" in _invoke("plan", "--model", "gtp2", "--sites", "blocks.0.*", status=1).stderr
+
+
+BLOCKS = CONFIG.replace('{"blocks.1.mlp.W_in": 8}', '{"blocks.*.mlp.W_in": 8}, gate: shared, gate_width: 8')
+
+
+def test_jobs_of_blocks_are_trained_apart_and_merged(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(BLOCKS)
+    split = ("plan", tmp_path / "config.yaml", "--split", "blocks", "--streams", "--out", tmp_path / "jobs", "--json")
+    jobs = json.loads(_invoke(*split).stdout)["jobs"]
+    assert [job["block"] for job in jobs] == [0, 1]
+    assert (tmp_path / "jobs" / "jobs.sh").read_text().splitlines()[1:] == [job["line"] for job in jobs]
+    assert "--array=0-1" in (tmp_path / "jobs" / "array.sbatch").read_text()
+    for job in jobs:
+        _invoke(*shlex.split(job["line"])[1:])
+    directories = [shlex.split(job["line"])[4] for job in jobs]
+    found = json.loads(_invoke("merge", *directories, "--out", tmp_path / "merged", "--json").stdout)
+    assert found["sites"] == ["blocks.0.mlp.W_in", "blocks.1.mlp.W_in"]
+    merged = Decomposition.from_pretrained(tmp_path / "merged", load_tiny_lm())
+    for directory in directories:
+        part, _ = open_saved(Path(directory), None)
+        for name, tensor in part.tensors().items():
+            assert torch.equal(merged.tensors()[name], tensor)
+    changes = ("--set", f"decompose.start_from={tmp_path / 'merged'}", "--out", tmp_path / "joint", "--json")
+    assert json.loads(_invoke("train", tmp_path / "config.yaml", *changes).stdout)["steps"] == 4
+
+
+@pytest.mark.slow  # two processes at once, one of them killed
+def test_two_jobs_at_once_of_which_one_is_killed_and_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(BLOCKS.replace("steps: 4", "steps: 60"))
+    split = ("plan", tmp_path / "config.yaml", "--split", "blocks", "--streams", "--out", tmp_path / "jobs", "--json")
+    jobs = json.loads(_invoke(*split).stdout)["jobs"]
+    for job in jobs:
+        _invoke(*shlex.split(job["line"])[1:])
+    alone = [open_saved(Path(shlex.split(job["line"])[4]), None)[0].tensors() for job in jobs]
+    for job in jobs:
+        shutil.rmtree(shlex.split(job["line"])[4])
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+
+    def start(job: dict[str, str]) -> subprocess.Popen[bytes]:
+        arguments = [sys.executable, "-m", "spd_lens", *shlex.split(job["line"])[1:]]
+        return subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL)
+
+    first, second = map(start, jobs)
+    log = Path(shlex.split(jobs[1]["line"])[4]) / "checkpoints"
+    deadline = time.monotonic() + 240
+    while not (log.exists() and any(log.glob("step-*"))) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    second.kill()
+    assert second.wait() == -signal.SIGKILL
+    assert first.wait(timeout=300) == 0
+    assert start(jobs[1]).wait(timeout=300) == 0
+    for job, expected in zip(jobs, alone, strict=True):
+        found = open_saved(Path(shlex.split(job["line"])[4]), None)[0].tensors()
+        for name, tensor in expected.items():
+            assert torch.equal(found[name], tensor), name
 
 
 def test_demo_prints_a_file_that_train_accepts(tmp_path: Path) -> None:
