@@ -30,7 +30,20 @@ data: {text: moby_dick, context: 16, batch_size: 4, max_rows: 40}
 train: {steps: 4, minimality: 1e-4, log_every: 1, checkpoint_every: 2}
 evaluate: {data: {split: held_out, max_rows: 8}, quick: true}
 """
-COMMANDS = ["demo", "train", "evaluate", "harvest", "compare", "pareto", "sweep", "export", "plan", "merge", "edit", "audit"]
+COMMANDS = [
+    "demo",
+    "train",
+    "evaluate",
+    "harvest",
+    "compare",
+    "pareto",
+    "sweep",
+    "export",
+    "plan",
+    "merge",
+    "edit",
+    "audit",
+]
 
 
 def _invoke(*arguments: Any, status: int = 0) -> Any:
