@@ -1,17 +1,29 @@
-"""What subcomponents do over a data set: `harvest`, in one streamed pass; and which fire together: `coactivation`."""
+"""What subcomponents do over a data set: `harvest`, in one streamed pass; saved, resumed, merged, and browsed.
 
+`coactivation` is a sample of which fire together."""
+
+from spd_lens.statistics.browser import Contents, inline_page
 from spd_lens.statistics.coactivations import CoActivation, Partner, Window, coactivation
 from spd_lens.statistics.directions import SiteDirections
 from spd_lens.statistics.firing import harvest
+from spd_lens.statistics.harvest_sums import HarvestSums, positions_of
+from spd_lens.statistics.labels import Labels, read_labels, template_label, write_labels
 from spd_lens.statistics.result import Harvest
+from spd_lens.statistics.saved import MadeFrom, made_from
 from spd_lens.statistics.site_harvest import Example, Histogram, SiteHarvest
+from spd_lens.statistics.sums import HarvestSettings
 from spd_lens.statistics.token_counts import TokenCounts, TokenStatistic
 
 __all__ = [
     "CoActivation",
+    "Contents",
     "Example",
     "Harvest",
+    "HarvestSettings",
+    "HarvestSums",
     "Histogram",
+    "Labels",
+    "MadeFrom",
     "Partner",
     "SiteDirections",
     "SiteHarvest",
@@ -20,4 +32,10 @@ __all__ = [
     "Window",
     "coactivation",
     "harvest",
+    "inline_page",
+    "made_from",
+    "positions_of",
+    "read_labels",
+    "template_label",
+    "write_labels",
 ]

@@ -9,8 +9,10 @@ from html import escape
 from pathlib import Path
 
 from spd_lens.core.decomposition import Decomposition
+from spd_lens.statistics.browser import Contents, write_browser
 from spd_lens.statistics.directions import SiteDirections
 from spd_lens.statistics.harvest_sums import HarvestSums
+from spd_lens.statistics.labels import Labels, read_labels
 from spd_lens.statistics.saved import MadeFrom, made_from, read_harvest, write_harvest
 from spd_lens.statistics.site_harvest import SiteHarvest
 from spd_lens.support.names import near_names
@@ -125,6 +127,39 @@ class Harvest(Mapping[str, SiteHarvest]):
             strings |= other.token_strings
         directions = {name: site.directions for name, site in self.items() if site.directions is not None}
         return Harvest(sums, replace(self.made_from), directions, strings)
+
+    # -- pages -----------------------------------------------------------------------------------------------------
+
+    def to_html(
+        self,
+        directory: str | Path,
+        *,
+        title: str = "Subcomponents",
+        labels: Labels | str | Path | None = None,
+        max_pages: int | None = None,
+    ) -> Path:
+        """Write a browser of all subcomponents to `directory` and return its `index.html`.
+
+        Files that open from disk without a network: a list to sort, search, group and filter, and a page of at most
+        50 KB for every subcomponent that fires (the `max_pages` most used). `labels` are `{site: {id: text}}`, or a
+        file of them that the pages exported.
+
+        Raises ValueError if `directory` has an `index.html` of something else, and for labels of what there is not.
+        """
+        return write_browser(directory, self.contents(labels), title=title, max_pages=max_pages)
+
+    def contents(self, labels: Labels | str | Path | None = None) -> Contents:
+        """What pages are made of, with these labels."""
+        if isinstance(labels, (str, Path)):
+            labels = read_labels(labels, decomposition_sha256=self.made_from.decomposition)
+        return Contents(
+            sites=self,
+            token_string=self.token_string,
+            threshold=self.threshold,
+            n_positions=self.n_positions,
+            decomposition_sha256=self.made_from.decomposition,
+            labels=labels or {},
+        )
 
     # -- printed ---------------------------------------------------------------------------------------------------
 

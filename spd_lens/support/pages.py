@@ -65,16 +65,20 @@ def filled_page(template: str, *, title: str, data: Any) -> str:
     """
     from markupsafe import Markup
 
+    return (
+        _environment()
+        .get_template(template)
+        .render(title=visible(title), data=Markup(script_json(data)), policy=Markup(_policy(template)))
+    )
+
+
+@functools.cache
+def _policy(template: str) -> str:
     # The script is the template's own and holds no values, so its hash can be taken from the template's text.
     own = _environment().get_template(template).render(title="", data="", policy="")
     hashes = [base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in _SCRIPT.findall(own)]
     scripts = " ".join(f"'sha256-{h}'" for h in hashes) or "'none'"
-    policy = f"default-src 'none'; script-src {scripts}; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-    return (
-        _environment()
-        .get_template(template)
-        .render(title=visible(title), data=Markup(script_json(data)), policy=Markup(policy))
-    )
+    return f"default-src 'none'; script-src {scripts}; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 
 def page_without_script(template: str, *, title: str, **values: Any) -> str:
