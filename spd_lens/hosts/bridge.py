@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
+from spd_lens.hosts.attention import AttentionGeometry, bridge_geometry
 from spd_lens.hosts.bridge_blocks import Reached, SkippedBlock, StopsHere, enter_with, surgery
 from spd_lens.hosts.bridge_guards import added_points, guard
 from spd_lens.hosts.bridge_sites import bridge_site
@@ -179,6 +180,9 @@ class BridgeHost(Host):
         return {"one name"}
 
     # -- provenance ----------------------------------------------------------------------------------------------
+
+    def attention_geometry(self, layer: int) -> AttentionGeometry:
+        return bridge_geometry(self.model, layer)
 
     def provenance(self) -> Provenance:
         cfg = self.model.cfg

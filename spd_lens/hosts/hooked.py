@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from spd_lens.hosts.attention import AttentionGeometry, hooked_geometry
 from spd_lens.hosts.host import Host, Provenance
 from spd_lens.hosts.site import ModuleInput, PointOutput, Site, StoredMatrix, argument
 
@@ -205,6 +206,9 @@ class HookedHost(Host):
     def cached_positions(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
         entry = kwargs.get("past_kv_cache_entry")
         return 0 if entry is None else int(entry.past_keys.size(1))
+
+    def attention_geometry(self, layer: int) -> AttentionGeometry:
+        return hooked_geometry(self.model, layer)
 
     def provenance(self) -> Provenance:
         cfg = self.model.cfg

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
+from spd_lens.hosts.attention import AttentionGeometry
 from spd_lens.hosts.site import Site
 from spd_lens.support.names import near_names
 
@@ -155,6 +156,16 @@ class Host(ABC):
             directions = by_head.flatten(1) @ W_O.to(directions)
         W_U = self.site("unembed.W_U").matrix.read()
         return self._through_final_norm(directions) @ W_U.to(directions)
+
+    def attention_geometry(self, layer: int) -> AttentionGeometry:
+        """How a block makes attention scores of queries and keys. Raises ValueError where that is no bilinear form."""
+        raise ValueError(f"a {type(self.model).__name__} has no attention whose scores could be taken apart")
+
+    def text_tokens(self, text: str) -> Tensor:
+        """A text as tokens `[1 pos]`, as the model's own `to_tokens` makes them. ValueError without a tokenizer."""
+        if self.tokenizer() is None:
+            raise ValueError(f"this {type(self.model).__name__} has no tokenizer to make tokens of a text")
+        return self.model.to_tokens(text)
 
     def _through_final_norm(self, directions: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
         """The final normalisation without its scale and bias, whatever kind it is: it is tried."""

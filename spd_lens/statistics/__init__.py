@@ -2,8 +2,10 @@
 
 `coactivation` is a sample of which fire together."""
 
+from spd_lens.statistics.attention_pairs import Pair, QKInteractions, qk_interactions
 from spd_lens.statistics.browser import Contents, inline_page
 from spd_lens.statistics.coactivations import CoActivation, Partner, Window, coactivation
+from spd_lens.statistics.cofiring import cofiring
 from spd_lens.statistics.directions import SiteDirections
 from spd_lens.statistics.firing import harvest
 from spd_lens.statistics.harvest_sums import HarvestSums, positions_of
@@ -24,17 +26,21 @@ __all__ = [
     "Histogram",
     "Labels",
     "MadeFrom",
+    "Pair",
     "Partner",
+    "QKInteractions",
     "SiteDirections",
     "SiteHarvest",
     "TokenCounts",
     "TokenStatistic",
     "Window",
     "coactivation",
+    "cofiring",
     "harvest",
     "inline_page",
     "made_from",
     "positions_of",
+    "qk_interactions",
     "read_labels",
     "template_label",
     "write_labels",

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from spd_lens.statistics.cofiring import COFIRING_COLUMNS, Cofiring
 from spd_lens.statistics.labels import Labels, checked_labels, template_label
 from spd_lens.statistics.site_harvest import Example, Histogram, SiteHarvest
 from spd_lens.statistics.token_counts import TokenStatistic
@@ -28,10 +29,7 @@ _LONGEST_TOKEN, _LONGEST_LABEL = 80, 400
 
 @dataclass(frozen=True)
 class Contents:
-    """What pages are made of: sites, labels, and whose labels they are.
-
-    `cofires(site, c)`: rows `(site, id, *values)`, and the names of the values.
-    """
+    """What pages are made of: sites, labels, and whose labels they are; `cofires` as `spd_lens.statistics.cofiring`."""
 
     sites: Mapping[str, SiteHarvest]
     token_string: Callable[[int], str]
@@ -39,8 +37,7 @@ class Contents:
     n_positions: int
     decomposition_sha256: str
     labels: Labels
-    cofires: Callable[[str, int], list[tuple[str, int, list[float]]]] | None = None
-    cofire_columns: tuple[str, ...] = ()
+    cofires: Cofiring | None = None
 
 
 class _Vocabulary:
@@ -206,7 +203,7 @@ def _component(contents: Contents, listed: _Listed, s: int, c: int) -> dict[str,
         "lowered": _logits(directions and directions.lowered_ids, directions and directions.lowered, c, vocabulary),
         "similar": None,
         "cofires": None,
-        "cofireColumns": contents.cofire_columns,
+        "cofireColumns": COFIRING_COLUMNS,
         "contexts": contexts,
     }
     if directions is not None:

@@ -1,9 +1,10 @@
 """Statistics of subcomponents over a data set: what each fires on, how strongly, what it predicts, what it does.
 
 One streamed pass. Memory does not grow with the data: a subcomponent takes 1 KB for numbers and histograms,
-`16 * tokens_kept` bytes for each of two tables of tokens at most, and `12 * window` bytes for each example
-(`benchmarks/browser.py` measures it). Cost: one clean pass and the gates per batch, and on a CPU some microseconds
-for every position where something fires. `effect_batches` adds one ablation per subcomponent and batch.
+`16 * tokens_kept` bytes for each of two tables of tokens at most, and `12 * window` bytes for each example; besides,
+4 bytes for all that fires at each of `n_events` positions (`benchmarks/browser.py` measures it). Cost: one clean pass
+and the gates per batch, and on a CPU some microseconds for every position where something fires. `effect_batches` adds
+one ablation per subcomponent and batch.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ def harvest(
     threshold: float = 0.1,
     tokens_kept: int = 256,
     n_background: int = 64,
+    n_events: int = 8192,
     effect_batches: int = 0,
     seed: int = 0,
     out_dir: str | Path | None = None,
@@ -60,6 +62,8 @@ def harvest(
     A subcomponent fires where its importance exceeds `threshold`. Examples have `before` and `after` tokens of context:
     the `top_k` by importance times `|activation|`, at most one of a row, `random_k` of all, and `per_band` of each of
     `bands` ranges of importance. Needs batches with tokens.
+
+    What fires together is known from `n_events` random positions (`Harvest.coactivation`).
 
     On the first `effect_batches` batches every subcomponent is ablated alone and the KL divergence measured.
 
@@ -73,7 +77,7 @@ def harvest(
     checked_decomposition(decomposition, "harvest")
     settings = HarvestSettings(
         threshold=threshold, top_k=top_k, random_k=random_k, bands=bands, per_band=per_band, before=before, after=after,
-        tokens_kept=tokens_kept, n_background=n_background, seed=seed,
+        tokens_kept=tokens_kept, n_background=n_background, n_events=n_events, seed=seed,
     )  # fmt: skip
     _check_settings(settings, effect_batches=effect_batches, save_every=save_every)
     source = first_batches(batches, decomposition, max_batches, purpose="harvest")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from spd_lens.statistics.events import EventSample
 from spd_lens.statistics.reservoir import random_keys, row_hashes
 from spd_lens.statistics.sums import HarvestSettings, Positions, SiteSums
 
@@ -67,6 +68,7 @@ class HarvestSums:
     read: str = ""
     sites: dict[str, SiteSums] = field(init=False)
     background: Background = field(init=False)
+    events: EventSample = field(init=False)
     input_totals: Tensor = field(init=False)
     predicted_totals: Tensor = field(init=False)
 
@@ -75,6 +77,7 @@ class HarvestSums:
             name: SiteSums(C, self.d_vocab, self.settings, salt=_salt(name)) for name, C in self.counts.items()
         }
         self.background = Background.empty(self.counts, self.settings)
+        self.events = EventSample(self.settings.n_events, sum(self.counts.values()))
         self.input_totals = torch.zeros(self.d_vocab, dtype=torch.int64)
         self.predicted_totals = torch.zeros(self.d_vocab, dtype=torch.int64)
 
@@ -90,13 +93,28 @@ class HarvestSums:
             self.predicted_totals += torch.bincount(predicted.flatten(), minlength=self.d_vocab).cpu()
         self.n_positions += tokens.numel()
         self._add_background(importances, positions)
+        self._add_events(importances, positions)
+
+    def _add_events(self, importances: Mapping[str, Tensor], positions: Positions) -> None:
+        """All that fires at a random sample of positions, numbered over all sites."""
+        row, at, key = _places(positions, salt=-2)
+        enters = -key < self.events.largest()
+        row, at, key = row[enters], at[enters], -key[enters]
+        if positions.counted is not None:
+            counted = positions.counted.cpu()[row, at]
+            row, at, key = row[counted], at[counted], key[counted]
+        for part in torch.arange(len(key)).split(256):
+            here = [
+                importances[name][row[part].to(g.device), at[part].to(g.device)] > self.settings.threshold
+                for name, g in importances.items()
+            ]
+            fires = torch.cat(here, dim=1).cpu()
+            self.events.add(key[part], fires.sum(1), fires.nonzero()[:, 1])
 
     def _add_background(self, importances: Mapping[str, Tensor], positions: Positions) -> None:
         settings, tokens = self.settings, positions.tokens
-        batch, length = tokens.shape
-        row = torch.arange(batch).repeat_interleave(length)
-        at = torch.arange(length).repeat(batch)
-        key = random_keys(positions.hashes.cpu()[row], at, torch.full_like(at, -1))
+        length = tokens.shape[1]
+        row, at, key = _places(positions, salt=-1)
         if positions.counted is not None:
             key = key.masked_fill(~positions.counted.flatten().cpu(), -torch.inf)
         best, chosen = key.topk(min(settings.n_background, len(key)))
@@ -125,6 +143,7 @@ class HarvestSums:
         for name, sums in self.sites.items():
             sums.merge(other.sites[name])
         self.background.take(other.background.keys, other.background.tokens, other.background.fires)
+        self.events.merge(other.events)
         self.input_totals += other.input_totals
         self.predicted_totals += other.predicted_totals
         self.n_positions += other.n_positions
@@ -136,6 +155,7 @@ class HarvestSums:
         """Every tensor by name; `load` takes them back."""
         found = {"input_totals": self.input_totals, "predicted_totals": self.predicted_totals}
         found |= {f"background.{name}": t for name, t in self.background.tensors().items()}
+        found |= {f"events.{name}": t for name, t in self.events.tensors().items()}
         for site, sums in self.sites.items():
             found |= {f"{site}|{name}": t for name, t in sums.tensors().items()}
         return found
@@ -151,6 +171,8 @@ class HarvestSums:
             setattr(self, name, saved[name])
         prefix = "background."
         self.background.load({k.removeprefix(prefix): t for k, t in saved.items() if k.startswith(prefix)})
+        prefix = "events."
+        self.events.load({k.removeprefix(prefix): t for k, t in saved.items() if k.startswith(prefix)})
         for site, sums in self.sites.items():
             prefix = f"{site}|"
             try:
@@ -161,6 +183,13 @@ class HarvestSums:
     def bytes(self) -> int:
         """Memory of everything that it holds."""
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
+
+
+def _places(positions: Positions, *, salt: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Row, position and random number of every position."""
+    batch, length = positions.tokens.shape
+    row, at = torch.arange(batch).repeat_interleave(length), torch.arange(length).repeat(batch)
+    return row, at, random_keys(positions.hashes.cpu()[row], at, torch.full_like(at, salt))
 
 
 def hash_of_read(before: str, tokens: Tensor) -> str:

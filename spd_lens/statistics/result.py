@@ -8,8 +8,12 @@ from dataclasses import replace
 from html import escape
 from pathlib import Path
 
+import torch
+
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.statistics.browser import Contents, write_browser
+from spd_lens.statistics.coactivations import CoActivation
+from spd_lens.statistics.cofiring import cofiring
 from spd_lens.statistics.directions import SiteDirections
 from spd_lens.statistics.harvest_sums import HarvestSums
 from spd_lens.statistics.labels import Labels, read_labels
@@ -67,6 +71,21 @@ class Harvest(Mapping[str, SiteHarvest]):
     def token_string(self, token: int) -> str:
         """The token as text, or its number where the model has no tokenizer."""
         return self.token_strings.get(token, f"[{token}]")
+
+    def coactivation(self) -> CoActivation:
+        """Which subcomponents fire together, over all sites, at a random sample of the positions."""
+        events = self.sums.events.tensors()
+        fired = torch.cat([site.fired for site in self.values()])
+        return CoActivation(
+            sites=self.sums.counts,
+            starts=events["starts"].numpy(),
+            ids=events["ids"].numpy(),
+            keys=events["keys"].numpy(),
+            fired=fired.numpy(),
+            n_seen=self.n_positions,
+            max_events=self.sums.settings.n_events,
+            threshold=self.threshold,
+        )
 
     # -- files -----------------------------------------------------------------------------------------------------
 
@@ -159,6 +178,7 @@ class Harvest(Mapping[str, SiteHarvest]):
             n_positions=self.n_positions,
             decomposition_sha256=self.made_from.decomposition,
             labels=labels or {},
+            cofires=cofiring(self.coactivation()) if self.sums.settings.n_events else None,
         )
 
     # -- printed ---------------------------------------------------------------------------------------------------

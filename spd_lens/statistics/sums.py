@@ -33,7 +33,8 @@ class HarvestSettings:
     - `top_k`, `random_k`: examples of each subcomponent by strength, and drawn at random among all where it fires.
     - `bands`, `per_band`: random examples from each of `bands` equal ranges of importance above the threshold.
     - `before`, `after`: tokens of context. `tokens_kept`: different tokens counted for each subcomponent.
-    - `n_background`: random windows of the data, with what fires in them. `seed`: of the random examples.
+    - `n_background`: random windows of the data, with what fires in them. `n_events`: random positions, with all that
+      fires there (what fires together). `seed`: of the random examples.
     """
 
     threshold: float = 0.1
@@ -45,6 +46,7 @@ class HarvestSettings:
     after: int = 4
     tokens_kept: int = 256
     n_background: int = 64
+    n_events: int = 8192
     seed: int = 0
 
 

@@ -218,7 +218,7 @@ def test_an_interrupted_harvest_goes_on_and_counts_nothing_twice(
 
 
 def test_memory_does_not_grow_with_the_data(decomposition: Decomposition) -> None:
-    sizes = [harvest(decomposition, tokens(n, seed=n), tokens_kept=4).sums.bytes() for n in (64, 512)]
+    sizes = [harvest(decomposition, tokens(n, seed=n), tokens_kept=4, n_events=64).sums.bytes() for n in (64, 512)]
     assert sizes[1] <= sizes[0] * 1.1
 
 
