@@ -1,13 +1,15 @@
 """Size, memory and time of harvests and their browser: `python -m benchmarks.browser [--json FILE]`.
 
-Three parts. (1) The list and the pages of a synthetic harvest of 10,000 subcomponents, and, with Chromium, the time
-until the list stands. (2) Memory of a harvest of 10,000 subcomponents, streamed over synthetic importances on a part of
-10 million tokens, and what it grows to at most. (3) The same for a decomposition of the tiny language model.
+Three parts. (1) Memory of a harvest of 10,000 subcomponents, streamed over synthetic importances on a part of 10
+million tokens, and what it can grow to at most. (2) The list and the pages of a synthetic harvest of 10,000
+subcomponents, and, with Chromium, the time until the list stands. (3) The same for the shipped decomposition of the
+tiny language model.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 import sys
@@ -69,14 +71,15 @@ def peak_megabytes() -> float:
 
 def measured_pages(found: Harvest, folder: Path) -> dict[str, Any]:
     """Sizes of the pages, the time to write them, and until Chromium shows the list."""
-    started = time.perf_counter()
+    started, busy = time.perf_counter(), time.process_time()
     index = found.to_html(folder)
-    seconds = time.perf_counter() - started
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - busy
     sizes = [path.stat().st_size for path in folder.glob("s*/*.html")]
     return {
         "subcomponents": sum(len(site) for site in found.values()),
         "pages": len(sizes),
         "seconds_to_write": round(seconds, 1),
+        "cpu_seconds_to_write": round(cpu_seconds, 1),
         "largest_page_bytes": max(sizes, default=0),
         "mean_page_bytes": round(sum(sizes) / max(1, len(sizes))),
         "list_bytes": index.stat().st_size,
@@ -109,11 +112,11 @@ def measured_memory(n_subcomponents: int, d_vocab: int, n_batches: int, l0: floa
     """Memory of the sums after a part of the data, and the most that they can come to."""
     sums = HarvestSums({"W": n_subcomponents}, d_vocab, HarvestSettings())
     generator = torch.Generator().manual_seed(0)
-    part, sizes, started = max(1, n_batches // 4), [], time.perf_counter()
+    part, sizes, started = max(1, n_batches // 4), [], time.process_time()
     for _ in range(4):
         add_synthetic(sums, part, l0, generator)
         sizes.append(round(sums.bytes() / 2**20, 1))
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     fixed = sum(t.numel() * t.element_size() for name, t in sums.tensors().items() if not _is_table(name))
     full_tables = 2 * n_subcomponents * sums.settings.tokens_kept * 16
     return {
@@ -124,7 +127,27 @@ def measured_memory(n_subcomponents: int, d_vocab: int, n_batches: int, l0: floa
         "megabytes_after_each_quarter": sizes,
         "megabytes_at_most": round((fixed + full_tables) / 2**20, 1),
         "process_peak_megabytes": round(peak_megabytes()),
-        "tokens_per_second": round(4 * part * BATCH * CONTEXT / seconds),
+        "tokens_per_cpu_second": round(4 * part * BATCH * CONTEXT / seconds),
+    }
+
+
+def measured_tiny_lm(folder: Path, n_rows: int) -> dict[str, Any]:
+    """A harvest of the shipped decomposition over held-out text, and its pages."""
+    from spd_lens import harvest, pack_tokens
+    from spd_lens.models import load_moby_dick, load_tiny_lm
+
+    decomposition = load_tiny_lm(decomposed=True)
+    tokenizer = decomposition.model.tokenizer
+    tokens = pack_tokens([load_moby_dick("held_out")], tokenizer, context=CONTEXT, prepend_bos=True, max_rows=n_rows)
+    started, busy = time.perf_counter(), time.process_time()
+    found = harvest(decomposition, list(tokens.split(BATCH)), max_batches=None)
+    return {
+        "tokens": found.n_positions,
+        "fires_per_position": round(sum(float(site.firing_rate.sum()) for site in found.values()), 1),
+        "harvest_seconds": round(time.perf_counter() - started, 1),
+        "harvest_cpu_seconds": round(time.process_time() - busy, 1),
+        "harvest_megabytes": round(found.sums.bytes() / 2**20, 1),
+        **measured_pages(found, folder),
     }
 
 
@@ -136,17 +159,18 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="where to write the numbers")] = None,
     batches: Annotated[int, typer.Option(help="batches of 512 tokens that memory is measured on")] = 200,
     subcomponents: Annotated[int, typer.Option()] = 10_000,
-    harvest_dir: Annotated[Path | None, typer.Option(help="a saved harvest to measure the pages of")] = None,
+    rows: Annotated[int, typer.Option(help="rows of 64 tokens that the tiny language model is harvested on")] = 96,
 ) -> None:
     """Measure and print."""
     torch.set_num_threads(1)
-    found: dict[str, Any] = {"versions": library_versions()}
+    # Wall time says little on a machine that is busy with other things.
+    load = os.getloadavg()[0]
+    found: dict[str, Any] = {"versions": library_versions(), "cores": os.cpu_count(), "load_at_start": round(load, 1)}
     found["memory"] = measured_memory(subcomponents, 50_257, batches, l0=100)
     with tempfile.TemporaryDirectory() as folder:
         synthetic = synthetic_harvest(subcomponents, 50_257, seed=0, n_batches=8)
-        found["synthetic"] = measured_pages(synthetic, Path(folder) / "pages")
-        if harvest_dir is not None:
-            found["harvest"] = measured_pages(Harvest.load(harvest_dir), Path(folder) / "others")
+        found["synthetic"] = measured_pages(synthetic, Path(folder) / "synthetic")
+        found["tiny_lm"] = measured_tiny_lm(Path(folder) / "tiny_lm", rows)
     print(json.dumps(found, indent=1))
     if json_file is not None:
         write_json(json_file, found)

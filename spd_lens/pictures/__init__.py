@@ -1,10 +1,13 @@
-"""Pictures of importances and effects, for notebooks and as self-contained pages."""
+"""Pictures of importances, effects and attention, and the browser in notebooks."""
 
 from spd_lens.pictures.attention import qk_figure
 from spd_lens.pictures.effects import effects_heatmap
 from spd_lens.pictures.importance import importance_figure, importance_page, save_importance, strongest
+from spd_lens.pictures.inline import InlineBrowser, browse
 
 __all__ = [
+    "InlineBrowser",
+    "browse",
     "effects_heatmap",
     "importance_figure",
     "importance_page",

@@ -9,6 +9,7 @@ from spd_lens.statistics.cofiring import cofiring
 from spd_lens.statistics.directions import SiteDirections
 from spd_lens.statistics.firing import harvest
 from spd_lens.statistics.harvest_sums import HarvestSums, positions_of
+from spd_lens.statistics.labelling import Endpoint, Label, Provider, label_components, labels_for_pages
 from spd_lens.statistics.labels import Labels, read_labels, template_label, write_labels
 from spd_lens.statistics.result import Harvest
 from spd_lens.statistics.saved import MadeFrom, made_from
@@ -19,15 +20,18 @@ from spd_lens.statistics.token_counts import TokenCounts, TokenStatistic
 __all__ = [
     "CoActivation",
     "Contents",
+    "Endpoint",
     "Example",
     "Harvest",
     "HarvestSettings",
     "HarvestSums",
     "Histogram",
+    "Label",
     "Labels",
     "MadeFrom",
     "Pair",
     "Partner",
+    "Provider",
     "QKInteractions",
     "SiteDirections",
     "SiteHarvest",
@@ -38,6 +42,8 @@ __all__ = [
     "cofiring",
     "harvest",
     "inline_page",
+    "label_components",
+    "labels_for_pages",
     "made_from",
     "positions_of",
     "qk_interactions",

@@ -87,6 +87,10 @@ class Harvest(Mapping[str, SiteHarvest]):
             threshold=self.threshold,
         )
 
+    def check_of(self, decomposition: Decomposition) -> None:
+        """ValueError, naming the first difference, unless this is the harvest of that decomposition."""
+        self.made_from.check_same(made_from(decomposition), "the harvest")
+
     # -- files -----------------------------------------------------------------------------------------------------
 
     def save(self, directory: str | Path) -> Path:

@@ -42,8 +42,8 @@ rows.addEventListener('scroll',draw);addEventListener('resize',draw);
 for(const k in controls){$(k).addEventListener($(k).type==='search'?'input':'change',()=>{at=0;rows.scrollTop=0;choose()})}
 addEventListener('keydown',e=>{if(e.key==='Escape'&&document.activeElement===$('q')){$('q').blur();return}
 if(e.key==='Enter'&&document.activeElement===$('q')){$('q').blur();return}
-if(typing(e))return;const moves={j:1,ArrowDown:1,k:-1,ArrowUp:-1,PageDown:15,PageUp:-15};
-if(e.key in moves&&!open.busy()){e.preventDefault();move(moves[e.key])}else if(e.key==='Enter'&&(!document.activeElement||document.activeElement===document.body))enter();
+if(typing(e)||open.busy())return;const moves={j:1,ArrowDown:1,k:-1,ArrowUp:-1,PageDown:15,PageUp:-15};
+if(e.key in moves){e.preventDefault();move(moves[e.key])}else if(e.key==='Enter'&&(!document.activeElement||document.activeElement===document.body))enter();
 else if(e.key==='/'){e.preventDefault();$('q').focus();$('q').select()}
 else if(e.key==='g'){$('group').checked=!$('group').checked;choose()}
 else if(e.key==='s'){const o=$('sort');o.selectedIndex=(o.selectedIndex+1)%o.options.length;choose()}});
@@ -53,6 +53,6 @@ $('import').onchange=async e=>{const file=e.target.files[0];if(!file)return;let 
 if(got.format!=='spd_lens labels')throw new Error('this is no file of labels');if(got.decomposition!==data.of)throw new Error('these are labels of another decomposition');
 for(const site of Object.keys(got.labels))for(const id of Object.keys(got.labels[site]))if(typeof got.labels[site][id]==='string'){typed.set(site,+id,got.labels[site][id]);n++}
 $('message').textContent=`${n} labels read`}catch(error){$('message').textContent=plainText('not read: '+error.message)}e.target.value='';choose()};
-addEventListener('pageshow',e=>{if(e.persisted)choose()});
+addEventListener('pageshow',e=>{if(e.persisted){typed.reload();choose()}});
 choose();if(at){rows.scrollTop=Math.max(0,at*H-rows.clientHeight/2);draw()}
-return{refresh:choose}}
+return{refresh(){typed.reload();choose()}}}
