@@ -1,9 +1,10 @@
 """SPD against what a sceptic would ask for, and against APD: `python experiments/baselines.py --json`.
 
-**Pieces.** Do trained gates make sense of any pieces that sum to W? On the first accepted targets of TMS 5-2, with the
-settings, seeds and criterion of `reproduce.py`: singular vectors, random pieces, the rows of W (which are the known
-solution), each held fixed while gates are trained; and SPD, which trains both. `error` is the reconstruction loss with
-every mask set to the importance, over the mean square of the target's outputs, on inputs that were not trained on.
+**Subcomponents.** Do trained gates make sense of any subcomponents that sum to W? On the first accepted targets of TMS
+5-2, with the settings, seeds and criterion of `reproduce.py`: singular vectors, random subcomponents, the rows of W
+(which are the known solution), each held fixed while gates are trained; and SPD, which trains both. `error` is the
+reconstruction loss with every mask set to the importance, over the mean square of the target's outputs, on inputs that
+were not trained on.
 
 **Cost.** A training step of SPD (as `train` takes it) and of APD on the same rows: `--batch` draws of the paper's data,
 without those that have no active feature, which APD always leaves out. C and everything else are those of `EXPERIMENTS`
@@ -50,33 +51,40 @@ from spd_lens.toys import TMSReport, tms_report
 from spd_lens.training import MemberLearner, train_many
 
 NAMES = {"rows": "rows of W, gates trained", "svd": "singular vectors, gates trained"}
-NAMES |= {"random": "random pieces, gates trained", "spd": "SPD"}
+NAMES |= {"random": "random subcomponents, gates trained", "spd": "SPD"}
 # A batch of the data that no training reaches.
 HELD_OUT = 10**6
 
 
-# -- pieces ----------------------------------------------------------------------------------------------------------
+# -- subcomponents ---------------------------------------------------------------------------------------------------
 
 
-def compare_pieces(experiment: Experiment, targets: Sequence[nn.Module]) -> dict[str, dict[str, Any]]:
-    """Verdicts for fixed pieces with trained gates and for SPD, on the same targets and seeds."""
+def compare_subcomponents(experiment: Experiment, targets: Sequence[nn.Module]) -> dict[str, dict[str, Any]]:
+    """Verdicts for fixed subcomponents with trained gates and for SPD, on the same targets and seeds."""
     seeds = range(DECOMPOSITION_SEED, DECOMPOSITION_SEED + len(targets))
     configs = [experiment.config.changed(seed=seed) for seed in seeds]
     batches = [experiment.features(seed) for seed in seeds]
     fixed: dict[str, list[Decomposition]] = {
-        pieces: [
+        subcomponents: [
             decompose_fixed(
-                copy.deepcopy(target), experiment.n_subcomponents, pieces, gate_width=experiment.gate_width, seed=seed
+                copy.deepcopy(target),
+                experiment.n_subcomponents,
+                subcomponents,
+                gate_width=experiment.gate_width,
+                seed=seed,
             )
             for target, seed in zip(targets, seeds, strict=True)
         ]
-        for pieces in get_args(FixedKind)
+        for subcomponents in get_args(FixedKind)
     }
     train_gates([d for of in fixed.values() for d in of], batches * len(fixed), configs * len(fixed))
     free = [experiment.decompose(copy.deepcopy(target), seed) for target, seed in zip(targets, seeds, strict=True)]
     train_many(free, batches, configs)
     order = ("svd", "random", "rows")
-    return {pieces: _verdicts(experiment, of) for pieces, of in {**{p: fixed[p] for p in order}, "spd": free}.items()}
+    return {
+        subcomponents: _verdicts(experiment, of)
+        for subcomponents, of in {**{p: fixed[p] for p in order}, "spd": free}.items()
+    }
 
 
 def _verdicts(experiment: Experiment, decompositions: Sequence[Decomposition]) -> dict[str, Any]:
@@ -169,12 +177,20 @@ def _measured(step: Any, parameters: Sequence[torch.Tensor]) -> Measured:
 # -- command ---------------------------------------------------------------------------------------------------------
 
 
-def pieces_table(found: Mapping[str, Mapping[str, Any]]) -> str:
-    """A row per kind of pieces; numbers are means over runs."""
-    header = ("pieces", "succeed", "MMCS", "ML2R", "alive enc, dec", "identity errors", "error, importance as mask")
+def subcomponents_table(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """A row per kind of subcomponents; numbers are means over runs."""
+    header = (
+        "subcomponents",
+        "succeed",
+        "MMCS",
+        "ML2R",
+        "alive enc, dec",
+        "identity errors",
+        "error, importance as mask",
+    )
     rows = [
         (
-            NAMES[pieces],
+            NAMES[subcomponents],
             f"{v['successes']} of {v['runs']}",
             f"{v['mmcs']:.4f}",
             f"{v['ml2r']:.4f}",
@@ -182,7 +198,7 @@ def pieces_table(found: Mapping[str, Mapping[str, Any]]) -> str:
             f"{v['identity_errors']:.1f}",
             f"{v['error']:.1e}",
         )
-        for pieces, v in found.items()
+        for subcomponents, v in found.items()
     ]
     return format_table(header, rows)
 
@@ -201,8 +217,8 @@ def cost_table(found: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def main(
-    targets: Annotated[int, typer.Option(help="Targets for the table of pieces; 0 leaves it out.")] = 5,
-    pieces_of: Annotated[str, typer.Option(help="TMS experiment of the table of pieces.")] = "tms_5-2",
+    targets: Annotated[int, typer.Option(help="Targets for the table of subcomponents; 0 leaves it out.")] = 5,
+    subcomponents_of: Annotated[str, typer.Option(help="TMS experiment of the table of subcomponents.")] = "tms_5-2",
     steps: Annotated[int | None, typer.Option(help="Training steps instead of the experiment's.")] = None,
     cost_of: Annotated[str, typer.Option(help="Experiments to time, separated by commas; '' for none.")] = ",".join(
         name.removeprefix("apd_") for name in APD_EXPERIMENTS
@@ -213,27 +229,27 @@ def main(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     work: Annotated[Path, typer.Option(help="Where trained targets are kept.")] = WORK,
 ) -> None:
-    """The table of pieces and that of costs."""
+    """The table of subcomponents and that of costs."""
     timed = [name for name in cost_of.split(",") if name]
-    for name in [pieces_of, *timed]:
+    for name in [subcomponents_of, *timed]:
         if name not in EXPERIMENTS:
             raise typer.BadParameter(f"{name!r}; expected one of {', '.join(EXPERIMENTS)}")
     if without := [name for name in timed if f"apd_{name}" not in APD_EXPERIMENTS]:
         raise typer.BadParameter(f"{without[0]!r} has no APD experiment; there are {', '.join(APD_EXPERIMENTS)}")
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    experiment = EXPERIMENTS[pieces_of]
+    experiment = EXPERIMENTS[subcomponents_of]
     if steps is not None:
         experiment = dataclasses.replace(experiment, config=experiment.config.changed(steps=steps))
     result: dict[str, Any] = {}
     with contextlib.redirect_stdout(sys.stderr):
         if targets:
             models = accepted_targets(experiment, targets, work / "targets").models
-            result["pieces"] = compare_pieces(experiment, models)
+            result["subcomponents"] = compare_subcomponents(experiment, models)
         result["cost"] = {name: compare_cost(name, batch=batch, rounds=rounds, members=members) for name in timed}
     command = shlex.join(["python", "experiments/baselines.py", *sys.argv[1:]])
     result |= {
-        "pieces_of": pieces_of,
+        "subcomponents_of": subcomponents_of,
         "settings": experiment.settings(),
         "rounds": rounds,
         **provenance(torch.device("cpu")),
@@ -243,7 +259,7 @@ def main(
         print(json.dumps(rounded(result)))
         return
     if targets:
-        print(f"{pieces_of}\n{pieces_table(result['pieces'])}\n")
+        print(f"{subcomponents_of}\n{subcomponents_table(result['subcomponents'])}\n")
     print(cost_table(result["cost"]))
 
 

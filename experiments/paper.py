@@ -160,10 +160,11 @@ def _tms(n_features: int, n_hidden: int, *, identity: bool, target_batch: int, b
     )
 
 
-# The first stages sort W_in at a low coefficient, which would leave several pieces for some features; a short one at a
-# higher coefficient removes them. Of two blocks the first, sorted at 4e-5 from the start, had features that share
-# pieces (86 alive for 100), and the second was sorted better together with the first than alone. In the last stage
-# W_in keeps a coefficient of its own: at that of W_out, a subcomponent in block 1 that is on for every feature pays.
+# The first stages sort W_in at a low coefficient, which would leave several subcomponents for some features; a short
+# one at a higher coefficient removes them. Of two blocks the first, sorted at 4e-5 from the start, had features that
+# share subcomponents (86 alive for 100), and the second was sorted better together with the first than alone. In the
+# last stage W_in keeps a coefficient of its own: at that of W_out, a subcomponent in block 1 that is on for every
+# feature pays.
 RESID_MLP_CONFIG = TMS_CONFIG.changed(log_every=250, checkpoint_every=250)
 
 
@@ -215,7 +216,7 @@ _ALL = (
     ),
     _tms(
         40, 10, identity=True, target_batch=8192, batch=512, runs=10, group=10, targets_per_file=5,
-        # With 3e-4 features merge: in 8 of 10 runs with 200 pieces for W_id, in 2 of 3 (seeds 10 to 12) with 20.
+        # With 3e-4 features merge: in 8 of 10 runs with 200 subcomponents for W_id, in 2 of 3 (seeds 10 to 12) with 20.
         n_subcomponents={"W_enc": 200, "W_id": 20, "W_dec": 200},
         config=TMS_CONFIG.changed(steps=6_000, minimality=1.5e-4),
         published={"mmcs": 1.000, "ml2r": 1.031},

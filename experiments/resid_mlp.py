@@ -5,9 +5,8 @@ an orthonormal basis of these. Its function, hidden activations and all masked p
 one block takes 13 ms instead of 30, and nothing in a report changes. What is lost is the part of `W_in` that no input
 ever meets; no data could decompose it. Adam does depend on the basis: which minimum it finds may differ.
 
-One coefficient of minimality does not fit both kinds of matrices: a piece of `W_in` carries a whole feature, one of
-`W_out` about a fiftieth of it. `Experiment.stages` therefore train them apart first, and then together.
-"""
+One coefficient of minimality does not fit both kinds of matrices: a subcomponent of `W_in` carries a whole feature,
+one of `W_out` about a fiftieth of it. `Experiment.stages` therefore train them apart first, and then together."""
 
 from __future__ import annotations
 
@@ -22,8 +21,8 @@ from spd_lens.core import ScalarGate
 from spd_lens.toys import ONE_HOT_ALIVE, ResidMLP, SparseFeatures, one_hot_inputs, train_resid_mlp
 
 D_RESID = 1000
-# Inputs to choose starting pieces from, for each piece; singular values that are left out of a start, relative to the
-# largest; length of the spare pieces of `W_out` beside that of the others.
+# Inputs to choose starting subcomponents from, for each subcomponent; singular values that are left out of a start,
+# relative to the largest; length of the spare subcomponents of `W_out` beside that of the others.
 CANDIDATES_PER_PIECE, RTOL, SPARE = 10, 0.05, 0.02
 FAR_AHEAD = 2**40
 # Recruiting: batches that are looked at, and the cosine of inputs above which they are alike.
@@ -167,8 +166,8 @@ def recruit(decomposition: Decomposition, data: SparseFeatures, seed: int) -> No
 def from_basis(
     W: Float[Tensor, "d_in d_out"], C: int, generator: torch.Generator
 ) -> tuple[Float[Tensor, "d_in C"], Float[Tensor, "C d_out"]]:
-    """As many pieces as the rank of W can be, along a random orthonormal basis of its smaller side, that sum to W;
-    the others random and short, free to grow."""
+    """As many subcomponents as the rank of W can be, along a random orthonormal basis of its smaller side, that sum to
+    W; the others random and short, free to grow."""
     d_in, d_out = W.shape
     rank = min(d_in, d_out)
     if rank > C:

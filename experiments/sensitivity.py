@@ -283,8 +283,8 @@ def summary_lines(summary: Mapping[str, Any]) -> str:
     for method in ("spd", "apd"):
         for C, counts in summary.get(method, {}).get("by_C", {}).items():
             lines.append(
-                f"{method.upper()} C={C}: of {counts['runs']} runs {counts['found']} find one piece per feature, "
-                f"{counts['successes']} with the right length too"
+                f"{method.upper()} C={C}: of {counts['runs']} runs {counts['found']} find one subcomponent "
+                f"per feature, {counts['successes']} with the right length too"
             )
     return "\n".join(lines)
 

@@ -1,9 +1,8 @@
 """The picture of the sensitivity maps: SPD for every C beside APD, with one colour scale and one verdict.
 
 Both axes of every panel are centred on the setting used elsewhere (outlined), the coefficient over two decades, the
-second setting over one. The colour is the share of runs that found one piece per feature; the number in a cell is the
-mean ML2R of those runs, which is 1 where lengths are right.
-"""
+second setting over one. The colour is the share of runs that found one subcomponent per feature; the number in a cell
+is the mean ML2R of those runs, which is 1 where lengths are right."""
 
 from __future__ import annotations
 
@@ -66,12 +65,12 @@ def save_map(path: Path, summary: Mapping[str, Any], used_C: Mapping[str, int]) 
         axis.tick_params(labelleft=first)
     assert image is not None
     bar = figure.colorbar(
-        image, ax=axes, label="share of runs that found\none piece per feature", shrink=0.7, aspect=14
+        image, ax=axes, label="share of runs that found\none subcomponent per feature", shrink=0.7, aspect=14
     )
     bar.set_ticks([0, 1 / 3, 2 / 3, 1], labels=["none", "1/3", "2/3", "all"])
     low, high = ML2R_RANGE
     figure.suptitle(
-        "How much the settings matter: does a run find one piece per feature of TMS 5-2, in its direction?\n"
+        "How much the settings matter: does a run find one subcomponent per feature of TMS 5-2, in its direction?\n"
         f"Number: mean length of what was found over the true length ({low} to {high} is right; else in brackets).  "
         "Orange: the setting used elsewhere (dashed: with another C).",
         fontsize=10,

@@ -114,7 +114,7 @@ def objective(decomposition: Decomposition, batches: Iterable[Any], config: Trai
 
 def singular_ranks(singular: Decomposition, inputs: Tensor, below: float) -> Ids:
     """The first k singular vectors of each matrix, with the smallest k at which keeping these alone leaves a KL under
-    `below`; all other matrices stay. `singular` has `singular_pieces`."""
+    `below`; all other matrices stay. `singular` has `singular_subcomponents`."""
     ranks = {}
     for name, weight in singular.items():
         for k in range(weight.n_subcomponents + 1):

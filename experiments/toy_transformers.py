@@ -15,9 +15,10 @@ belongs to the head that holds most of the squared norm of its `U` (of its `V` f
 numbers (`W_E`), of its activation over all questions (`W_in`), of its effect on the logits over the answers
 (`W_out`); the same for as many singular vectors and for random directions of the same space as baselines.
 
-**gates_alone**: the same three matrices with hand-made pieces that stay as they are (`experiments/known_pieces.py`):
-aligned with the frequencies, rotated across their planes, one piece per number in `W_E`, singular vectors.
-Gates are trained for each; the losses say which pieces the objective prefers, whatever training would find.
+**gates_alone**: the same three matrices with hand-made subcomponents that stay as they are
+(`experiments/known_subcomponents.py`): aligned with the frequencies, rotated across their planes, one subcomponent per
+number in `W_E`, singular vectors. Gates are trained for each; the losses say which subcomponents the objective
+prefers, whatever training would find.
 
 What is used and always on: `experiments/toy_checks.py`. Cost: one to three CPU-minutes each. Needs transformer_lens 3.
 """
@@ -39,7 +40,13 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from experiments.known_pieces import FourierKind, fourier_pieces, put_pieces, rotated_pieces, singular_pieces
+from experiments.known_subcomponents import (
+    FourierKind,
+    fourier_subcomponents,
+    put_subcomponents,
+    rotated_subcomponents,
+    singular_subcomponents,
+)
 from experiments.toy_checks import (
     always_on,
     counts,
@@ -93,12 +100,12 @@ def settings(name: str, args: argparse.Namespace) -> TrainConfig:
 
 
 def start(decomposition: Decomposition, kind: str, seed: int) -> None:
-    """Put the pieces that training starts from: exact sums, or what `decompose` has drawn."""
+    """Put the subcomponents that training starts from: exact sums, or what `decompose` has drawn."""
     weights = {name: weight.target_weight for name, weight in decomposition.items()}
     if kind == "singular":
-        put_pieces(decomposition, singular_pieces(weights))
+        put_subcomponents(decomposition, singular_subcomponents(weights))
     elif kind == "rotated":
-        put_pieces(decomposition, rotated_pieces(weights, seed))
+        put_subcomponents(decomposition, rotated_subcomponents(weights, seed))
 
 
 def fit(decomposition: Decomposition, batches: Iterable[Tensor], config: TrainConfig) -> float:
@@ -241,12 +248,12 @@ def check_modular_addition(decomposition: Decomposition) -> dict[str, Any]:
     _, cache = model.run_with_cache(sums, names_filter="blocks.0.hook_resid_mid")
     residual = cache["blocks.0.hook_resid_mid"][:, -1]
     weights = {name: weight.target_weight for name, weight in decomposition.items()}
-    singular = {name: (V.float(), U.float()) for name, (V, U) in singular_pieces(weights).items()}
-    pieces, shares = {}, {}
+    singular = {name: (V.float(), U.float()) for name, (V, U) in singular_subcomponents(weights).items()}
+    subcomponents, shares = {}, {}
     for name, ids in used.items():
         weight, generator = decomposition[name], torch.Generator().manual_seed(0)
         best, where = best_shares(model, residual, name, weight.V[:, ids], weight.U[ids])
-        pieces[name] = [
+        subcomponents[name] = [
             {"id": c, "rate": float(rates[name][c]), "frequency": int(k) + 1, "share": float(share)}
             for c, k, share in zip(ids, where, best, strict=True)
         ]
@@ -274,7 +281,7 @@ def check_modular_addition(decomposition: Decomposition) -> dict[str, Any]:
         "only_used": effect(decomposition.keep(used)),
         "used_always_on": always_on(decomposition, used, sums[::4]),
         "nothing_on": always_on(decomposition, nothing(used), sums[::4]),
-        "subcomponents": pieces,
+        "subcomponents": subcomponents,
     }
 
 
@@ -297,7 +304,7 @@ def run_modular_addition(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_gates_alone(args: argparse.Namespace) -> dict[str, Any]:
-    """Train gates on hand-made pieces of the modular addition model and compare the losses."""
+    """Train gates on hand-made subcomponents of the modular addition model and compare the losses."""
     kinds: list[tuple[FourierKind | None, int]] = [
         ("aligned", 0), ("across planes", 0), ("across planes", 100), ("rows", 0), (None, 0),
     ]  # fmt: skip
@@ -307,7 +314,7 @@ def run_gates_alone(args: argparse.Namespace) -> dict[str, Any]:
         if kind is None:
             start(decomposition, "singular", 0)
         else:
-            put_pieces(decomposition, fourier_pieces(decomposition.model, kind, seed))
+            put_subcomponents(decomposition, fourier_subcomponents(decomposition.model, kind, seed))
         members.append(decomposition)
     config = settings("gates_alone", args)
     started = time.process_time()
@@ -318,7 +325,7 @@ def run_gates_alone(args: argparse.Namespace) -> dict[str, Any]:
     for (kind, seed), decomposition in zip(kinds, members, strict=True):
         check = check_modular_addition(decomposition)
         rows.append(
-            {"pieces": kind or "singular", "seed": seed, "loss": objective(decomposition, [all_sums()], config)}
+            {"subcomponents": kind or "singular", "seed": seed, "loss": objective(decomposition, [all_sums()], config)}
             | {key: check[key] for key in ("used", "mean_sum_of_importance", "mean_best_share")}
             | {"adversarial": summary(decomposition, [Batch(all_sums()[::4])], adversary_steps=(20,))["adversarial"]}
         )
@@ -339,7 +346,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--minimality", type=float, default=5e-3)
     parser.add_argument("--faithfulness", type=float, default=0.0)
     parser.add_argument("--adversary", type=float, default=0.5, help="coefficient of the persistent adversary")
-    parser.add_argument("--frozen", action="store_true", help="train the gates alone, on the pieces of --start")
+    parser.add_argument("--frozen", action="store_true", help="train the gates alone, on the subcomponents of --start")
     parser.add_argument("--batch", type=int, help="rows; default 16 sequences, 256 sums")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON file to write")

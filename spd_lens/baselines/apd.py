@@ -42,6 +42,7 @@ from torch import Tensor
 from spd_lens.baselines.apd_config import APDConfig
 from spd_lens.baselines.apd_losses import ENTRIES_AT_ONCE, attributions
 from spd_lens.baselines.apd_targets import Matrices, between_features, components_between_features, target_of
+from spd_lens.support.shown import short_repr
 from spd_lens.toys.resid_mlp import ResidMLP
 from spd_lens.toys.tms import TMS
 
@@ -55,6 +56,8 @@ class APD:
     V: Matrices
     U: Matrices
     log: list[dict[str, Any]]
+
+    __repr__ = short_repr
 
     def components(self, name: str) -> Float[Tensor, "C d_in d_out"]:
         """`P_c` at one matrix: `"W"`, `"W_in"` or `"W_out"`."""

@@ -21,6 +21,7 @@ from torch.nn.functional import normalize
 from spd_lens.baselines.apd import APD
 from spd_lens.baselines.apd_losses import batch_top_k
 from spd_lens.baselines.apd_targets import between_features, components_between_features, target_of
+from spd_lens.support.shown import short_repr, text_html
 from spd_lens.support.tables import format_table
 from spd_lens.toys.features import one_hot_inputs
 from spd_lens.toys.recovery import MIN_MMCS, FeatureSite, Recovery, alive, target_contributions
@@ -44,6 +45,9 @@ class APDReport:
     faithfulness: Mapping[str, float]
     cut_off: float
     contribution_error: float | None
+
+    __repr__ = short_repr
+    _repr_html_ = text_html
 
     @property
     def problems(self) -> tuple[str, ...]:

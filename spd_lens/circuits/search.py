@@ -37,7 +37,7 @@ from spd_lens.core.masks import sample_masks
 from spd_lens.core.squashings import importance_of, lower_squash, upper_squash
 from spd_lens.objective.adversary import PGD, Persistent, random_sources
 from spd_lens.objective.losses import minimality_loss
-from spd_lens.objective.mask_sources import Masks, MaskSource, mask_source, masks_from_sources
+from spd_lens.objective.mask_sources import Climb, Masks, MaskSource, mask_source, masks_from_sources
 from spd_lens.objective.penalties import Power
 from spd_lens.support.progress import tqdm
 from spd_lens.tasks.task import Task
@@ -176,7 +176,7 @@ class _Search:
 
         if source.climbs:
             detached = {name: x.detach() for name, x in g.items()}
-            source.climb(objective, detached, delta=True, generator=generator)
+            source.climb(Climb(objective, detached, generator))
         return objective(source.masks(g, delta=True, generator=generator), None)
 
     # -- pruning -----------------------------------------------------------------------------------------------------

@@ -31,6 +31,8 @@ from spd_lens.hosts.host import Host
 from spd_lens.hosts.opening import open_host
 from spd_lens.support.files import numbers
 from spd_lens.support.names import near_names
+from spd_lens.support.pages import table_html
+from spd_lens.support.shown import text_html
 
 
 class Decomposition(Mapping[str, DecomposedWeight]):
@@ -88,8 +90,19 @@ class Decomposition(Mapping[str, DecomposedWeight]):
     def __repr__(self) -> str:
         if self._removed:
             return f"Decomposition({type(self.model).__name__}, removed)"
-        sites = ", ".join(f"{name}: C={weight.n_subcomponents}" for name, weight in self.items())
+        shown = [f"{name}: C={weight.n_subcomponents}" for name, weight in list(self.items())[:4]]
+        sites = ", ".join([*shown, *([f"and {len(self) - 4} more"] if len(self) > 4 else [])])
         return f"Decomposition({type(self.model).__name__}, {{{sites}}})"
+
+    def _repr_html_(self) -> str:
+        if self._removed:
+            return text_html(self)
+        rows = [
+            (name, f"{weight.V.shape[0]} x {weight.U.shape[1]}", str(weight.n_subcomponents))
+            for name, weight in self.items()
+        ]
+        title = f"Decomposition of a {type(self.model).__name__}, gate: {self.settings.gate}"
+        return table_html(title, ("site", "matrix", "C"), rows, ["summary() has errors and counts"])
 
     @property
     def model(self) -> Any:

@@ -8,20 +8,16 @@ generator's device and moved.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from spd_lens.core.draws import uniform
-
-if TYPE_CHECKING:
-    pass
-from collections.abc import Sequence
-from typing import Literal
+from spd_lens.support.shown import short_repr
 
 
 @dataclass(frozen=True)
@@ -37,6 +33,8 @@ class SiteMask:
     mask: Float[Tensor, "*batch C"] | None = None
     delta: Float[Tensor, "*batch"] | None = None
     routed: Bool[Tensor, "*batch"] | None = None
+
+    __repr__ = short_repr
 
 
 MaskKind = Literal["stochastic", "bernoulli", "importance", "rounded", "random", "none", "off"]

@@ -16,6 +16,7 @@ from spd_lens.core.decomposed_weight import DecomposedWeight
 from spd_lens.core.masks import SiteMask
 from spd_lens.hosts.host import Host
 from spd_lens.support.names import near_names
+from spd_lens.support.shown import short_repr
 
 
 @contextmanager
@@ -145,3 +146,5 @@ class CleanPass:
     inputs: dict[str, Tensor]
     hidden: dict[str, Tensor]
     residuals: dict[int, Tensor]
+
+    __repr__ = short_repr

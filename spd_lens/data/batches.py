@@ -21,6 +21,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from spd_lens.core.inputs import as_mask, as_tensor
+from spd_lens.support.shown import short_repr
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class Batch:
     tokens: Tensor | None = None
     position_mask: Tensor | None = None
     attention_mask: Tensor | None = None
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         inputs = as_tensor(self.inputs, "the batch's inputs")

@@ -3,7 +3,7 @@
 `worst_case` is the adversary alone; `report.verdict` is a `Verdict`. `compare` sets two decompositions side by side,
 `pareto` many. The rest are the parts that these are made of."""
 
-from spd_lens.evaluation.attack import LADDER, Attack, WorstCase, climb, worst_case
+from spd_lens.evaluation.attack import LADDER, Attack, WorstCase, WorstMasks, climb, worst_case
 from spd_lens.evaluation.comparison import Comparison, compare
 from spd_lens.evaluation.deletion import Deletion, Needs
 from spd_lens.evaluation.evaluating import evaluate
@@ -30,6 +30,7 @@ __all__ = [
     "Tally",
     "Verdict",
     "WorstCase",
+    "WorstMasks",
     "bootstrap_intervals",
     "climb",
     "compare",

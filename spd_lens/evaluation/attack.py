@@ -21,18 +21,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from spd_lens.core.decomposition import Decomposition
+from spd_lens.core.masks import Importances
 from spd_lens.data.streams import first_batches
-from spd_lens.evaluation.held import Held, Passes
+from spd_lens.evaluation.held import Passes
 from spd_lens.objective.adversary import Sources, random_sources
 from spd_lens.objective.divergences import Divergence
-from spd_lens.objective.mask_sources import masks_from_sources
+from spd_lens.objective.mask_sources import Climb, Masks, MaskSource, masks_from_sources
+from spd_lens.support.shown import short_repr
 
 LADDER = (20, 40, 80, 160)
 WINDOW = 10
@@ -65,12 +67,28 @@ class Attack:
             raise ValueError(f"starts={self.starts}, span={self.span}; expected at least 1 of each (span may be None)")
 
 
+@runtime_checkable
+class Ground(Protocol):
+    """A pass that the adversary climbs on: one of a span, or all of it."""
+
+    @property
+    def importances(self) -> Importances:
+        """What bounds the masks."""
+        ...
+
+    def total(self, sources: Mapping[str, Tensor]) -> tuple[Tensor, Any]:
+        """Divergence under the masks of these sources, summed over the positions that count, and their number."""
+        ...
+
+
 @dataclass(frozen=True)
 class WorstCase:
     """What the adversary reached on one span: for every budget the divergence and the sources that cause it."""
 
     divergence: dict[int, float]
     sources: dict[int, Sources]
+
+    __repr__ = short_repr
 
 
 @torch.no_grad()
@@ -100,13 +118,60 @@ def worst_case(
     chosen = list(first_batches(batches, decomposition, None, purpose="attack"))
     passes = Passes(decomposition, chosen, kind, importances)
     generator = torch.Generator(decomposition.device).manual_seed(seed)
-    return worst_of_starts(passes, attack, generator)
+    return WorstMasks(attack).search(passes, generator)
 
 
-def worst_of_starts(
-    passes: Sequence[Held], attack: Attack, generator: torch.Generator, after_step: Callable[[], Any] = lambda: None
+class WorstMasks(MaskSource):
+    """This adversary as a mask source, so that training and the circuit search can use it, too.
+
+    `Reconstruction(masks=WorstMasks(Attack(steps=(20,))))` trains against masks of the longest budget, which are looked
+    for anew in every step. `evaluate` calls `search` on whole spans of batches.
+    """
+
+    climbs = True
+    name = "worst"
+
+    def __init__(self, attack: Attack) -> None:
+        if not attack.steps:
+            raise ValueError("an attack without a budget finds no masks; give Attack(steps=(20,)), say")
+        self.attack = attack
+        self.found = WorstCase({}, {})
+
+    def climb(self, on: Climb) -> None:
+        self.search([_OneBatch(on)], on.generator)
+
+    def masks(
+        self, importances: Importances, *, delta: bool, generator: torch.Generator, steps: int | None = None
+    ) -> Masks:
+        """The worst masks that were found within so many steps (None: the longest budget), for these importances."""
+        sources = self.found.sources[max(self.attack.steps) if steps is None else steps]
+        return masks_from_sources(importances, sources, delta=delta)
+
+    def search(
+        self, passes: Sequence[Ground], generator: torch.Generator, after_step: Callable[[], Any] = lambda: None
+    ) -> WorstCase:
+        """The worst of all starts on one span, for every budget; `masks` then gives it."""
+        self.found = _worst_of_starts(passes, self.attack, generator, after_step)
+        return self.found
+
+
+@dataclass(frozen=True)
+class _OneBatch:
+    """What a mask source climbs on in training, as one pass whose mean is its sum."""
+
+    on: Climb
+
+    @property
+    def importances(self) -> Importances:
+        return self.on.importances
+
+    def total(self, sources: Mapping[str, Tensor]) -> tuple[Tensor, Any]:
+        return self.on.of(sources), 1
+
+
+def _worst_of_starts(
+    passes: Sequence[Ground], attack: Attack, generator: torch.Generator, after_step: Callable[[], Any]
 ) -> WorstCase:
-    """The worst of `attack.starts` climbs on one span, for every budget."""
     best: dict[int, tuple[float, Sources]] = {}
     for index in range(attack.starts):
         start = random_sources(passes[0].importances, "batch", generator)
@@ -118,7 +183,7 @@ def worst_of_starts(
     return WorstCase({n: v for n, (v, _) in best.items()}, {n: s for n, (_, s) in best.items()})
 
 
-def _worst_of_corners(passes: Sequence[Held], like: Sources, generator: torch.Generator) -> Sources:
+def _worst_of_corners(passes: Sequence[Ground], like: Sources, generator: torch.Generator) -> Sources:
     """The worst of `CORNERS` random corners of the cube: climbs from its middle tend to end on the same hill."""
     best, chosen = -float("inf"), like
     for _ in range(CORNERS):
@@ -133,7 +198,7 @@ def _worst_of_corners(passes: Sequence[Held], like: Sources, generator: torch.Ge
 
 
 def climb(
-    passes: Sequence[Held],
+    passes: Sequence[Ground],
     start: Sources,
     budgets: Sequence[int],
     step_size: float,
@@ -184,20 +249,20 @@ def _moved(x: Sources, before: Sources, gradients: Sources, size: float, new: fl
     return moved
 
 
-def _value_and_gradients(passes: Sequence[Held], x: Sources, *, with_gradients: bool) -> tuple[float, Sources]:
+def _value_and_gradients(passes: Sequence[Ground], x: Sources, *, with_gradients: bool) -> tuple[float, Sources]:
     """Mean divergence over all counted positions of the span, and its gradients by the sources, batch by batch."""
     leaves = {name: source.detach().requires_grad_(with_gradients) for name, source in x.items()}
     gradients = {name: torch.zeros_like(source) for name, source in x.items()}
     total: Any = 0.0
     count: Any = 0
-    for held in passes:
+    for one in passes:
         with torch.set_grad_enabled(with_gradients):
-            value = held.divergences(held.forward(masks_from_sources(held.importances, leaves))).sum()
+            value, n = one.total(leaves)
         if with_gradients:
             own = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
             for name, gradient in zip(leaves, own, strict=True):
                 if gradient is not None:
                     gradients[name] += gradient
         total = total + value.detach().double()
-        count = count + held.counted.sum()
+        count = count + n
     return float(total / count), gradients

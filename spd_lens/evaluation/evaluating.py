@@ -25,7 +25,7 @@ from spd_lens.core.inputs import checked_decomposition
 from spd_lens.core.masks import MaskKind
 from spd_lens.data.batches import Batch
 from spd_lens.data.streams import checked_batch, first_batches
-from spd_lens.evaluation.attack import Attack, worst_of_starts
+from spd_lens.evaluation.attack import Attack, WorstMasks
 from spd_lens.evaluation.deletion import (
     NEVER_NEEDED,
     OTHERS_UNION,
@@ -41,7 +41,7 @@ from spd_lens.evaluation.intervals import Tally, bootstrap_intervals, mean_per_p
 from spd_lens.evaluation.report import AttackReport, EvaluationReport
 from spd_lens.evaluation.site_report import SiteSums, failure_modes
 from spd_lens.objective.divergences import Divergence
-from spd_lens.objective.mask_sources import mask_source, masks_from_sources
+from spd_lens.objective.mask_sources import mask_source
 from spd_lens.support.progress import tqdm
 
 # E5, in the order of the table: name, and kind of `sample_masks`.
@@ -169,16 +169,16 @@ class _Evaluation:
         self.tally.add("cross entropy", regime, losses.view(labels.shape), counted)
 
     def _attack(self) -> None:
-        groups = self.passes.in_spans(self.attack.span)
+        groups, adversary = self.passes.in_spans(self.attack.span), WorstMasks(self.attack)
         total = len(groups) * self.attack.starts * max(self.attack.steps)
         with tqdm(total=total, desc="adversary", leave=False) as bar:
             for group in groups:
-                found = worst_of_starts(group, self.attack, self.generator, after_step=bar.update)
+                adversary.search(group, self.generator, after_step=bar.update)
                 for held in group:
                     pairs = _next_tokens(held)
-                    for steps, sources in found.sources.items():
-                        output = held.forward(masks_from_sources(held.importances, sources))
-                        self._measure(f"PGD {steps}", held, output, pairs)
+                    for steps in adversary.found.sources:
+                        masks = adversary.masks(held.importances, delta=True, generator=self.generator, steps=steps)
+                        self._measure(f"PGD {steps}", held, held.forward(masks), pairs)
         rows = [sum(len(held.counted) for held in group) for group in groups]
         longest = max(held.counted[0].numel() for group in groups for held in group)
         self.attack_report = AttackReport(self.attack.step_size, self.attack.starts, min(rows), longest, len(groups))

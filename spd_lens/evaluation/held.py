@@ -19,6 +19,8 @@ from spd_lens.core.masks import SiteMask
 from spd_lens.core.squashings import importance_of
 from spd_lens.data.batches import Batch
 from spd_lens.objective.divergences import Divergence, divergence_per_position, log_probs
+from spd_lens.objective.mask_sources import masks_from_sources
+from spd_lens.support.shown import short_repr
 
 KEPT_BYTES = 2 * 2**30
 
@@ -39,6 +41,8 @@ class Held:
     residuals: Mapping[int, Tensor]
     counted: Bool[Tensor, "*batch"]
 
+    __repr__ = short_repr
+
     def forward(self, masks: Mapping[str, SiteMask]) -> Tensor:
         """The model's output under masks; blocks before the first masked site are not run again."""
         return self.decomposition.masked_forward(
@@ -53,6 +57,11 @@ class Held:
         """Divergence from the target at every position, 0 where none counts."""
         values = divergence_per_position(self.clean, output, kind=self.kind, clean_is_log_probs=self.kind == "kl")
         return values.masked_fill(~self.counted, 0.0)
+
+    def total(self, sources: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The summed divergence under the masks of these sources (K3), and the number of positions that count."""
+        values = self.divergences(self.forward(masks_from_sources(self.importances, sources)))
+        return values.sum(), self.counted.sum()
 
     @property
     def n_bytes(self) -> int:

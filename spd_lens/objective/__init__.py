@@ -11,6 +11,7 @@ from spd_lens.objective.losses import (
 )
 from spd_lens.objective.mask_sources import (
     AdversarialMasks,
+    Climb,
     MaskSource,
     Merged,
     MergedMasks,
@@ -26,6 +27,7 @@ __all__ = [
     "EPSILON",
     "PGD",
     "AdversarialMasks",
+    "Climb",
     "Divergence",
     "MaskSource",
     "Merged",

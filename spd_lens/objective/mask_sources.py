@@ -2,9 +2,9 @@
 
 `MaskSource` is the one protocol that training, evaluation and the circuit search use. A training step calls
 
-    source.climb(objective, importances, ...)      # adversaries look for bad masks; others do nothing
-    source.masks(importances, ...)                 # one forward pass's masks, with gradients to the importances
-    source.after_backward()                        # persistent adversaries climb once more, on the loss's own gradients
+    source.climb(Climb(objective, importances, ...))  # adversaries look for bad masks; others do nothing
+    source.masks(importances, ...)                    # one forward pass's masks, with gradients to the importances
+    source.after_backward()                           # persistent adversaries climb once more, on its gradients
 
 and checkpoints hold `state()`. A source of one's own is a subclass; it is passed where the names of ours are:
 `Reconstruction(masks=MySource())`.
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
 import torch
@@ -64,6 +64,31 @@ class Merged:
             raise ValueError(f"share={self.share}; expected a share of the rows, 0 < share < 1")
 
 
+@dataclass(frozen=True)
+class Climb:
+    """What an adversary climbs on.
+
+    - `objective`: the loss of one set of masks; with `rows`, over that many of the first rows of the batch alone.
+    - `importances`: detached; `delta`: whether masks of deltas are chosen, too (else they are 0).
+    - `progress`: the share of the run that is done.
+    """
+
+    objective: MaskObjective
+    importances: Importances
+    generator: torch.Generator
+    delta: bool = True
+    progress: float = 1.0
+    rows: int | None = None
+
+    def of(self, sources: Mapping[str, Tensor]) -> Float[Tensor, ""]:
+        """The objective of the masks that these sources make (K3)."""
+        return self.objective(masks_from_sources(self.importances, sources, delta=self.delta), self.rows)
+
+    def in_first(self, rows: int) -> Climb:
+        """The same for the first rows alone."""
+        return replace(self, importances={name: g[:rows] for name, g in self.importances.items()}, rows=rows)
+
+
 class MaskSource(ABC):
     """A source of masks for one reconstruction term; what it remembers between steps is its `state`."""
 
@@ -80,16 +105,8 @@ class MaskSource(ABC):
     def masks(self, importances: Importances, *, delta: bool, generator: torch.Generator) -> Masks:
         """Masks of one forward pass for these sites."""
 
-    def climb(  # noqa: B027 (most sources do not climb)
-        self,
-        objective: MaskObjective,
-        importances: Importances,
-        *,
-        delta: bool,
-        generator: torch.Generator,
-        progress: float = 1.0,
-    ) -> None:
-        """Look for masks of high `objective`, given detached importances; `progress` is the share of the run done."""
+    def climb(self, on: Climb) -> None:  # noqa: B027 (most sources do not climb)
+        """Look for masks of high objective."""
 
     def routed(self, routed: Routed) -> Routed:
         """The routing that is used in place of the drawn one."""
@@ -131,22 +148,9 @@ class AdversarialMasks(MaskSource):
         self.pgd = pgd
         self._sources: dict[str, Tensor] = {}
 
-    def climb(
-        self,
-        objective: MaskObjective,
-        importances: Importances,
-        *,
-        delta: bool,
-        generator: torch.Generator,
-        progress: float = 1.0,
-    ) -> None:
-        start = random_sources(importances, self.pgd.scope, generator)
-        self._sources = ascend(
-            lambda sources: objective(masks_from_sources(importances, sources, delta=delta), None),
-            start,
-            self.pgd,
-            self.whole_batch,
-        )
+    def climb(self, on: Climb) -> None:
+        start = random_sources(on.importances, self.pgd.scope, on.generator)
+        self._sources = ascend(on.of, start, self.pgd, self.whole_batch)
 
     def masks(self, importances: Importances, *, delta: bool, generator: torch.Generator) -> Masks:
         return masks_from_sources(importances, self._sources, delta=delta)
@@ -164,29 +168,17 @@ class PersistentMasks(MaskSource):
         self.sources: PersistentSources | None = None
         self._active = False
 
-    def climb(
-        self,
-        objective: MaskObjective,
-        importances: Importances,
-        *,
-        delta: bool,
-        generator: torch.Generator,
-        progress: float = 1.0,
-    ) -> None:
-        self._active = progress >= self.spec.start
+    def climb(self, on: Climb) -> None:
+        self._active = on.progress >= self.spec.start
         if not self._active:
             return
-
-        def hurt(found: Mapping[str, Tensor]) -> Tensor:
-            return objective(masks_from_sources(importances, found, delta=delta), None)
-
         if self.sources is None:
-            self.sources = PersistentSources(importances, self.spec, generator=generator)
+            self.sources = PersistentSources(on.importances, self.spec, generator=on.generator)
             self.sources.whole_batch = self.whole_batch
-            self.sources.warm(hurt, self.spec.first_steps)
-        _check_shapes(importances, self.sources.tensors())
-        self.sources.set_progress((progress - self.spec.start) / (1 - self.spec.start))
-        self.sources.warm(hurt)
+            self.sources.warm(on.of, self.spec.first_steps)
+        _check_shapes(on.importances, self.sources.tensors())
+        self.sources.set_progress((on.progress - self.spec.start) / (1 - self.spec.start))
+        self.sources.warm(on.of)
 
     def masks(self, importances: Importances, *, delta: bool, generator: torch.Generator) -> Masks:
         if not self._active or self.sources is None:
@@ -224,22 +216,11 @@ class MergedMasks(PersistentMasks):
             raise ValueError("merged masks need at least two rows in a batch: one adversarial, one stochastic")
         return min(n_rows - 1, max(1, round(self.share * n_rows)))
 
-    def climb(
-        self,
-        objective: MaskObjective,
-        importances: Importances,
-        *,
-        delta: bool,
-        generator: torch.Generator,
-        progress: float = 1.0,
-    ) -> None:
-        rows = self._rows(importances)
-        first = {name: g[:rows] for name, g in importances.items()}
-        if isinstance(generator, RowsGenerator):
-            self._check_shared(generator.count, next(iter(importances.values())).shape[0], rows)
-        super().climb(
-            lambda masks, _: objective(masks, rows), first, delta=delta, generator=generator, progress=progress
-        )
+    def climb(self, on: Climb) -> None:
+        rows = self._rows(on.importances)
+        if isinstance(on.generator, RowsGenerator):
+            self._check_shared(on.generator.count, next(iter(on.importances.values())).shape[0], rows)
+        super().climb(on.in_first(rows))
 
     def masks(self, importances: Importances, *, delta: bool, generator: torch.Generator) -> Masks:
         if not self._active:

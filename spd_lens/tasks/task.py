@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from spd_lens.core.decomposition import Decomposition
+from spd_lens.support.shown import short_repr
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Task:
     answers: Int[Tensor, "row _"]
     wrong: Int[Tensor, "row _"]
     at: Int[Tensor, " row"]
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         n, shapes = len(self.clean), {k: tuple(v.shape) for k, v in vars(self).items() if isinstance(v, Tensor)}

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spd_lens.core.decomposition import Decomposition
+from spd_lens.support.shown import short_repr, text_html
 from spd_lens.support.tables import format_table
 from spd_lens.toys.features import one_hot_inputs
 from spd_lens.toys.recovery import (
@@ -46,6 +47,9 @@ class TMSReport:
     encoder: FeatureSite
     decoder: FeatureSite
     identity: DenseSite | None
+
+    __repr__ = short_repr
+    _repr_html_ = text_html
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -98,6 +102,9 @@ class ResidMLPReport:
     """
 
     layers: tuple[ResidMLPLayer, ...]
+
+    __repr__ = short_repr
+    _repr_html_ = text_html
 
     @property
     def problems(self) -> tuple[str, ...]:

@@ -13,6 +13,8 @@ from jaxtyping import Bool, Float, Int
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from spd_lens.support.shown import short_repr
+
 # Success: mean cosine at least this, mean ratio of lengths within these.
 MIN_MMCS = 0.99
 ML2R_RANGE = (0.95, 1.05)
@@ -217,6 +219,8 @@ class Recovery:
     ml2r: float
     mmcs_all: float
     ml2r_all: float
+
+    __repr__ = short_repr
 
     @staticmethod
     def of(

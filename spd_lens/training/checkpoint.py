@@ -13,6 +13,7 @@ from torch import Tensor
 
 from spd_lens.support.checked_json import CheckedContent, read_checked, write_checked
 from spd_lens.support.files import file_hash, new_directory, put_tensors, read_tensors
+from spd_lens.support.shown import short_repr
 
 FORMAT = "spd_lens training checkpoint"
 FORMAT_VERSION = 2
@@ -37,6 +38,8 @@ class Checkpoint:
     tensors: dict[str, Tensor]
     belongs: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
+
+    __repr__ = short_repr
 
 
 def write_checkpoint(

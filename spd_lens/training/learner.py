@@ -15,6 +15,7 @@ from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.draws import RowsGenerator
 from spd_lens.hosts.site import match_sites
 from spd_lens.objective.mask_sources import MaskSource, mask_source
+from spd_lens.support.shown import short_repr
 from spd_lens.training.checkpoint import load_optimizer_tensors, optimizer_tensors
 from spd_lens.training.config import TrainConfig
 from spd_lens.training.processes import Processes
@@ -34,6 +35,8 @@ class Learner:
     sources: dict[str, MaskSource] = field(init=False)
     targets: dict[str, Tensor] = field(default_factory=dict)
     minimality_factors: dict[str, float] = field(default_factory=dict)
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         self.sources = {term.name: mask_source(term.masks) for term in self.config.reconstructions}

@@ -27,6 +27,7 @@ from spd_lens.data.batches import Batch
 from spd_lens.objective.mask_sources import SampledMasks, mask_source
 from spd_lens.support.files import given_directory
 from spd_lens.support.progress import tqdm
+from spd_lens.support.shown import short_repr
 from spd_lens.training.conditions import stop_on_signals, training_conditions
 from spd_lens.training.config import TrainConfig
 from spd_lens.training.member_files import member_data, members_belong_to, open_members
@@ -49,6 +50,8 @@ class ManyResult:
     log: list[dict[str, Any]]
     failed: list[int | None]
     interrupted: bool = False
+
+    __repr__ = short_repr
 
 
 def train_many(

@@ -18,7 +18,7 @@ from spd_lens.core.squashings import lower_squash, upper_squash
 from spd_lens.data.batches import Batch
 from spd_lens.objective.divergences import log_probs
 from spd_lens.objective.losses import hidden_reconstruction_loss
-from spd_lens.objective.mask_sources import SampledMasks
+from spd_lens.objective.mask_sources import Climb, SampledMasks
 from spd_lens.objective.reconstruction import reconstruction_passes
 from spd_lens.training.config import Reconstruction
 from spd_lens.training.learner import Learner
@@ -169,13 +169,14 @@ def _reconstruction(
         found = torch.stack(list(summands(lower, _Given(masks), routed, rows, 1))).sum()
         return _weighed(found, learner.processes.weight(counted))
 
-    source.climb(
+    on = Climb(
         objective,
         {name: g.detach() for name, g in lower.items()},
+        generators["adversary"],
         delta=config.delta,
-        generator=generators["adversary"],
         progress=step / config.steps,
     )
+    source.climb(on)
     return summands(lower, source, passes, None, 1)
 
 

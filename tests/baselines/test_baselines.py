@@ -1,4 +1,4 @@
-"""Baselines: APD against jacobians, loops and hand-made solutions; fixed pieces that sum to W and still fail."""
+"""Baselines: APD against jacobians, loops and hand-made solutions; fixed subcomponents that sum to W and still fail."""
 
 from __future__ import annotations
 
@@ -324,31 +324,31 @@ def test_the_report_of_a_hand_made_resid_mlp() -> None:
 
 
 @pytest.mark.parametrize("shape", [(5, 2), (2, 5), (3, 3)])
-@pytest.mark.parametrize("pieces", ["svd", "random", "rows"])
-def test_fixed_factors_sum_to_the_matrix(pieces: Any, shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("subcomponents", ["svd", "random", "rows"])
+def test_fixed_factors_sum_to_the_matrix(subcomponents: Any, shape: tuple[int, int]) -> None:
     W, C = randn(*shape, seed=1), 6
-    V, U = fixed_factors(W, pieces, C, seed=4)
+    V, U = fixed_factors(W, subcomponents, C, seed=4)
     assert (V.shape, U.shape) == ((shape[0], C), (C, shape[1]))
     torch.testing.assert_close(V @ U, W, rtol=1e-9, atol=1e-9)
-    if pieces == "svd":
+    if subcomponents == "svd":
         lengths = V.norm(dim=0) * U.norm(dim=1)
         torch.testing.assert_close(lengths[: min(shape)], torch.linalg.svdvals(W))
         assert (lengths[min(shape) :] == 0).all()
-    if pieces == "random":
-        assert not torch.allclose(V, fixed_factors(W, pieces, C, seed=5)[0])
-    least = shape[0] if pieces == "rows" else min(shape)
+    if subcomponents == "random":
+        assert not torch.allclose(V, fixed_factors(W, subcomponents, C, seed=5)[0])
+    least = shape[0] if subcomponents == "rows" else min(shape)
     with pytest.raises(ValueError, match=f"sum to a {shape[0]} x {shape[1]} matrix from {least} on"):
-        fixed_factors(W, pieces, least - 1)
+        fixed_factors(W, subcomponents, least - 1)
 
 
-def test_gates_on_singular_or_random_pieces_fail_where_those_on_rows_succeed() -> None:
+def test_gates_on_singular_or_random_subcomponents_fail_where_those_on_rows_succeed() -> None:
     model = TMS(5, 2)
     angles = torch.arange(5) * 2 * math.pi / 5
     with torch.no_grad():
         model.W.copy_(1.13 * torch.stack([angles.cos(), angles.sin()], dim=1))
         model.b.fill_(-0.25)
     kinds: list[Any] = ["rows", "svd", "random"]
-    members = [decompose_fixed(copy.deepcopy(model), {"*": 5}, pieces) for pieces in kinds]
+    members = [decompose_fixed(copy.deepcopy(model), {"*": 5}, subcomponents) for subcomponents in kinds]
     before = [{n: t.clone() for n, t in d.tensors().items()} for d in members]
     config = TrainConfig(steps=200, lr=3e-2, minimality=3e-3, divergence="mse", faithfulness_warmup=5, log_every=100)
     train_gates(members, [tms_features(5, 256, seed=1)] * 3, config)
@@ -359,7 +359,7 @@ def test_gates_on_singular_or_random_pieces_fail_where_those_on_rows_succeed() -
         torch.testing.assert_close(d["W_dec"].weight, d["W_dec"].target_weight)
     assert reports["rows"].encoder.problems("W_enc") == []
     assert reports["rows"].recovery.problems("W_enc") == []
-    for pieces in ("svd", "random"):
-        assert reports[pieces].encoder.problems("W_enc") != []
-        assert reports[pieces].recovery.mmcs < 0.97
+    for subcomponents in ("svd", "random"):
+        assert reports[subcomponents].encoder.problems("W_enc") != []
+        assert reports[subcomponents].recovery.mmcs < 0.97
     assert reports["svd"].encoder.n_alive == 2

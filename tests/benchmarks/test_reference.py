@@ -87,8 +87,8 @@ def test_the_comparison_reaches_every_piece_of_the_squashings(case: str) -> None
     decomposition = product.learner.decomposition
     pre = decomposition.pre_importances(decomposition.clean_pass(batch.inputs).inputs)
     values = torch.cat([p.detach().flatten() for p in pre.values()])
-    for piece in (values < 0, (values > 0) & (values < 1), values > 1):
-        assert piece.double().mean() > 0.01
+    for subcomponent in (values < 0, (values > 0) & (values < 1), values > 1):
+        assert subcomponent.double().mean() > 0.01
 
 
 @needs_hooked

@@ -569,7 +569,7 @@ def test_generating_with_a_key_value_cache_equals_generating_without_under_ablat
 
 
 @pytest.mark.parametrize("name", ["ln", "rotary", "gqa", "split_qkv", "alibi"])
-def test_a_padded_sequence_in_pieces_equals_the_whole_under_masks_of_every_site(name: str) -> None:
+def test_a_padded_sequence_in_subcomponents_equals_the_whole_under_masks_of_every_site(name: str) -> None:
     from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
     decomposition = all_decomposed(CASES[name].build(dtype=torch.float64))
@@ -578,11 +578,11 @@ def test_a_padded_sequence_in_pieces_equals_the_whole_under_masks_of_every_site(
     hooks = half_masks(decomposition)
     whole = logits_of(model, tokens, hooks, attention_mask=attention_mask)
     cache = TransformerLensKeyValueCache.init_cache(model.cfg, "cpu", 2)
-    pieces = [
+    subcomponents = [
         logits_of(model, tokens[:, i:j], hooks, attention_mask=attention_mask[:, i:j], past_kv_cache=cache)
         for i, j in ((0, 4), (4, 5), (5, 6))
     ]
-    assert_close(torch.cat(pieces, 1)[:, 2:], whole[:, 2:], 1e-10)
+    assert_close(torch.cat(subcomponents, 1)[:, 2:], whole[:, 2:], 1e-10)
 
 
 def test_an_attention_gate_refuses_a_pass_that_hides_positions() -> None:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from spd_lens import Decomposition, decompose, evaluate
+from spd_lens import Decomposition, Reconstruction, decompose, evaluate, train
 from spd_lens.core import SiteMask
 from spd_lens.data import as_batch
-from spd_lens.evaluation import LADDER, Held, Passes, climb, worst_case
-from tests.small_models import TiedAutoencoder, tiny_transformer, tokens
+from spd_lens.evaluation import LADDER, Attack, Held, Passes, WorstMasks, climb, worst_case
+from spd_lens.objective import Climb
+from tests.small_models import TiedAutoencoder, generator, tiny_transformer, tokens
 
 
 def _autoencoder(seed: int) -> tuple[Decomposition, Tensor]:
@@ -173,3 +175,28 @@ def test_what_is_important_is_out_of_the_adversarys_reach() -> None:
 def test_impossible_budgets_are_refused(arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         evaluate(_decomposition(), [tokens(2)], **arguments)
+
+
+def test_as_a_mask_source_it_finds_what_worst_case_finds_and_training_uses_it(tmp_path: Path) -> None:
+    decomposition, x = _autoencoder(0)
+    attack = Attack(steps=(3, 10), starts=2)
+    expected = worst_case(decomposition, [x], steps=attack.steps, starts=2, kind="mse")
+    g = {name: p.detach() for name, p in decomposition.importance(x).items()}
+    clean = decomposition.model(x).detach()
+    source = WorstMasks(attack)
+
+    def objective(masks: Mapping[str, SiteMask], rows: int | None) -> Tensor:
+        return (decomposition.masked_forward(x, masks) - clean).square().mean()
+
+    source.climb(Climb(objective, g, torch.Generator().manual_seed(0)))
+    found = source.found.divergence
+    assert found[10] == pytest.approx(objective(source.masks(g, delta=True, generator=generator()), None).item())
+    assert found == pytest.approx(expected.divergence, rel=1e-5)
+    term = Reconstruction(masks=WorstMasks(Attack(steps=(2,), starts=1)))
+    result = train(decomposition, [x], steps=2, divergence="mse", reconstructions=(term,), out_dir=tmp_path / "run")
+    assert result.final["worst_all"] > 0
+
+
+def test_masks_without_a_budget_are_refused() -> None:
+    with pytest.raises(ValueError, match="without a budget"):
+        WorstMasks(Attack(()))

@@ -37,8 +37,10 @@ def test_shuffled_subcomponents_with_flipped_signs_are_found_again() -> None:
 
 def test_mmcs_equals_loops_over_outer_products() -> None:
     a, b = _decomposition(1), _decomposition(2)
-    pieces = [[torch.outer(d[SITE].V[:, c], d[SITE].U[c]).detach() for c in range(20)] for d in (a, b)]
-    cosines = torch.tensor([[float((p * q).sum() / p.norm() / q.norm()) for q in pieces[1]] for p in pieces[0]])
+    subcomponents = [[torch.outer(d[SITE].V[:, c], d[SITE].U[c]).detach() for c in range(20)] for d in (a, b)]
+    cosines = torch.tensor(
+        [[float((p * q).sum() / p.norm() / q.norm()) for q in subcomponents[1]] for p in subcomponents[0]]
+    )
     expected = (cosines.amax(1).mean() + cosines.amax(0).mean()) / 2
     found = compare(a, b).sites[SITE]
     assert found.mmcs["rank_one"] == pytest.approx(float(expected), abs=1e-5)

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from experiments import baselines, reproduce, sensitivity
 from experiments.apd_experiments import APD_EXPERIMENTS, APDExperiment, apd_table, reproduce_apd, summarise_apd
-from experiments.baselines import compare_cost, compare_pieces, importance_error, pieces_table
+from experiments.baselines import compare_cost, compare_subcomponents, importance_error, subcomponents_table
 from experiments.paper import EXPERIMENTS
 from experiments.runs import accepted_targets
 from experiments.sensitivity import APDGrid, SPDGrid, read_lines, run_map, summarise_map, summary_lines
@@ -267,7 +267,9 @@ def test_the_summary_of_maps_counts_by_cell_and_is_drawn(tmp_path: Path) -> None
     assert len(summary["spd"]["cells"]) == 8
     assert all((c["runs"], c["found"], c["ml2r_of_found"]) == (3, 2, 0.95) for c in summary["spd"]["cells"])
     assert json.loads((tmp_path / "summary.json").read_text())["command"] == "a command"
-    assert "APD C=5: of 12 runs 8 find one piece per feature, 4 with the right length too" in summary_lines(summary)
+    assert "APD C=5: of 12 runs 8 find one subcomponent per feature, 4 with the right length too" in summary_lines(
+        summary
+    )
     assert save_map(tmp_path / "map.png", summary, {"spd": 6, "apd": 5}).read_bytes().startswith(b"\x89PNG")
 
 
@@ -283,21 +285,21 @@ def pentagon(angle: float) -> TMS:
     return model
 
 
-def test_pieces_are_compared_on_the_same_targets() -> None:
+def test_subcomponents_are_compared_on_the_same_targets() -> None:
     experiment = EXPERIMENTS["tms_5-2"]
     experiment = replace(
         experiment, features=lambda seed: SparseFeatures(5, 64, probability=0.3, seed=seed),
         n_subcomponents={"W_enc": 6, "W_dec": 6}, config=experiment.config.changed(steps=40),
     )  # fmt: skip
-    found = compare_pieces(experiment, [pentagon(0.0), pentagon(0.3)])
+    found = compare_subcomponents(experiment, [pentagon(0.0), pentagon(0.3)])
     assert list(found) == ["svd", "random", "rows", "spd"]
     assert all(v["runs"] == 2 for v in found.values())
-    # The known solution is held fixed; two singular vectors cannot be five pieces.
+    # The known solution is held fixed; two singular vectors cannot be five subcomponents.
     assert found["rows"]["mmcs"] == pytest.approx(1, abs=1e-6)
     assert found["rows"]["ml2r"] == pytest.approx(1, abs=1e-6)
     assert found["svd"]["alive_encoder"] <= 2
     assert found["svd"]["successes"] == 0
-    assert "2 of 2" not in pieces_table(found)
+    assert "2 of 2" not in subcomponents_table(found)
 
 
 def test_the_error_under_importances_by_hand() -> None:
@@ -337,7 +339,7 @@ def test_the_commands_print_what_they_measured(tmp_path: Path, monkeypatch: pyte
     result = CliRunner().invoke(app, [*arguments, "--json", "--work", str(tmp_path)])
     assert result.exit_code == 0, result.output
     printed = json.loads(result.stdout.strip().splitlines()[-1])
-    assert {"pieces", "cost", "settings", "versions", "command", "machine"} <= printed.keys()
+    assert {"subcomponents", "cost", "settings", "versions", "command", "machine"} <= printed.keys()
     assert printed["cost"]["tms_5-2"].keys() == {"rows", "members", "ratio", "C", "spd", "apd"}
     wrong = CliRunner().invoke(app, ["--cost-of", "tms_5-3"])
     assert wrong.exit_code == 2

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from experiments import reproduce, shared_piece
+from experiments import reproduce, shared_subcomponent
 from experiments.paper import EXPERIMENTS, Experiment, Stage, load_target, target_tensors
 from experiments.resid_mlp import (
     ALIKE,
@@ -233,7 +233,7 @@ def test_a_target_that_gave_up_a_feature_is_rejected() -> None:
     assert resid_mlp_problems(model) == ()
 
 
-def test_pieces_from_inputs_lie_along_inputs_of_all_features_and_sum_to_the_matrix() -> None:
+def test_subcomponents_from_inputs_lie_along_inputs_of_all_features_and_sum_to_the_matrix() -> None:
     generator = torch.Generator().manual_seed(0)
     W = torch.randn(5, 3, generator=generator)
     # Feature 4 is on in a single row, in the middle of many others.
@@ -247,7 +247,7 @@ def test_pieces_from_inputs_lie_along_inputs_of_all_features_and_sum_to_the_matr
 
 
 @pytest.mark.parametrize(("d_in", "d_out"), [(3, 7), (7, 3)])
-def test_pieces_along_a_basis_sum_to_the_matrix_and_the_others_are_short(d_in: int, d_out: int) -> None:
+def test_subcomponents_along_a_basis_sum_to_the_matrix_and_the_others_are_short(d_in: int, d_out: int) -> None:
     generator = torch.Generator().manual_seed(0)
     W = torch.randn(d_in, d_out, generator=generator)
     V, U = from_basis(W, 10, generator)
@@ -258,7 +258,7 @@ def test_pieces_along_a_basis_sum_to_the_matrix_and_the_others_are_short(d_in: i
         from_basis(W, 2, generator)
 
 
-def test_recruited_pieces_repair_the_inputs_that_are_served_worst_and_used_ones_stay() -> None:
+def test_recruited_subcomponents_repair_the_inputs_that_are_served_worst_and_used_ones_stay() -> None:
     experiment = small_resid_mlp()
     decomposition = experiment.decompose(experiment.train_targets([0])[0], 3)
     used = 3
@@ -289,7 +289,7 @@ def test_recruited_pieces_repair_the_inputs_that_are_served_worst_and_used_ones_
         directions = torch.nn.functional.normalize(inputs[name], dim=1) @ after[f"{name}.V"][:, recruited]
         for c, row in zip(recruited, directions.argmax(dim=0).tolist(), strict=True):
             own = inputs[name][row]
-            # The used pieces and this one give the site's output on its input.
+            # The used subcomponents and this one give the site's output on its input.
             found = own @ V @ U + (own @ after[f"{name}.V"][:, c]) * after[f"{name}.U"][c]
             torch.testing.assert_close(found, own @ W, atol=1e-5, rtol=1e-4)
             assert float(after[f"{name}.gate.b_out"][c]) == 0.0
@@ -395,23 +395,23 @@ def test_what_a_feature_brings_to_the_second_block_differs_by_sign() -> None:
     model = wide()
     W_E, first = model.W_E.double(), model.mlps()[0]
     W_in, W_out = first.W_in.detach().double(), first.W_out.detach().double()
-    for sign, found in zip((1, -1), shared_piece.signed_streams(model), strict=True):
+    for sign, found in zip((1, -1), shared_subcomponent.signed_streams(model), strict=True):
         for i in range(FEATURES):
             wrote = sum(max(0.0, float(sign * W_E[i] @ W_in[:, n])) * W_out[n] for n in range(NEURONS))
             torch.testing.assert_close(found[i].double(), W_E[i] + sign * wrote, atol=1e-6, rtol=1e-5)
 
 
-def test_the_best_pieces_for_given_importances_are_trained() -> None:
+def test_the_best_subcomponents_for_given_importances_are_trained() -> None:
     """More steps reconstruct better."""
     model = EXPERIMENTS["resid_mlp_2"].new_target()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         model.W_E.copy_(torch.nn.functional.normalize(torch.randn(model.W_E.shape, generator=generator), dim=1))
-    short, long = (shared_piece.best_reconstruction(model, 1, steps=steps, seed=0) for steps in (2, 60))
+    short, long = (shared_subcomponent.best_reconstruction(model, 1, steps=steps, seed=0) for steps in (2, 60))
     assert 0 < long["reconstruction"] < short["reconstruction"]
     assert long["against_slopes"] != pytest.approx(long["against_positive_values"])
     # Where the first block writes nothing, both signs bring the same.
     with torch.no_grad():
         model.mlps()[0].W_out.zero_()
-    silent = shared_piece.best_reconstruction(model, 0, steps=2, seed=0)
+    silent = shared_subcomponent.best_reconstruction(model, 0, steps=2, seed=0)
     assert silent["against_slopes"] == pytest.approx(silent["against_positive_values"])

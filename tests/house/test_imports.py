@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import json
 import pkgutil
 import re
@@ -39,6 +40,8 @@ LEVELS = [
     {"__main__"},
 ]
 BESIDE = {"models", "toys", "baselines"}
+# The profile marks the functions that a step calls, and measures the blocks of memory that are kept.
+ALLOWED_INSIDE = {"measure.py": {"workspace", "step"}}
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -91,6 +94,22 @@ def test_a_face_is_a_module_and_no_file_hides_behind_a_function() -> None:
             assert isinstance(getattr(package, found.name), ModuleType), f"{name} is a file and a function at once"
 
 
+@pytest.mark.parametrize(
+    ("function", "module"),
+    {"decompose": "core", "evaluate": "evaluation", "harvest": "statistics", "train": "training"}.items(),
+)
+def test_a_function_of_the_face_stays_one_and_its_module_has_another_name(function: str, module: str) -> None:
+    with pytest.raises(ModuleNotFoundError, match=f"spd_lens.{function}"):
+        importlib.import_module(f"spd_lens.{function}")
+    package = importlib.import_module(f"spd_lens.{module}")
+    assert isinstance(getattr(spd_lens, module), ModuleType)
+    # Importing every file of the package, in any order, hides neither.
+    for found in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{found.name}")
+    assert inspect.isfunction(getattr(spd_lens, function))
+    assert getattr(package, function) is getattr(spd_lens, function)
+
+
 def _faces() -> Iterator[ModuleType]:
     for found in pkgutil.iter_modules(spd_lens.__path__):
         if found.ispkg:
@@ -137,6 +156,17 @@ def test_readers_are_shown_faces_only() -> None:
     deep = re.compile(r"^\s*(?:from|import) spd_lens\.\w+\.\w+", re.MULTILINE)
     shown = [f"{path}: {found.group()}" for path, text in _readers() for found in deep.finditer(text)]
     assert shown == []
+
+
+def test_programs_take_from_a_face_what_it_exports() -> None:
+    """Not a file by its name, whose insides are then used: tests may, of what has no other door."""
+    for folder in ("benchmarks", "experiments", "scripts", "tutorials", "docs"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "spd_lens":
+                    face = importlib.import_module(node.module or "")
+                    hidden = {alias.name for alias in node.names} - set(face.__all__) - {"__version__"}
+                    assert not hidden - ALLOWED_INSIDE.get(path.name, set()), f"{path} takes {hidden} from inside"
 
 
 def test_only_hosts_and_models_import_transformer_lens() -> None:

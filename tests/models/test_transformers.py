@@ -16,8 +16,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from experiments import known_pieces
-from experiments.known_pieces import fourier_pieces, put_pieces, rotated_pieces, singular_pieces
+from experiments import known_subcomponents
+from experiments.known_subcomponents import (
+    fourier_subcomponents,
+    put_subcomponents,
+    rotated_subcomponents,
+    singular_subcomponents,
+)
 from experiments.toy_checks import always_on, firing_rates, objective, others, singular_ranks, used_ids
 from spd_lens import Decomposition, decompose
 from spd_lens.data import as_batch
@@ -370,7 +375,7 @@ def test_both_can_be_decomposed_and_stay_themselves() -> None:
         assert all(g.shape[:2] == tokens.shape for g in decomposition.importance(tokens).values())
 
 
-# -- benchmarks: hand-made pieces and checks -------------------------------------------------------------------------
+# -- benchmarks: hand-made subcomponents and checks ------------------------------------------------------------------
 
 MODULAR_SITES = {"embed.W_E": 54, "blocks.0.mlp.W_*": 64}
 
@@ -380,16 +385,16 @@ def modular() -> Decomposition:
 
 
 @pytest.mark.parametrize("make", ["singular", "rotated", "aligned", "in planes", "across planes", "rows"])
-def test_hand_made_pieces_sum_to_the_matrices(make: Any) -> None:
+def test_hand_made_subcomponents_sum_to_the_matrices(make: Any) -> None:
     decomposition = modular()
     weights = {name: weight.target_weight for name, weight in decomposition.items()}
     if make == "singular":
-        pieces = singular_pieces(weights)
+        subcomponents = singular_subcomponents(weights)
     elif make == "rotated":
-        pieces = rotated_pieces(weights)
+        subcomponents = rotated_subcomponents(weights)
     else:
-        pieces = fourier_pieces(decomposition.model, make)
-    put_pieces(decomposition, pieces)
+        subcomponents = fourier_subcomponents(decomposition.model, make)
+    put_subcomponents(decomposition, subcomponents)
     for name, weight in decomposition.items():
         # Rounding of 64 products in float32, against the largest of them.
         largest = (weight.V.abs().max(0).values * weight.U.abs().max(1).values).max()
@@ -399,7 +404,7 @@ def test_hand_made_pieces_sum_to_the_matrices(make: Any) -> None:
 def test_only_rotation_across_planes_mixes_frequencies() -> None:
     model = load_modular_addition()
     keys = fourier_reading(model).key_frequencies
-    own = {kind: fourier_pieces(model, kind) for kind in ("aligned", "in planes", "across planes")}
+    own = {kind: fourier_subcomponents(model, kind) for kind in ("aligned", "in planes", "across planes")}
     for kind in ("aligned", "in planes"):
         share, where = frequency_shares(own[kind]["embed.W_E"][0][:53, :6].T).max(-1)
         torch.testing.assert_close(share, torch.ones_like(share))
@@ -419,7 +424,7 @@ def test_only_rotation_across_planes_mixes_frequencies() -> None:
 def test_singular_ranks_equal_cutting_the_weights_themselves() -> None:
     pattern, tokens = "blocks.0.attn.W_[QV]", RepeatedSequences(8, seed=4).batch(0)
     decomposition = decompose(load_induction(), {pattern: 64}, gate_width=2)
-    put_pieces(decomposition, singular_pieces({n: w.target_weight for n, w in decomposition.items()}))
+    put_subcomponents(decomposition, singular_subcomponents({n: w.target_weight for n, w in decomposition.items()}))
     found = singular_ranks(decomposition, tokens, 0.01)
 
     def kl_of_rank(letter: str, k: int) -> float:
@@ -441,7 +446,7 @@ def test_singular_ranks_equal_cutting_the_weights_themselves() -> None:
 
 def test_always_on_is_exact_with_everything_on_and_the_adversary_is_worse_than_chance() -> None:
     decomposition = decompose(load_induction(), {"blocks.*.attn.W_V": 64}, gate_width=2)
-    put_pieces(decomposition, rotated_pieces({n: w.target_weight for n, w in decomposition.items()}))
+    put_subcomponents(decomposition, rotated_subcomponents({n: w.target_weight for n, w in decomposition.items()}))
     tokens = RepeatedSequences(4, seed=4).batch(0)
     everything = {name: list(range(64)) for name in decomposition}
     none = others(decomposition, everything)
@@ -454,7 +459,7 @@ def test_always_on_is_exact_with_everything_on_and_the_adversary_is_worse_than_c
 
 def test_objective_with_every_gate_fully_on() -> None:
     decomposition = modular()
-    put_pieces(decomposition, rotated_pieces({n: w.target_weight for n, w in decomposition.items()}))
+    put_subcomponents(decomposition, rotated_subcomponents({n: w.target_weight for n, w in decomposition.items()}))
     for weight in decomposition.values():
         weight.gate.w_out.data.zero_()
         weight.gate.b_out.data.fill_(2.0)
@@ -466,9 +471,9 @@ def test_objective_with_every_gate_fully_on() -> None:
     assert values["total"] == pytest.approx(0.1 * values["minimality"], abs=2e-4)
 
 
-def test_pieces_that_do_not_fit_are_refused() -> None:
+def test_subcomponents_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="kind='both'; expected 'aligned', 'in planes', 'across planes' or 'rows'"):
-        known_pieces._turn("both", 3, 2, 0)  # pyright: ignore[reportArgumentType]
+        known_subcomponents._turn("both", 3, 2, 0)  # pyright: ignore[reportArgumentType]
 
 
 # -- benchmarks: what the stored results say -------------------------------------------------------------------------
@@ -509,9 +514,9 @@ def test_stored_modular_addition_runs_differ_as_the_docs_say() -> None:
     assert found["evaluation"]["adversarial"]["20"] > 2 > aligned["evaluation"]["adversarial"]["20"]
 
 
-def test_stored_gates_alone_put_the_objective_against_fourier_pieces() -> None:
+def test_stored_gates_alone_put_the_objective_against_fourier_subcomponents() -> None:
     loss = {
-        f"{row['pieces']} {row['seed']}": row["loss"]["total"]
+        f"{row['subcomponents']} {row['seed']}": row["loss"]["total"]
         for row in stored("modular_addition/gates_alone.json")["rows"]
     }
     found = stored("modular_addition/rotated.json")["loss"]["total"]

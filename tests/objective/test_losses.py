@@ -254,7 +254,7 @@ def test_l3_two_processes_that_add_up_get_the_value_and_gradient_of_the_global_b
             torch.testing.assert_close(own[name].grad, whole[name].grad[part], rtol=1e-12, atol=0)
 
 
-def test_l3_makes_one_piece_that_is_always_on_dearer_than_several_that_take_turns() -> None:
+def test_l3_makes_one_subcomponent_that_is_always_on_dearer_than_several_that_take_turns() -> None:
     always, turns = torch.zeros(4, 4), torch.eye(4)
     always[:, 0] = 1
     once = Power(1.0)

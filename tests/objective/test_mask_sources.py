@@ -13,6 +13,7 @@ from spd_lens.core import SiteMask
 from spd_lens.objective import (
     PGD,
     AdversarialMasks,
+    Climb,
     Merged,
     MergedMasks,
     Persistent,
@@ -39,7 +40,7 @@ def linear(masks: Mapping[str, SiteMask], rows: int | None = None) -> Tensor:
 
 
 def climb(source: Any, progress: float = 1.0) -> None:
-    source.climb(linear, G, delta=True, generator=generator(), progress=progress)
+    source.climb(Climb(linear, G, generator(), progress=progress))
 
 
 def test_k4b_every_row_and_position_has_a_source_of_its_own_that_climbs_by_adam() -> None:
@@ -93,7 +94,7 @@ def test_a_batch_of_another_shape_is_refused_with_the_way_out() -> None:
     climb(source)
     smaller = {name: g[:2] for name, g in G.items()}
     with pytest.raises(ValueError, match=r"every batch must have the same shape .* scope='batch'"):
-        source.climb(linear, smaller, delta=True, generator=generator())
+        source.climb(Climb(linear, smaller, generator()))
 
 
 def test_l9_the_first_rows_are_adversarial_everywhere_and_the_others_stochastic_where_routed() -> None:
@@ -104,7 +105,7 @@ def test_l9_the_first_rows_are_adversarial_everywhere_and_the_others_stochastic_
         seen.append(rows)
         return linear(masks)
 
-    source.climb(objective, G, delta=True, generator=generator())
+    source.climb(Climb(objective, G, generator()))
     masks = source.masks(G, delta=True, generator=generator(3))
     assert source.sources is not None
     sources = source.sources.tensors()
@@ -121,14 +122,14 @@ def test_l9_the_first_rows_are_adversarial_everywhere_and_the_others_stochastic_
     assert routed["second"] is None
     assert not where.any()
     climbing = MergedMasks(Merged(0.5, Persistent(warm_steps=1, scope="position")))
-    climbing.climb(objective, G, delta=True, generator=generator())
+    climbing.climb(Climb(objective, G, generator()))
     assert seen == [2]
 
 
 def test_l9_needs_a_row_for_each() -> None:
     one_row = {name: g[:1] for name, g in G.items()}
     with pytest.raises(ValueError, match="at least two rows"):
-        MergedMasks(Merged()).climb(linear, one_row, delta=True, generator=generator())
+        MergedMasks(Merged()).climb(Climb(linear, one_row, generator()))
 
 
 def test_names_and_budgets_stand_for_sources(without_type_checks: None) -> None:

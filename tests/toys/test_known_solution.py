@@ -107,7 +107,7 @@ def test_two_subcomponents_per_feature_fail_by_their_number() -> None:
     assert report.encoder.identity_error == 5
 
 
-def test_one_feature_in_two_pieces_fails_though_mean_length_is_within_range() -> None:
+def test_one_feature_in_two_subcomponents_fails_though_mean_length_is_within_range() -> None:
     V = torch.cat([torch.eye(5), torch.eye(5)[:, :1]], dim=1)
     U = torch.cat([pentagon(), 0.1 * pentagon()[:1]])
     U[0] *= 0.9
@@ -171,9 +171,9 @@ def test_importance_below_one_on_what_is_needed_fails() -> None:
     ]
 
 
-def test_identity_as_two_pieces_is_right_in_any_basis() -> None:
+def test_identity_as_two_subcomponents_is_right_in_any_basis() -> None:
     decomposition = decomposed_tms(torch.eye(5), pentagon(), identity=True)
-    # No feature is orthogonal to a piece at 10 degrees; at 0 degrees feature 0 needs only one of them.
+    # No feature is orthogonal to a subcomponent at 10 degrees; at 0 degrees feature 0 needs only one of them.
     for degrees, always_on in ((10, 2), (0, 1)):
         set_factors(decomposition["W_id"], rotation(degrees), rotation(degrees).T)
         report = tms_report(decomposition)
@@ -181,7 +181,7 @@ def test_identity_as_two_pieces_is_right_in_any_basis() -> None:
         assert report.identity == known_solution.DenseSite(2, n_alive=2, n_always_on=always_on, error=0)
 
 
-def test_identity_as_three_pieces_is_wrong() -> None:
+def test_identity_as_three_subcomponents_is_wrong() -> None:
     decomposition = decomposed_tms(torch.eye(5), pentagon(), identity=True)
     directions = torch.tensor([[1.0, -0.5, -0.5], [0, 3**0.5 / 2, -(3**0.5) / 2]]) * (2 / 3) ** 0.5
     torch.testing.assert_close(directions @ directions.T, torch.eye(2))
@@ -228,16 +228,16 @@ def test_directions_of_a_later_block_hold_what_the_blocks_before_wrote() -> None
     inner = decomposition["blocks.1.mlp.W_in"]
     with torch.no_grad():
         model.mlps()[0].W_out.mul_(20)
-    # Pieces along the embedding alone are no longer what a feature needs there.
+    # Subcomponents along the embedding alone are no longer what a feature needs there.
     set_factors(inner, torch.linalg.pinv(model.W_E), model.W_E @ inner.target_weight)
     set_gate(inner, 0.4)
     first, second = (layer.recovery for layer in resid_mlp_report(decomposition).layers)
     assert first.mmcs == pytest.approx(1, abs=1e-4)
     wanted = streams_by_hand(model)[1] @ inner.target_weight
-    pieces = torch.linalg.pinv(model.W_E), model.W_E @ inner.target_weight
-    V = streams_by_hand(model)[1] @ pieces[0]
+    subcomponents = torch.linalg.pinv(model.W_E), model.W_E @ inner.target_weight
+    V = streams_by_hand(model)[1] @ subcomponents[0]
     on = recovery.alive(decomposition.importance(one_hot_inputs(10))["blocks.1.mlp.W_in"])[:10]
-    assert second.mmcs == pytest.approx(recovery.mmcs(V, pieces[1], wanted, on), abs=1e-4)
+    assert second.mmcs == pytest.approx(recovery.mmcs(V, subcomponents[1], wanted, on), abs=1e-4)
     assert second.mmcs < 0.99
 
 
@@ -269,18 +269,20 @@ def test_neurons_missing_from_W_out_are_recognised() -> None:
 # -- metrics against oracles -----------------------------------------------------------------------------------------
 
 
-def test_mmcs_and_ml2r_equal_loops_over_whole_pieces() -> None:
+def test_mmcs_and_ml2r_equal_loops_over_whole_subcomponents() -> None:
     V, U, W = randn(6, 9, seed=1), randn(9, 4, seed=2), randn(6, 4, seed=3)
     V[:, 2] = 0
     among = rand(9, seed=4) > 0.4
     for chosen in (range(9), among.nonzero().flatten().tolist()):
         cosines, ratios = [], []
         for j in range(6):
-            pieces = {c: torch.outer(V[:, c], U[c])[j] for c in chosen}
-            cos = {c: float(p @ W[j] / (p.norm() * W[j].norm())) if p.norm() > 0 else 0.0 for c, p in pieces.items()}
+            subcomponents = {c: torch.outer(V[:, c], U[c])[j] for c in chosen}
+            cos = {
+                c: float(p @ W[j] / (p.norm() * W[j].norm())) if p.norm() > 0 else 0.0 for c, p in subcomponents.items()
+            }
             best = max(cos, key=lambda c: cos[c])
             cosines.append(cos[best])
-            ratios.append(float(pieces[best].norm() / W[j].norm()))
+            ratios.append(float(subcomponents[best].norm() / W[j].norm()))
         limits = None if len(chosen) == 9 else among
         assert recovery.mmcs(V, U, W, limits) == pytest.approx(sum(cosines) / 6)
         assert recovery.ml2r(V, U, W, limits) == pytest.approx(sum(ratios) / 6)
@@ -333,7 +335,7 @@ def test_alive_and_one_each_at_the_threshold() -> None:
     assert not recovery.has_one_each(torch.tensor([[1.0, 0.5], [0.0, 1.0]]))
 
 
-def test_dense_error_counts_absent_pieces_and_strays() -> None:
+def test_dense_error_counts_absent_subcomponents_and_strays() -> None:
     block = torch.cat([torch.ones(4, 2), torch.zeros(4, 3)], dim=1)
     assert recovery.dense_error(block[:, torch.tensor([2, 0, 3, 1, 4])], 2) == 0
     assert recovery.dense_error(block, 3) == 1

@@ -1,9 +1,8 @@
-"""Pieces that sum to the target's matrices, made by hand: starts for training, and answers to compare with.
+"""Subcomponents that sum to the target's matrices, made by hand: starts for training, and answers to compare with.
 
-`singular_pieces`: singular vectors. `rotated_pieces`: a random orthonormal basis of the smaller side, so a start that
-knows nothing of the matrix and is exact and well conditioned. `fourier_pieces`: the modular addition model in the
-directions of its frequencies, or in directions that mix them.
-"""
+`singular_subcomponents`: singular vectors. `rotated_subcomponents`: a random orthonormal basis of the smaller side, so
+a start that knows nothing of the matrix and is exact and well conditioned. `fourier_subcomponents`: the modular
+addition model in the directions of its frequencies, or in directions that mix them."""
 
 from __future__ import annotations
 
@@ -17,18 +16,19 @@ from torch import Tensor
 from spd_lens import Decomposition
 from spd_lens.models import P, all_sums, fourier_reading
 
-Pieces = dict[str, tuple[Tensor, Tensor]]
+Subcomponents = dict[str, tuple[Tensor, Tensor]]
 # Which directions stand for the key frequencies: each frequency's own (cos and sin, or singular directions); others
-# of the same planes; others of all planes together. `rows`: as `aligned`, but one piece per number in `W_E`.
+# of the same planes; others of all planes together. `rows`: as `aligned`, but one subcomponent per number in `W_E`.
 FourierKind = Literal["aligned", "in planes", "across planes", "rows"]
 # The neurons read four directions per frequency: those of both numbers, which the heads bring in different mixtures.
 READ_PER_FREQUENCY = 4
 
 
 @torch.no_grad()
-def put_pieces(decomposition: Decomposition, pieces: Pieces) -> None:
-    """Copy `V` and `U` in, scaled so that both have the same norm in every piece; what is left of C becomes 0."""
-    for name, (V, U) in pieces.items():
+def put_subcomponents(decomposition: Decomposition, subcomponents: Subcomponents) -> None:
+    """Copy `V` and `U` in, scaled so that both have the same norm in every subcomponent; what is left of C becomes
+    0."""
+    for name, (V, U) in subcomponents.items():
         weight, (own_V, own_U) = decomposition[name], (decomposition[name].V, decomposition[name].U)
         if V.shape[1] > weight.n_subcomponents:
             raise ValueError(f"{name} has {weight.n_subcomponents} subcomponents; expected at least {V.shape[1]}")
@@ -39,27 +39,28 @@ def put_pieces(decomposition: Decomposition, pieces: Pieces) -> None:
         own_U[: V.shape[1]] = U / sizes[:, None]
 
 
-def singular_pieces(weights: Mapping[str, Tensor]) -> Pieces:
+def singular_subcomponents(weights: Mapping[str, Tensor]) -> Subcomponents:
     """Singular vectors, largest first."""
-    pieces = {}
+    subcomponents = {}
     for name, W in weights.items():
         left, s, right = torch.linalg.svd(W.detach().double(), full_matrices=False)
-        pieces[name] = (left * s, right)
-    return pieces
+        subcomponents[name] = (left * s, right)
+    return subcomponents
 
 
-def rotated_pieces(weights: Mapping[str, Tensor], seed: int = 0) -> Pieces:
+def rotated_subcomponents(weights: Mapping[str, Tensor], seed: int = 0) -> Subcomponents:
     """`V = Q, U = Q^T W` with a random orthogonal Q where `d_in <= d_out`, else `V = W Q^T, U = Q`."""
-    pieces = {}
+    subcomponents = {}
     for index, (name, W) in enumerate(weights.items()):
         W, Q = W.detach().double(), _rotation(min(W.shape), seed * 1_000_003 + index)
-        pieces[name] = (Q, Q.T @ W) if W.shape[0] <= W.shape[1] else (W @ Q.T, Q)
-    return pieces
+        subcomponents[name] = (Q, Q.T @ W) if W.shape[0] <= W.shape[1] else (W @ Q.T, Q)
+    return subcomponents
 
 
 @torch.no_grad()
-def fourier_pieces(model: Any, kind: FourierKind, seed: int = 0) -> Pieces:
-    """Pieces of `W_E`, `W_in` and `W_out` of the modular addition model whose first ones hold its key frequencies.
+def fourier_subcomponents(model: Any, kind: FourierKind, seed: int = 0) -> Subcomponents:
+    """Subcomponents of `W_E`, `W_in` and `W_out` of the modular addition model whose first ones hold its key
+    frequencies.
 
     - `W_E`, two directions per frequency: `V` is the Fourier basis over the numbers (and the "=" by itself),
       `U = V^T W_E`.

@@ -1,4 +1,5 @@
-"""Why a later block of a residual MLP wants a subcomponent that is always on: `python experiments/shared_piece.py`.
+"""Why a later block of a residual MLP wants a subcomponent that is always on: `python
+experiments/shared_subcomponent.py`.
 
 What a feature brings to block 1 is not the same for its positive and its negative values, because block 0 has a ReLU.
 The first lines say by how much, for every feature's pre-activation there. Then V and U of `blocks.1.mlp.W_in` are
@@ -49,8 +50,8 @@ def _stream(model: ResidMLP, x: Tensor) -> Tensor:
 
 
 def best_reconstruction(model: ResidMLP, n_always_on: int, *, steps: int, seed: int) -> dict[str, Any]:
-    """Reconstruction loss that V and U reach with importances held, and MMCS and ML2R of the features' pieces against
-    the slopes of the streams (`ResidMLPReport`) and against the streams of positive values."""
+    """Reconstruction loss that V and U reach with importances held, and MMCS and ML2R of the features' subcomponents
+    against the slopes of the streams (`ResidMLPReport`) and against the streams of positive values."""
     generator = torch.Generator().manual_seed(seed)
     data, n_features = EXPERIMENTS["resid_mlp_2"].features(seed), model.cfg.n_features
     W = model.mlps()[1].W_in.detach()
@@ -89,7 +90,7 @@ def best_reconstruction(model: ResidMLP, n_always_on: int, *, steps: int, seed: 
 
 def main(
     steps: Annotated[int, typer.Option(help="Training steps.")] = 3_000,
-    results: Annotated[Path, typer.Option(help="Where shared_piece.json goes.")] = RESULTS / "resid_mlp_2",
+    results: Annotated[Path, typer.Option(help="Where shared_subcomponent.json goes.")] = RESULTS / "resid_mlp_2",
     work: Annotated[Path, typer.Option(help="Where trained targets are kept.")] = WORK,
 ) -> None:
     """Why a later block wants a subcomponent that is always on."""
@@ -105,7 +106,7 @@ def main(
         "versions": library_versions(),
         "command": " ".join(["python", *sys.argv]),
     }
-    write_at_once(results / "shared_piece.json", content)
+    write_at_once(results / "shared_subcomponent.json", content)
     print(json.dumps({key: value for key, value in content.items() if key != "versions"}, indent=1))
 
 

@@ -1,0 +1,48 @@
+"""How objects show themselves: a `repr` of one line, whatever they hold, and text in a notebook."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from spd_lens.support.pages import shortened
+
+LONGEST_VALUE = 60
+
+
+def short_repr(value: Any) -> str:
+    """The `repr` of a dataclass, tensors by their shapes, mappings and long sequences by their lengths.
+
+    >>> import torch
+    >>> @dataclasses.dataclass
+    ... class Point:
+    ...     x: Tensor
+    ...     names: list[str]
+    ...     __repr__ = short_repr
+    >>> Point(torch.zeros(2, 3), ["a"] * 100)
+    Point(x=float32 [2, 3], names=list of 100)
+    """
+    fields = [f"{field.name}={_shown(getattr(value, field.name))}" for field in dataclasses.fields(value) if field.repr]
+    return f"{type(value).__name__}({', '.join(fields)})"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    if isinstance(value, Mapping) and value:
+        return f"{type(value).__name__} of {len(value)}"
+    text = " ".join(repr(value).split())
+    if len(text) <= LONGEST_VALUE:
+        return text
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return f"{type(value).__name__} of {len(value)}"
+    return shortened(text, LONGEST_VALUE)
+
+
+def text_html(value: Any) -> str:
+    """What `print` shows of an object, as a `_repr_html_` for notebooks."""
+    return f"<pre>{html.escape(str(value))}</pre>"
