@@ -57,7 +57,7 @@ class DecomposeSection(_Section):
     gate: Literal["scalar", "vector", "shared", "attention", "global"] = "scalar"
     gate_width: int | None = Field(default=None, ge=1)
     gate_options: dict[str, Any] = Field(default_factory=dict)
-    init: Literal["normal", "paper", "exact"] = "normal"
+    init: Literal["normal", "paper", "exact", "singular"] = "normal"
     seed: int = 0
     start_from: str | None = None
 

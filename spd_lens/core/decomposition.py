@@ -20,7 +20,7 @@ from spd_lens.core.gate_sets import Gates, gates_of
 from spd_lens.core.inputs import checked_tokens
 from spd_lens.core.interventions import Factor, HookList, ablation_hooks, hooks_for_masks, keeping_hooks
 from spd_lens.core.masks import SiteMask
-from spd_lens.core.passes import BlockStarts, CleanPass, captured, given_masks, record_inputs
+from spd_lens.core.passes import BlockStarts, CleanPass, captured, given_masks, record_inputs, run
 from spd_lens.core.saving import check_same_weights, read_decomposition, upload, write_decomposition
 from spd_lens.core.settings import GateMaker, Settings
 from spd_lens.core.squashings import importance_of
@@ -143,16 +143,19 @@ class Decomposition(Mapping[str, DecomposedWeight]):
         batch: Tensor,
         *,
         start_at: int | None = None,
+        stop_at: int | None = None,
         hidden_points: Sequence[str] = (),
         attention_mask: Tensor | None = None,
     ) -> CleanPass:
         """The target's output and every site's input, without gradients; hooks on the sites' points do not act.
 
-        With `start_at=L`, `batch` is the residual stream that enters block L and only blocks from L on are run.
-        `attention_mask [batch pos]` is 0 where tokens are padding.
+        With `start_at=L`, `batch` is the residual stream that enters block L and only blocks from L on are run. With
+        `stop_at=M` the pass ends before block M, and what would enter that block (`n_layers`: what leaves the last) is
+        the output. `attention_mask [batch pos]` is 0 where tokens are padding.
         """
         self.require_present()
         self._require_reached(start_at)
+        self.require_stop(stop_at)
         starts = {self.starts.first_block([name]) for name in self} if self.host.can_start_at_blocks() else set()
         layers = [layer for layer in starts if layer is not None and layer > (start_at or 0)]
         with (
@@ -161,7 +164,9 @@ class Decomposition(Mapping[str, DecomposedWeight]):
             captured(self.host, hidden_points) as hidden,
             self.host.record_residuals(layers if attention_mask is None else ()) as residuals,
         ):
-            output = self._run(batch, start_at, attention_mask)
+            output = self._run(batch, start_at, attention_mask, stop_at)
+        if missed := [point for point in hidden_points if point not in hidden]:
+            raise ValueError(f"the hook point {missed[0]!r} is not reached by a pass that stops at block {stop_at}")
         return CleanPass(output, inputs, hidden, residuals)
 
     def masked_forward(
@@ -170,21 +175,46 @@ class Decomposition(Mapping[str, DecomposedWeight]):
         masks: Mapping[str, SiteMask],
         *,
         start_at: int | None = None,
+        stop_at: int | None = None,
         residuals: Mapping[int, Tensor] | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
         """The model's output with the given masks at the named sites and the target everywhere else.
 
         With the `residuals` of a clean pass over the same batch, blocks before the first masked site are not run
-        again where the output is the same, bit for bit (`starts`).
+        again where the output is the same, bit for bit (`starts`). `stop_at` as for `clean_pass`.
         """
         self.require_present()
         first = self.starts.first_block(masks)
         entered = residuals.get(first) if residuals and first is not None and attention_mask is None else None
-        if first is not None and entered is not None and self.starts.is_exact(first, entered, batch, start_at=start_at):
+        if (
+            first is not None
+            and entered is not None
+            and self.starts.is_exact(first, entered, batch, start_at=start_at, stop_at=stop_at)
+        ):
             batch, start_at = entered, first
         with given_masks(self._weights, masks):
-            return self._run(batch, start_at, attention_mask)
+            return self._run(batch, start_at, attention_mask, stop_at)
+
+    def require_stop(self, stop_at: int | None) -> None:
+        """ValueError unless passes can end before block `stop_at`, with every decomposed site behind them."""
+        if stop_at is None:
+            return
+        count = self.host.n_layers()
+        if count == 0:
+            raise ValueError(
+                f"a pass of a {type(self.model).__name__} cannot stop behind a block: it has none; leave stop_at away"
+            )
+        if not 1 <= stop_at <= count:
+            raise ValueError(f"stop_at={stop_at}; this model has blocks 0..{count - 1}, expected 1 to {count}")
+        late = [
+            n for n, w in self.items() if not w.site.is_lookup and (w.site.layer is None or w.site.layer >= stop_at)
+        ]
+        if late:
+            raise ValueError(
+                f"a pass that stops at block {stop_at} never reaches {late[0]}; stop behind the last decomposed block, "
+                "or leave stop_at away"
+            )
 
     def _require_reached(self, start_at: int | None) -> None:
         """ValueError if a pass from block `start_at` on would leave out a site."""
@@ -202,24 +232,25 @@ class Decomposition(Mapping[str, DecomposedWeight]):
         points: Sequence[str],
         *,
         start_at: int | None = None,
+        stop_at: int | None = None,
         attention_mask: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """As `masked_forward`, but the activations of the named hook points, with gradients (L7)."""
         self.require_present()
         with given_masks(self._weights, masks), captured(self.host, points) as hidden:
-            self._run(batch, start_at, attention_mask)
+            self._run(batch, start_at, attention_mask, stop_at)
         return hidden
 
-    def _run(self, batch: Tensor, start_at: int | None, attention_mask: Tensor | None = None) -> Tensor:
+    def _run(
+        self, batch: Tensor, start_at: int | None, attention_mask: Tensor | None = None, stop_at: int | None = None
+    ) -> Tensor:
         self.require_present()
-        if start_at is None:
-            return self.host.forward(batch, attention_mask)
-        if attention_mask is not None:
+        if start_at is not None and attention_mask is not None:
             raise ValueError(
                 f"an attention_mask was given with start_at={start_at}: a pass that starts at a block has lost what "
                 "the mask does before it; give the tokens"
             )
-        return self.host.forward_from(start_at, batch)
+        return run(self.host, batch, start_at=start_at, stop_at=stop_at, attention_mask=attention_mask)
 
     def pre_importances(self, inputs: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "*batch _"]]:
         """Pre-activations `p [batch pos C]` of every site's gate, from the clean inputs `x` (S4)."""

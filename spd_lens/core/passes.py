@@ -90,16 +90,25 @@ class BlockStarts:
         none."""
         return self._host.first_block(self._weights[name].site for name in sites)
 
-    def is_exact(self, layer: int, residual: Tensor, batch: Tensor, *, start_at: int | None = None) -> bool:
+    def is_exact(
+        self,
+        layer: int,
+        residual: Tensor,
+        batch: Tensor,
+        *,
+        start_at: int | None = None,
+        stop_at: int | None = None,
+    ) -> bool:
         """Whether `residual` entering block `layer` gives what the whole pass over `batch` gives.
 
-        `batch` are tokens, or what enters block `start_at`. Tried once for a layer, dtype, device and mode.
+        `batch` are tokens, or what enters block `start_at`; passes that end before block `stop_at` are compared there.
+        Tried once for a layer, dtype, device and mode.
         """
         if not self._host.can_start_at_blocks():
             return False
-        key = (layer, start_at, residual.dtype, residual.device, self._host.model.training)
+        key = (layer, start_at, stop_at, residual.dtype, residual.device, self._host.model.training)
         if key not in self._exact:
-            self._exact[key] = self._try(layer, residual, batch, start_at)
+            self._exact[key] = self._try(layer, residual, batch, start_at, stop_at)
         return self._exact[key]
 
     @torch.no_grad()
@@ -112,12 +121,12 @@ class BlockStarts:
         return residual if self.is_exact(layer, residual, tokens) else None
 
     @torch.no_grad()
-    def _try(self, layer: int, residual: Tensor, batch: Tensor, start_at: int | None) -> bool:
+    def _try(self, layer: int, residual: Tensor, batch: Tensor, start_at: int | None, stop_at: int | None) -> bool:
         if batch.device.type == "meta":  # nothing to compare: shapes are the same either way
             return True
-        whole = self._clean(batch, start_at)
+        whole = self._clean(batch, start_at, stop_at)
         try:
-            started = self._clean(residual.detach(), layer)
+            started = self._clean(residual.detach(), layer, stop_at)
             # On the meta device there are shapes and no values that could differ.
             return whole.shape == started.shape if whole.is_meta else torch.equal(whole, started)
         except torch.OutOfMemoryError:
@@ -126,19 +135,36 @@ class BlockStarts:
             # Whatever a block misses when it is entered in the middle, it says in its own words.
             return False
 
-    def _clean(self, batch: Tensor, start_at: int | None) -> Tensor:
+    def _clean(self, batch: Tensor, start_at: int | None, stop_at: int | None) -> Tensor:
         # Only CUDA has generators by device; that of the CPU is always put back.
         devices = [batch.device] if batch.is_cuda else []
         # Dropout, if it is on, draws again what it would have drawn without this.
         with torch.random.fork_rng(devices), record_inputs(self._weights):
-            return self._host.forward(batch) if start_at is None else self._host.forward_from(start_at, batch)
+            return run(self._host, batch, start_at=start_at, stop_at=stop_at)
+
+
+def run(
+    host: Host,
+    batch: Tensor,
+    *,
+    start_at: int | None = None,
+    stop_at: int | None = None,
+    attention_mask: Tensor | None = None,
+) -> Tensor:
+    """A pass over tokens or inputs, or from block `start_at` on; to the output, or to what enters block `stop_at`."""
+    if stop_at is not None:
+        return host.forward_until(stop_at, batch, start_at=start_at, attention_mask=attention_mask)
+    if start_at is not None:
+        return host.forward_from(start_at, batch)
+    return host.forward(batch, attention_mask)
 
 
 @dataclass(frozen=True)
 class CleanPass:
     """A forward pass of the target.
 
-    - `output`; `inputs`: the `x` that every decomposed site read; `hidden`: the hook points that were asked for.
+    - `output`: for a pass that stops before a block, what would enter it.
+    - `inputs`: the `x` that every decomposed site read; `hidden`: the hook points that were asked for.
     - `residuals`: what entered the blocks that masked passes may start at.
     """
 

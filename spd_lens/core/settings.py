@@ -43,7 +43,7 @@ class Settings:
     n_subcomponents: Annotated[dict[str, Count], BeforeValidator(_counts)]
     gate: Literal["scalar", "vector", "shared", "attention", "global", "own"] = "scalar"
     gate_width: Count | None = None
-    init: Literal["normal", "paper", "exact", "own"] = "normal"
+    init: Literal["normal", "paper", "exact", "singular", "own"] = "normal"
     seed: Integer = 0
     gate_blocks: Count = 1
     gate_heads: Count = 1

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-InitKind = Literal["normal", "paper", "exact"]
+InitKind = Literal["normal", "paper", "exact", "singular"]
 
 
 class Subcomponents(nn.Module):
@@ -36,6 +36,9 @@ def initial_factors(
       smallest norm, so with `C >= min(d_in, d_out)` the sum is W from the start; below that it is the best for the
       random factor. Costs one pseudo-inverse of a matrix of `C x min(d_in, d_out)`. Take C well above that smaller
       side: a square random matrix is ill-conditioned, and subcomponents become huge and cancel (C 64 of 64 diverged).
+    - `singular`: W's own singular directions, the largest first, each factor with the root of its size; what C has
+      beyond them is a random `V_c` beside `U_c = 0`. With `C >= min(d_in, d_out)` the sum is W from the start and no
+      subcomponents cancel, so masks a little below 1 do little; it is no sign of anything found.
     """
     d_in, d_out = target.shape
     V = torch.randn(d_in, n_subcomponents, generator=generator)
@@ -56,7 +59,16 @@ def initial_factors(
                 U = U / U.norm(dim=1, keepdim=True)
                 V = (W @ torch.linalg.pinv(U.double())).float()
             return V, U
-    raise ValueError(f"init={kind!r}; expected 'normal', 'paper' or 'exact'")
+        case "singular":
+            W = target.detach().to(device="cpu", dtype=torch.float64)
+            left, sizes, right = torch.linalg.svd(W, full_matrices=False)
+            count = min(n_subcomponents, len(sizes))
+            roots = sizes[:count].sqrt()
+            V, U = V / math.sqrt(d_in), torch.zeros_like(U)
+            V[:, :count] = (left[:, :count] * roots).float()
+            U[:count] = (roots[:, None] * right[:count]).float()
+            return V, U
+    raise ValueError(f"init={kind!r}; expected 'normal', 'paper', 'exact' or 'singular'")
 
 
 def smallest_relative_error(W: Float[Tensor, "d_in d_out"], n_subcomponents: int) -> float:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from spd_lens.hosts.attention import AttentionGeometry, bridge_geometry
-from spd_lens.hosts.bridge_blocks import Reached, SkippedBlock, StopsHere, enter_with, surgery
+from spd_lens.hosts.bridge_blocks import Reached, SkippedBlock, StopsHere, ends_pass, enter_with, surgery
 from spd_lens.hosts.bridge_guards import added_points, guard
 from spd_lens.hosts.bridge_sites import bridge_site
 from spd_lens.hosts.host import Host, Provenance
@@ -117,6 +117,23 @@ class BridgeHost(Host):
         unread = residual.new_zeros(*residual.shape[:-1], self.model.embed.W_E.shape[-1])
         with surgery, self._entering(layer, residual):
             return self.model(unread)
+
+    def forward_until(
+        self, stop_at: int, batch: Tensor, *, start_at: int | None = None, attention_mask: Tensor | None = None
+    ) -> Float[Tensor, "batch pos d_model"]:
+        end = partial(ends_pass, thread=threading.get_ident())
+        # The last of the block's hooks, so that the library's own and the user's have acted.
+        handle = self._block(stop_at - 1).register_forward_hook(end)
+        try:
+            if start_at is None:
+                self.forward(batch, attention_mask)
+            else:
+                self.forward_from(start_at, batch)
+        except Reached as reached:
+            return reached.residual
+        finally:
+            handle.remove()
+        raise RuntimeError(f"the pass ended without calling block {stop_at - 1}")
 
     def can_start_at_blocks(self) -> bool:
         return True

@@ -62,3 +62,9 @@ def enter_with(
     if "hidden_states" in kwargs:
         return args, {**kwargs, "hidden_states": residual}
     return (residual, *args[1:]), kwargs
+
+
+def ends_pass(module: nn.Module, args: tuple[Any, ...], output: Any, *, thread: int) -> None:
+    """Forward hook on a block: one thread's pass ends behind it."""
+    if threading.get_ident() == thread:
+        raise Reached(output[0] if isinstance(output, tuple) else output)

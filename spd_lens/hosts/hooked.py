@@ -197,6 +197,13 @@ class HookedHost(Host):
     def forward_from(self, layer: int, residual: Float[Tensor, "batch pos d_model"]) -> Tensor:
         return self.model(residual, start_at_layer=layer)
 
+    def forward_until(
+        self, stop_at: int, batch: Tensor, *, start_at: int | None = None, attention_mask: Tensor | None = None
+    ) -> Float[Tensor, "batch pos d_model"]:
+        # Without a start the model embeds what it is given.
+        start = {} if start_at is None else {"start_at_layer": start_at}
+        return self.model(batch, stop_at_layer=stop_at, attention_mask=attention_mask, **start)
+
     def can_start_at_blocks(self) -> bool:
         # Both carry something besides the residual stream: position embeddings, and the mask of padded positions.
         tokenizer = self.model.tokenizer

@@ -231,6 +231,17 @@ class Host(ABC):
         """The model's output with `residual` entering block `layer`; no block before it is run."""
         raise ValueError(f"a {type(self.model).__name__} has no residual stream to start from")
 
+    def forward_until(
+        self, stop_at: int, batch: Tensor, *, start_at: int | None = None, attention_mask: Tensor | None = None
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """The residual stream that enters block `stop_at`, or after the last block (`n_layers`) leaves it.
+
+        Nothing from there on is run, and gradients flow. `batch` as for `forward`, or what enters block `start_at`.
+        """
+        raise ValueError(
+            f"a pass of a {type(self.model).__name__} cannot stop behind a block: it has none; train on its output"
+        )
+
     def can_start_at_blocks(self) -> bool:
         """Whether `forward_from` gives, bit for bit, what the whole pass gives that the residual stream is from."""
         return False

@@ -1,4 +1,4 @@
-"""How far a masked output is from the clean one: KL over the vocabulary, or the mean squared error (L4)."""
+"""How far a masked output is from the clean one: KL over the vocabulary, or a squared error (L4)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from spd_lens.core.subcomponents import at_least_float32
 from spd_lens.support.workspace import block_entries
 
-Divergence = Literal["kl", "mse"]
+Divergence = Literal["kl", "mse", "relative_mse"]
 
 
 def mean_over_positions(
@@ -41,7 +41,8 @@ def divergence(
 
     `kl`: `KL(softmax(clean) || softmax(masked))`, summed over the vocabulary; with `clean_is_log_probs`, `clean` has
     been through `log_softmax` already, which saves doing so for every term. `mse`: squared error summed over the
-    outputs and divided by their number.
+    outputs and divided by their number. `relative_mse`: the same, divided by the variance of the clean outputs at that
+    position, which is how blocks read a residual stream that they normalise.
     """
     per_position = divergence_per_position(clean, masked, kind=kind, clean_is_log_probs=clean_is_log_probs)
     return mean_over_positions(per_position, position_mask)
@@ -68,7 +69,12 @@ def divergence_per_position(
             return per_position
         case "mse":
             return (at_least_float32(clean) - at_least_float32(masked)).square().mean(-1)
-    raise ValueError(f"divergence={kind!r}; expected 'kl' or 'mse'")
+        case "relative_mse":
+            clean, masked = at_least_float32(clean), at_least_float32(masked)
+            variance = (clean - clean.mean(-1, keepdim=True)).square().mean(-1)
+            # A row of equal outputs has no scale of its own.
+            return (clean - masked).square().mean(-1) / variance.clamp_min(1e-12)
+    raise ValueError(f"divergence={kind!r}; expected 'kl', 'mse' or 'relative_mse'")
 
 
 class _KLFromFrozen(torch.autograd.Function):

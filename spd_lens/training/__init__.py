@@ -5,6 +5,7 @@ from spd_lens.training.blocks import merge_decompositions, sites_by_block
 from spd_lens.training.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from spd_lens.training.config import Reconstruction, TrainConfig
 from spd_lens.training.cuda_graphs import GraphedStep
+from spd_lens.training.evaluations import Evaluations
 from spd_lens.training.learner import Learner, make_learner
 from spd_lens.training.loggers import Logger, tensorboard_logger, wandb_logger
 from spd_lens.training.loop import train
@@ -14,6 +15,7 @@ from spd_lens.training.member_learner import MemberLearner
 from spd_lens.training.model_shape import SHAPES, ModelShape
 from spd_lens.training.planning import DEVICES, Device, Plan, plan
 from spd_lens.training.processes import Processes, join_processes, leave_processes
+from spd_lens.training.readout import Readout, tune_readout
 from spd_lens.training.run_files import RunFiles, open_run
 from spd_lens.training.step import accumulate_gradients, take_step
 from spd_lens.training.terms import LossTerm, StepView
@@ -24,6 +26,7 @@ __all__ = [
     "SHAPES",
     "Checkpoint",
     "Device",
+    "Evaluations",
     "GraphedStep",
     "Learner",
     "Logger",
@@ -34,6 +37,7 @@ __all__ = [
     "ModelShape",
     "Plan",
     "Processes",
+    "Readout",
     "Reconstruction",
     "RunFiles",
     "StepView",
@@ -54,6 +58,7 @@ __all__ = [
     "tensorboard_logger",
     "train",
     "train_many",
+    "tune_readout",
     "wandb_logger",
     "write_checkpoint",
 ]

@@ -27,6 +27,7 @@ from spd_lens.support.validated import (
     unknown_field,
     validated,
 )
+from spd_lens.training.readout import Readout
 
 Schedule = Literal["constant", "cosine", "linear"]
 # Budgets that stand in files by the name of their class.
@@ -110,7 +111,11 @@ class TrainConfig:
     - `frequency` (L3) of the same penalty; `frequency_reference`: its number of positions N, None for the batch's own.
     - `reconstructions` (L4 to L6); `hidden` (L7) on `hidden_points`, with stochastic masks of its own.
     - `delta`: the unexplained part has a random mask too (K2); without it it is left out of masked passes.
-    - `squash`: variant of S1; `divergence`: KL on logits or MSE.
+    - `squash`: variant of S1; `divergence`: KL on logits, MSE, or MSE relative to the variance of the clean output.
+    - `stop_at`: local training. Passes end before this block (the number of blocks: behind the last), and what is
+      reconstructed is the residual stream there, by `"relative_mse"`, `"mse"`, or `"mse"` of what a `readout` reads
+      from it (`spd_lens.training.tune_readout`). A step then costs only the blocks between the first decomposed one
+      and this.
     - `extra_terms`: terms of one's own, see `spd_lens.training.LossTerm`.
 
     Bookkeeping
@@ -154,6 +159,8 @@ class TrainConfig:
     delta: Flag = True
     squash: Literal["straight", "leaky"] = "straight"
     divergence: Divergence = "kl"
+    stop_at: Count | None = None
+    readout: Any = None
     extra_terms: Annotated[tuple[Any, ...], as_tuple] = ()
 
     seed: Integer = 0
@@ -170,6 +177,7 @@ class TrainConfig:
             except (TypeError, ValueError) as error:
                 raise ValueError(f"reconstructions[{i}]: {error}") from None
         self._check_names()
+        self._check_local()
         if self.hidden > 0 and not self.hidden_points:
             raise ValueError("hidden > 0 needs hidden_points; expected names of hook points to reconstruct")
         if self.gamma_until > 1:
@@ -179,6 +187,22 @@ class TrainConfig:
             raise ValueError(
                 "reconstructions is empty (or all have coefficient 0), so nothing keeps the output while minimality "
                 "switches everything off; expected at least one Reconstruction, or minimality=0 and frequency=0"
+            )
+
+    def _check_local(self) -> None:
+        if self.stop_at is not None and self.divergence == "kl":
+            raise ValueError(
+                f"divergence='kl' with stop_at={self.stop_at}: what enters a block are no logits; expected "
+                "divergence='relative_mse', or 'mse'"
+            )
+        if self.readout is None:
+            return
+        if not isinstance(self.readout, Readout):
+            raise TypeError(f"readout is a {type(self.readout).__name__}; expected what tune_readout gives, a Readout")
+        if self.stop_at is None or self.divergence != "mse":
+            raise ValueError(
+                f"a readout with stop_at={self.stop_at} and divergence={self.divergence!r}; expected the block that it "
+                "was tuned for, and divergence='mse'"
             )
 
     def _check_names(self) -> None:
@@ -242,6 +266,7 @@ class TrainConfig:
             for term in self.reconstructions
         ]
         values["extra_terms"] = [{"name": term.name, "coefficient": term.coefficient} for term in self.extra_terms]
+        values["readout"] = None if self.readout is None else self.readout.to_json()
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
     @staticmethod
@@ -250,6 +275,8 @@ class TrainConfig:
         if values.get("extra_terms"):
             names = ", ".join(term["name"] for term in values["extra_terms"])
             raise ValueError(f"this configuration has terms of one's own ({names}); expected them in config=")
+        if values.get("readout"):
+            raise ValueError("this configuration has a readout, which files do not hold; expected it in config=")
         terms = tuple(
             Reconstruction(**{**term, "masks": _masks_from_json(term["masks"])})
             for term in values.get("reconstructions", ())

@@ -5,7 +5,7 @@ reconstruction term, and Adam. Cost: about `1 + 3 R` forward passes of the decom
 passes, plus the gates; with adversaries also 3 more per ascent. Nothing in a step waits for the device: losses are
 fetched every `log_every` steps.
 
-Left out on purpose: learning-rate searches, early stopping, evaluation (see `spd_lens.evaluation.evaluating`).
+Left out on purpose: learning-rate searches, early stopping.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from spd_lens.training.belonging import FREE, SeenData, belongs_to, check_belong
 from spd_lens.training.checkpoint import Checkpoint
 from spd_lens.training.conditions import Stop, not_finite, stop_on_signals, training_conditions
 from spd_lens.training.config import TrainConfig
+from spd_lens.training.evaluations import Evaluations, Evaluator
 from spd_lens.training.last_good import LastGood
 from spd_lens.training.learner import Learner, make_learner
 from spd_lens.training.loggers import Logger
@@ -52,6 +53,7 @@ def train(
     out_dir: str | Path | None = None,
     resume_from: str | Path | None = None,
     loggers: Sequence[Logger] = (),
+    evaluations: Evaluations | None = None,
     **changes: Any,
 ) -> TrainResult:
     """Train subcomponents and gates with SPD; the target is frozen meanwhile and gets its `requires_grad` back.
@@ -62,6 +64,7 @@ def train(
     - `out_dir`: the run's directory (log and checkpoints), by default `runs/<date>-<time>`.
     - `loggers`: functions `(step, values)` that get every log line as well; `spd_lens.training.wandb_logger` and
       `tensorboard_logger` make them.
+    - `evaluations`: when to evaluate on the way, and on what (`spd_lens.training.Evaluations`); nothing else changes.
     - `resume_from`: a run's directory or one of its checkpoints; model, decomposition and data must be the same, and
       what differs is named. The resumed run equals the uninterrupted one bit for bit on the same machine. Going on from
       an older checkpoint sets the newer ones aside.
@@ -102,6 +105,8 @@ def train(
                 files.begin(config, belongs)
             else:
                 files.continue_from(checkpoint, newest=_is_run(resume_from))
+        # In every process, because all have to log at the same steps; only the first one evaluates.
+        evaluator = Evaluator.of(decomposition, evaluations, config.steps)
         good = LastGood(learner, checkpoint)
         if checkpoint is None:
             _warm_up_faithfulness(learner, stop, processes)
@@ -129,14 +134,15 @@ def train(
             interrupted = _agreed_to_stop(stop, processes, step, decomposition.device)
             is_last = step == config.steps or interrupted
             saves = is_last or (config.checkpoint_every is not None and step % config.checkpoint_every == 0)
-            if saves or (step - 1) % config.log_every == 0:
+            evaluates = evaluator is not None and evaluator.is_due(step)
+            if saves or evaluates or (step - 1) % config.log_every == 0:
                 if (failed := -int(processes.largest(bad_step))) <= config.steps:
                     bar.close()
                     good.give_up(f"the loss became NaN or infinite at step {failed}", losses)
                 rate = (step - first_step) * batch.n_positions * processes.count / (time.perf_counter() - began)
                 values = _log_values(total, losses, importances, norms, learner, step - 1, rate, batch.position_mask)
                 if processes.is_main:
-                    files.log(step - 1, values)
+                    files.log(step - 1, values | (evaluator.values(step) if evaluator is not None else {}))
                 bar.set_postfix({k: f"{values[k]:.3g}" for k in ("loss", "L0") if k in values}, refresh=False)
             if saves:
                 if wrong := not_finite(decomposition):

@@ -172,6 +172,8 @@ def _checked_configs(
             raise ValueError(
                 f"{term.name}: train_many supports random masks with routing 'all' or 'layerwise'; use train"
             )
+    if first.stop_at is not None:
+        raise ValueError("train_many supports no local training (stop_at); use train")
     if first.extra_terms:
         raise ValueError("train_many supports no terms of one's own (extra_terms); use train")
     if first.hidden > 0 or first.precision != "fp32" or not decompositions[0].gates.is_by_site:

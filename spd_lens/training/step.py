@@ -73,6 +73,7 @@ def _clean_importances(learner: Learner, batch: Batch) -> tuple[CleanPass, dict[
         clean = decomposition.clean_pass(
             batch.inputs,
             start_at=batch.start_at,
+            stop_at=config.stop_at,
             hidden_points=config.hidden_points,
             attention_mask=batch.attention_mask,
         )
@@ -102,8 +103,12 @@ def _reconstructions(
     config = learner.config
     # Shared by all terms.
     clean_output = log_probs(clean.output) if config.divergence == "kl" else clean.output
+    sizes = None
+    if config.readout is not None:
+        sizes = config.readout.sizes(clean.output)
+        clean_output = config.readout.read(clean.output, sizes)
     for term in config.reconstructions:
-        for summand in _reconstruction(learner, term, batch, clean_output, clean.residuals, lower, step):
+        for summand in _reconstruction(learner, term, batch, clean_output, sizes, clean.residuals, lower, step):
             yield term.name, summand
     if config.hidden > 0:
         masks = sample_masks(lower, delta=config.delta, generator=learner.generators["masks"])
@@ -113,6 +118,7 @@ def _reconstructions(
                 masks,
                 config.hidden_points,
                 start_at=batch.start_at,
+                stop_at=config.stop_at,
                 attention_mask=batch.attention_mask,
             )
         yield "hidden", hidden_reconstruction_loss(clean.hidden, hidden, position_mask=batch.position_mask)
@@ -123,6 +129,7 @@ def _reconstruction(
     term: Reconstruction,
     batch: Batch,
     clean_output: Tensor,
+    sizes: Tensor | None,
     residuals: Mapping[int, Tensor],
     lower: Mapping[str, Tensor],
     step: int,
@@ -135,13 +142,15 @@ def _reconstruction(
 
         def forward(given: Mapping[str, Any]) -> Tensor:
             with learner.autocast():
-                return learner.decomposition.masked_forward(
+                output = learner.decomposition.masked_forward(
                     batch.inputs[first],
                     given,
                     start_at=batch.start_at,
+                    stop_at=config.stop_at,
                     residuals={layer: residual[first] for layer, residual in residuals.items()},
                     attention_mask=None if batch.attention_mask is None else batch.attention_mask[first],
                 )
+            return output if sizes is None else config.readout.read(output, sizes[first])
 
         return reconstruction_passes(
             forward,
