@@ -8,6 +8,7 @@ import typer
 
 import spd_lens
 import spd_lens.cli.audit as audit
+import spd_lens.cli.browse as browse
 import spd_lens.cli.compare as compare
 import spd_lens.cli.demo as demo
 import spd_lens.cli.edit as edit
@@ -36,6 +37,7 @@ COMMANDS = {
     "train": train,
     "evaluate": evaluate,
     "harvest": harvest,
+    "browse": browse,
     "compare": compare,
     "pareto": pareto,
     "sweep": sweep,

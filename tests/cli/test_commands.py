@@ -35,6 +35,7 @@ COMMANDS = [
     "train",
     "evaluate",
     "harvest",
+    "browse",
     "compare",
     "pareto",
     "sweep",
@@ -129,6 +130,15 @@ def test_harvest_saves_what_python_loads(runs: Path) -> None:
     assert site["subcomponents"] == 8
     loaded = Harvest.load(found["saved"])["blocks.1.mlp.W_in"]
     assert float(loaded.firing_rate.sum()) == pytest.approx(site["fires_per_position"])
+
+
+def test_browse_writes_the_pages_of_a_harvest(runs: Path, tmp_path: Path) -> None:
+    assert "holds no harvest" in _invoke("browse", runs, status=1).stderr
+    _invoke("harvest", runs / "b", "--max-batches", "2")
+    found = json.loads(_invoke("browse", runs / "b", "--out", tmp_path / "pages", "--json").stdout)
+    pages = list((tmp_path / "pages").glob("s0/*.html"))
+    assert len(pages) == found["pages"]
+    assert Path(found["index"]).read_text(encoding="utf-8").count("<title>") == 1
 
 
 def test_export_writes_what_from_pretrained_reads(runs: Path) -> None:
