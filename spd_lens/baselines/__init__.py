@@ -1,4 +1,5 @@
-"""What SPD is compared with: its predecessor APD, and fixed subcomponents that only have their gates trained."""
+"""What SPD is compared with: its predecessor APD, fixed subcomponents that only have their gates trained, and other
+ways to edit a model (`Rival`)."""
 
 from spd_lens.baselines.apd import APD
 from spd_lens.baselines.apd_config import APD_RESID_MLP_1, APD_TMS_5_2, APD_TMS_40_10, APDConfig
@@ -6,6 +7,20 @@ from spd_lens.baselines.apd_learner import APDLearner
 from spd_lens.baselines.apd_losses import batch_top_k
 from spd_lens.baselines.apd_recovery import APDReport, apd_report, component_recovery, cut_off
 from spd_lens.baselines.apd_training import train_apd
+from spd_lens.baselines.edits import (
+    Rival,
+    cheapest,
+    component_writes,
+    components,
+    difference_of_means,
+    edit_rival,
+    effect_at,
+    heads_and_neurons,
+    leace,
+    rank_one,
+    strength_for,
+)
+from spd_lens.baselines.edits_tuned import fine_tuning, lora, task_vector
 from spd_lens.baselines.fixed import NO_LR, FixedKind, decompose_fixed, fixed_factors, train_gates
 
 __all__ = [
@@ -18,12 +33,26 @@ __all__ = [
     "APDLearner",
     "APDReport",
     "FixedKind",
+    "Rival",
     "apd_report",
     "batch_top_k",
+    "cheapest",
     "component_recovery",
+    "component_writes",
+    "components",
     "cut_off",
     "decompose_fixed",
+    "difference_of_means",
+    "edit_rival",
+    "effect_at",
+    "fine_tuning",
     "fixed_factors",
+    "heads_and_neurons",
+    "leace",
+    "lora",
+    "rank_one",
+    "strength_for",
+    "task_vector",
     "train_apd",
     "train_gates",
 ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
@@ -17,6 +16,7 @@ from spd_lens.core.inputs import checked_decomposition
 from spd_lens.core.units import Unit
 from spd_lens.editing.change import Above, Change, Rewrite
 from spd_lens.editing.edits import Edit, edit
+from spd_lens.hosts.host import configuration_of
 from spd_lens.support.checked_json import CheckedContent, read_checked, write_checked
 from spd_lens.support.files import given_directory, given_path, new_directory, tensor_hash, write_json, write_tensors
 
@@ -132,22 +132,15 @@ def save_baked(model: nn.Module, directory: str | Path, *, tokenizer: Any = None
         else:
             state = {name: value.detach().clone() for name, value in model.state_dict().items()}
             write_tensors(temporary / "model.safetensors", state)
-            config = getattr(model, "cfg", None)
+            config = configuration_of(model)
             if config is not None:
-                write_json(temporary / "config.json", _config_content(config))
+                write_json(temporary / "config.json", config)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         for file in temporary.iterdir():
             # safetensors makes files that only their owner can read; the folder's mode tells the umask.
             file.chmod(temporary.stat().st_mode & 0o666)
     return directory
-
-
-def _config_content(config: Any) -> Mapping[str, Any]:
-    fields = config.to_dict() if hasattr(config, "to_dict") else dict(vars(config))
-    return {name: value for name, value in fields.items() if name != "dtype"} | {
-        "dtype": str(fields.get("dtype", "torch.float32")).removeprefix("torch.")
-    }
 
 
 class _said_where:

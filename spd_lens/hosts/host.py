@@ -96,6 +96,15 @@ class Host(ABC):
         """The HookPoint of what a block's MLP adds to the residual stream. Raises ValueError if it has none."""
         return self._known_point(f"blocks.{layer}.hook_mlp_out")
 
+    def neurons_point(self, layer: int) -> str | None:
+        """The HookPoint of what a block's neurons give, `[batch pos d_mlp]`; None for a block without an MLP."""
+        name = f"blocks.{layer}.mlp.hook_post"
+        return name if name in self.model.hook_dict else None
+
+    def residual_point(self, layer: int) -> str:
+        """The HookPoint of the residual stream after a block. Raises ValueError if it has none."""
+        return self._known_point(f"blocks.{layer}.hook_resid_post")
+
     def _known_point(self, name: str) -> str:
         if name not in self.model.hook_dict:
             raise ValueError(f"this model has no hook point {name!r}; near: {near_names(name, self.model.hook_dict)}")
@@ -327,6 +336,15 @@ class Host(ABC):
     def quiet_edits(self) -> AbstractContextManager[None]:
         """While open, hooks that return what is at `frozen_points` make the host give no warning."""
         return nullcontext()
+
+
+def configuration_of(model: nn.Module) -> dict[str, Any] | None:
+    """The fields of a TransformerLens model's configuration, its dtype as text; None for a model without one."""
+    config = getattr(model, "cfg", None)
+    if config is None:
+        return None
+    fields = dict(config.to_dict() if hasattr(config, "to_dict") else vars(config))
+    return fields | {"dtype": str(fields.get("dtype", torch.float32)).removeprefix("torch.")}
 
 
 def _note_residual(
