@@ -57,7 +57,7 @@ from spd_lens.support import format_table, write_json
 
 RESULTS = Path(__file__).parent / "results" / "edits"
 GOAL = 0.8
-CONTEXT, HELD_OUT, CONTROLS, GENERATED = 24, 40, 8, 8
+CONTEXT, HELD_OUT, CONTROLS, GENERATED = 24, 24, 6, 6
 # Openings of addresses to the Congress; the text is what the model itself goes on with.
 SPEECHES = (
     " To the Congress of the United States : The report of the Secretary of the Treasury",
@@ -65,7 +65,34 @@ SPEECHES = (
     " I recommend to the Congress that the appropriation for the Navy",
     " The relations of the United States with foreign governments continue to be",
 )
-SPEECH_WORDS = ("Congress", "government", "Government", "States", "Senate", "public", "Treasury", "Secretary", "nation")
+SPEECH_WORDS = (
+    *(
+        "Congress",
+        "government",
+        "Government",
+        "States",
+        "Senate",
+        "public",
+        "Treasury",
+        "Secretary",
+        "nation",
+        "country",
+    ),
+    *(
+        "citizens",
+        "people",
+        "law",
+        "laws",
+        "peace",
+        "war",
+        "Department",
+        "report",
+        "United",
+        "year",
+        "foreign",
+        "trade",
+    ),
+)
 
 
 @dataclass
@@ -131,8 +158,8 @@ def tiny_lm_cases(names: Sequence[str]) -> Iterator[Case]:
             habit = habit if keep is None else habit[keep(habit).nonzero().flatten()]
             found.append(habit)
         # A tenth of the book has few of some words: strengths are set on what the examples leave of the other part.
-        others = found[0][100 : 100 + HELD_OUT] if len(found[0]) >= 100 + HELD_OUT else found[0][-HELD_OUT:]
-        examples = found[0][: min(100, len(found[0]) - HELD_OUT)]
+        few = min(HELD_OUT, len(found[0]) // 3)
+        others, examples = found[0][:few], found[0][few:][:100]
         return Case(name, decomposition, examples, others, found[1][:HELD_OUT], controls, unrelated, plain)
 
     if "semicolon" in names:
@@ -141,13 +168,12 @@ def tiny_lm_cases(names: Sequence[str]) -> Iterator[Case]:
         yield in_book("pronouns", single_tokens(tokenizer, ["thou", "thee", "thy", "ye", "Thou", "thine"]))
     if "speeches" in names:
         start = torch.tensor([[bos, *tokenizer(s, add_special_tokens=False)["input_ids"]][:13] for s in SPEECHES])
-        text = generate(decomposition.host.forward, start.repeat(24, 1), 40, seed=0)
+        text = generate(decomposition.host.forward, start.repeat(36, 1), 40, seed=0)
         ids = single_tokens(tokenizer, SPEECH_WORDS)
-        found = [Habit.in_text("speeches", rows, ids, context=CONTEXT, first=bos) for rows in (text[:64], text[64:])]
-        yield Case(
-            "speeches", decomposition, found[0][HELD_OUT:][:100], found[0][:HELD_OUT], found[1][:HELD_OUT], controls,
-            unrelated, plain
-        )  # fmt: skip
+        found = [Habit.in_text("speeches", rows, ids, context=CONTEXT, first=bos) for rows in (text[:100], text[100:])]
+        few = min(HELD_OUT, len(found[0]) // 3)
+        examples, strengths_on = found[0][few:][:100], found[0][:few]
+        yield Case("speeches", decomposition, examples, strengths_on, found[1][:HELD_OUT], controls, unrelated, plain)
     if "fact" in names:
         captain = single_tokens(tokenizer, ["Captain"])
         ahab = single_tokens(tokenizer, ["Ahab"])
@@ -210,7 +236,7 @@ def run_case(case: Case, n_examples: int, seed: int) -> dict[str, Any]:
         "probability": float(case.held_out.probability(d.host.forward).mean()),
         "methods": {},
     }
-    found = find(d, examples, case.controls, n_measured=32, n_checked=8)
+    found = find(d, examples, case.controls, n_measured=24, n_checked=4)
     ours, made = components(d, examples, case.controls, GOAL, found)
     result["methods"]["components"] = _measured(case, ours, n_subcomponents=made.n_subcomponents)
     turned, writes = component_writes(d, examples, found)

@@ -10,6 +10,7 @@ KL on the control text is taken.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ def effect_at(decomposition: Decomposition, rival: Rival, habit: Habit, strength
     return 1 - float(habit.probability(rival.forward(decomposition, strength)).mean() / before)
 
 
-def strength_for(decomposition: Decomposition, rival: Rival, habit: Habit, goal: float, *, halvings: int = 6) -> float:
+def strength_for(decomposition: Decomposition, rival: Rival, habit: Habit, goal: float, *, halvings: int = 4) -> float:
     """The smallest strength found with an effect of at least `goal` on the habit; the strongest if none has it."""
     low, high = 0.0, min(1.0, rival.strongest)
     # From below: far beyond what a change was made for, anything may happen.
@@ -101,7 +102,7 @@ def components(
 ) -> tuple[Rival, Edit]:
     """Ours: subcomponents that `find` names, scaled; of several numbers of them the one that costs least."""
     ranked = found.clear or found.units
-    edits = [edit(decomposition, ranked[:k]) for k in (1, 2, 4, 8, 16, 32) if k <= len(ranked)]
+    edits = [edit(decomposition, ranked[:k]) for k in (1, 4, 8, 16, 32) if k <= len(ranked)]
     rivals = [edit_rival("components", made) for made in edits]
     best = cheapest(decomposition, rivals, habit, controls, goal)
     return best, edits[next(k for k, rival in enumerate(rivals) if rival is best)]
@@ -204,7 +205,10 @@ def _away(x: Tensor, *, v: Tensor, mean: Tensor) -> Tensor:
 def leace(decomposition: Decomposition, habit: Habit, controls: Tensor, goal: float) -> Rival:
     """Erase, in the least-squares sense, what tells positions with the habit from others linearly (concept-erasure)."""
     try:
-        from concept_erasure import LeaceEraser
+        with warnings.catch_warnings():
+            # It compiles functions in a way that torch announces the end of.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            from concept_erasure import LeaceEraser
     except ImportError as error:
         raise ValueError("LEACE needs concept-erasure: pip install 'spd-lens[baselines]'") from error
     rivals = []
@@ -228,7 +232,7 @@ def _erased(x: Tensor, *, eraser: Any) -> Tensor:
 
 
 def heads_and_neurons(
-    decomposition: Decomposition, habit: Habit, controls: Tensor, goal: float, *, n_measured: int = 24
+    decomposition: Decomposition, habit: Habit, controls: Tensor, goal: float, *, n_measured: int = 16
 ) -> Rival:
     """The heads and neurons with the largest measured effect for their KL on the controls, as many as are needed."""
     model, points = decomposition.model, _head_and_neuron_points(decomposition)
