@@ -3,6 +3,7 @@
     python experiments/credit.py train                       # half a minute; writes the shipped model and its recipe
     python experiments/credit.py decompose --seed 0          # minutes; writes the shipped decomposition
     python experiments/credit.py evaluate --seed 0 --json    # the decomposition on held-out applicants, one JSON object
+    python experiments/credit.py fairness --seed 0 --json    # age, sex, foreign worker
 
 What is chosen was chosen on the validation applicants; the held-out ones are looked at once, at the end. Both trainings
 see applicants whose attributes are now and then those of others, each with the same probability: a small model then
@@ -16,6 +17,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +30,13 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from spd_lens import Batch, Decomposition, Reconstruction, TrainConfig, decompose, evaluate, train
+from spd_lens.audit import Cases, Decision, fairness_view
 from spd_lens.models import (
     CREDIT_DIRECTORY,
+    CREDIT_PROTECTED,
     build_transformer,
+    credit_cases,
+    credit_vocabulary,
     load_credit,
     load_credit_applicants,
     load_recipe,
@@ -39,6 +45,7 @@ from spd_lens.models import (
 from spd_lens.objective import Merged, Persistent
 from spd_lens.support import library_versions, write_json
 
+RESULTS = Path(__file__).resolve().parent / "results" / "credit"
 N_TOKENS, N_POS = 87, 21
 CONFIG = {
     "model_name": "credit",
@@ -247,9 +254,29 @@ def evaluate_command(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def fairness_command(args: argparse.Namespace) -> dict[str, Any]:
+    """What age, sex and being a foreign worker do to decisions, over all 1,000 applicants."""
+    decomposition = load_credit(decomposed=True, seed=args.seed)
+    parts = [credit_cases(split) for split in ("train", "validation", "held_out")]
+    fields = {**parts[0], "outcomes": None, "numbers": None, "tokens": torch.cat([part["tokens"] for part in parts])}
+    cases = Cases(**fields)
+    views = {}
+    for name, place in CREDIT_PROTECTED.items():
+        texts = [text for text in credit_vocabulary() if text.startswith(f"{place}: ")]
+        women = [text for text in texts if ": female" in text]
+        groups = {"women": women, "men": [t for t in texts if t not in women]} if name == "sex" else None
+        views[name] = fairness_view(decomposition, cases, Decision(1, 0), place, groups=groups)
+        print(views[name])
+    return {
+        "command": f"python experiments/credit.py fairness --seed {args.seed} --json",
+        "versions": library_versions(),
+        "views": {name: asdict(view) for name, view in views.items()},
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["train", "decompose", "evaluate"])
+    parser.add_argument("command", choices=["train", "decompose", "evaluate", "fairness"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--coefficient", type=float, default=6e-4)
     parser.add_argument("--steps", type=int, default=4_000)
@@ -263,11 +290,15 @@ def main() -> None:
         print(json.dumps(found["held_out"], indent=1))
     elif args.command == "decompose":
         print(json.dumps(decompose_command(args), indent=1))
+    elif args.command == "fairness":
+        found = fairness_command(args)
+        if args.json:
+            write_json(RESULTS / f"fairness-{args.seed}.json", found)
     else:
         found = evaluate_command(args)
         print(json.dumps(found, indent=1) if args.json else found["verdict"])
         if args.json and args.out is None:
-            write_json(Path(__file__).parent / "results" / "credit" / f"decomposition-{args.seed}.json", found)
+            write_json(RESULTS / f"decomposition-{args.seed}.json", found)
 
 
 if __name__ == "__main__":
