@@ -2,9 +2,9 @@
 
     python experiments/audit_language_model.py --json     # writes results/audit/tiny_lm.json, the report and its page
 
-Prompts are windows of 12 tokens of the held-out chapters of Moby Dick, the cases 200 windows of the training chapters. Of
-the first prompts the ones are audited where the model is surest (its margin over the second token is above 1). A place
-is a word; its cells are the subcomponents of all twelve matrices that are used there, at the last position those alone
+Prompts are windows of 12 tokens of the held-out chapters of Moby Dick, the cases 200 windows of the training chapters.
+The first prompts are audited at which the model is sure (its margin over the second token is above 1). A place is a
+word; its cells are the subcomponents of all twelve matrices that are used there, at the last position those alone
 that fewer than half of the control cases use. The report is verified on its own seed and on a fresh one.
 """
 

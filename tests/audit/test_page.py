@@ -70,7 +70,9 @@ def with_text(values: Any, text: str) -> Any:
     if not isinstance(values, dict):
         return values
     told = {"title", "model_name", "name", "says", "words", "instead", "outcome", "chosen_name", "other_name", "site"}
-    found = {k: text if k in told else with_text(v, text) for k, v in values.items()}
+    found = {
+        k: text if k in told and not isinstance(v, (float, dict)) else with_text(v, text) for k, v in values.items()
+    }
     if "outcomes" in found:
         found["outcomes"] = {text: 3}
     return found
