@@ -154,8 +154,8 @@ class Decomposition(Mapping[str, DecomposedWeight]):
         the output. `attention_mask [batch pos]` is 0 where tokens are padding.
         """
         self.require_present()
-        self._require_reached(start_at)
-        self.require_stop(stop_at)
+        self.starts.require_reached(start_at)
+        self.starts.require_stop(stop_at)
         starts = {self.starts.first_block([name]) for name in self} if self.host.can_start_at_blocks() else set()
         layers = [layer for layer in starts if layer is not None and layer > (start_at or 0)]
         with (
@@ -195,35 +195,6 @@ class Decomposition(Mapping[str, DecomposedWeight]):
             batch, start_at = entered, first
         with given_masks(self._weights, masks):
             return self._run(batch, start_at, attention_mask, stop_at)
-
-    def require_stop(self, stop_at: int | None) -> None:
-        """ValueError unless passes can end before block `stop_at`, with every decomposed site behind them."""
-        if stop_at is None:
-            return
-        count = self.host.n_layers()
-        if count == 0:
-            raise ValueError(
-                f"a pass of a {type(self.model).__name__} cannot stop behind a block: it has none; leave stop_at away"
-            )
-        if not 1 <= stop_at <= count:
-            raise ValueError(f"stop_at={stop_at}; this model has blocks 0..{count - 1}, expected 1 to {count}")
-        late = [
-            n for n, w in self.items() if not w.site.is_lookup and (w.site.layer is None or w.site.layer >= stop_at)
-        ]
-        if late:
-            raise ValueError(
-                f"a pass that stops at block {stop_at} never reaches {late[0]}; stop behind the last decomposed block, "
-                "or leave stop_at away"
-            )
-
-    def _require_reached(self, start_at: int | None) -> None:
-        """ValueError if a pass from block `start_at` on would leave out a site."""
-        first = None if start_at is None else self.starts.first_block(self)
-        if start_at is not None and (first is None or first < start_at):
-            raise ValueError(
-                f"a pass from block {start_at} on does not reach every decomposed site ({', '.join(self)}); start "
-                "before the first of them, or run the tokens"
-            )
 
     def masked_hidden(
         self,

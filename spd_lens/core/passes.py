@@ -74,7 +74,7 @@ def _store(value: Tensor, hook: Any, *, found: dict[str, Tensor], name: str, thr
 
 
 class BlockStarts:
-    """Where passes of one decomposition may start: the one place that knows.
+    """Where passes of one decomposition may start and stop: the one place that knows.
 
     A pass starts at a block only if that gives, bit for bit, what the whole pass gives. Blocks may read more than the
     residual stream (the embeddings, per-layer inputs, the mask of padding, another block's keys), so this is tried the
@@ -89,6 +89,38 @@ class BlockStarts:
         """The first block that a change at these sites can reach; None if that is before the blocks, or if there are
         none."""
         return self._host.first_block(self._weights[name].site for name in sites)
+
+    def require_stop(self, stop_at: int | None) -> None:
+        """ValueError unless passes can end before block `stop_at`, with every decomposed site behind them."""
+        if stop_at is None:
+            return
+        count = self._host.n_layers()
+        if count == 0:
+            raise ValueError(
+                f"a pass of a {type(self._host.model).__name__} cannot stop behind a block: it has none; leave stop_at "
+                "away"
+            )
+        if not 1 <= stop_at <= count:
+            raise ValueError(f"stop_at={stop_at}; this model has blocks 0..{count - 1}, expected 1 to {count}")
+        late = [
+            n
+            for n, w in self._weights.items()
+            if not w.site.is_lookup and (w.site.layer is None or w.site.layer >= stop_at)
+        ]
+        if late:
+            raise ValueError(
+                f"a pass that stops at block {stop_at} never reaches {late[0]}; stop behind the last decomposed block, "
+                "or leave stop_at away"
+            )
+
+    def require_reached(self, start_at: int | None) -> None:
+        """ValueError if a pass from block `start_at` on would leave out a site."""
+        first = None if start_at is None else self.first_block(self._weights)
+        if start_at is not None and (first is None or first < start_at):
+            raise ValueError(
+                f"a pass from block {start_at} on does not reach every decomposed site ({', '.join(self._weights)}); "
+                "start before the first of them, or run the tokens"
+            )
 
     def is_exact(
         self,

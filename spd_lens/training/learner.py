@@ -76,7 +76,7 @@ class Learner:
 def make_learner(decomposition: Decomposition, config: TrainConfig, processes: Processes | None = None) -> Learner:
     """Everything that changes while training; `accumulate_gradients(learner, batch, step)` then takes a step."""
     processes = processes or Processes()
-    decomposition.require_stop(config.stop_at)
+    decomposition.starts.require_stop(config.stop_at)
     groups = [{"params": decomposition.subcomponent_parameters()}, {"params": decomposition.gate_parameters()}]
     device = decomposition.device
     seed = config.seed * 1_000_003

@@ -82,7 +82,7 @@ def tune_readout(
     Raises ValueError where passes cannot start at that block, and for choices that make no sense.
     """
     checked_decomposition(decomposition, "tune_readout")
-    decomposition.require_stop(stop_at)
+    decomposition.starts.require_stop(stop_at)
     if samples < 1 or not 0 <= ridge < math.inf:
         raise ValueError(f"samples={samples}, ridge={ridge}; expected at least 1 sample and a share of at least 0")
     generator = torch.Generator(decomposition.device).manual_seed(seed)
