@@ -26,7 +26,7 @@ function row(k){const i=order[k];if(typeof i==='object'){const e=make(null,'div'
 make(e,'span','note',` top token of ${i.n}`);return e}
 const e=document.createElement(data.page[i]?'a':'div');e.className='row';if(data.page[i]&&!open.inside)e.href=open.href(i);e.style.top=k*H+'px';e.dataset.row=k;
 const mine=label(i);make(e,'span',mine?'lab':'lab auto',short(mine||data.auto[i]||'–',120));
-make(e,'span','',short(data.sites[data.site[i]],60)+' · '+data.id[i]);
+const name=make(e,'span','sub');make(name,'span','',short(data.sites[data.site[i]],60));make(name,'span','',' · '+data.id[i]).style.whiteSpace='pre';name.title=plainText(data.sites[data.site[i]]);
 const r=make(e,'span','rate num');make(r,'i').style.width=Math.round(40*Math.sqrt(data.rate[i]/top))+'px';make(r,'span','',percent(data.rate[i]));
 make(e,'span','num',number(data.importance[i]));make(e,'span','num',data.effect===null?'–':number(data.effect[i]));
 for(const list of [data.tokens[i],data.predicted[i]]){const c=make(e,'span','');list.slice(0,5).forEach(t=>{make(c,'span','tok',short(shown(data.vocab[t]),24));c.append(' ')})}
