@@ -65,7 +65,7 @@ def leiden(together: CoActivation, *, resolution: float = 0.3, seed: int = 0) ->
     from scipy.sparse import triu
 
     alive = np.unique(together.ids)
-    pairs = triu(together.pair_counts()[alive][:, alive], k=1).tocoo()
+    pairs = triu(together.pair_counts_of(alive), k=1).tocoo()
     counts = together.counts[alive]
     weights = pairs.data / (counts[pairs.row] + counts[pairs.col] - pairs.data)
     graph = igraph.Graph(n=len(alive), edges=np.stack([pairs.row, pairs.col], axis=1))

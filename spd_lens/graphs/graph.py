@@ -125,8 +125,12 @@ class AttributionGraph:
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
-    def to_json(self, path: str | Path, *, slug: str | None = None) -> Path:
-        """Write the JSON that circuit-tracer's viewer and Neuronpedia read (see `spd_lens.graphs.viewer_json`)."""
+    def to_json(self, path: str | Path, *, slug: str | None = None, groups: Sequence[Unit] = ()) -> Path:
+        """Write the JSON that circuit-tracer's viewer and Neuronpedia read (see `spd_lens.graphs.viewer_json`).
+
+        `groups` (components, for example) become supernodes there, under their names: each has the nodes of its members
+        at its positions; those with fewer than two nodes here are left out.
+        """
         path = Path(path)
         content = GraphFile(self.graph, self.tokens, self.settings, _check_dict(self.check))
         cumulative = {}
@@ -142,7 +146,18 @@ class AttributionGraph:
                 edge_threshold=1.0,
             )
             cumulative = dict(zip(names, everything.cumulative.tolist(), strict=True))
-        return write_graph(path, content, slug=slug or path.stem, cumulative=cumulative)
+        supernodes = {unit.label: nodes for unit in groups if len(nodes := self._nodes_of(unit)) > 1}
+        return write_graph(path, content, slug=slug or path.stem, cumulative=cumulative, supernodes=supernodes)
+
+    def _nodes_of(self, unit: Unit) -> list[str]:
+        """The nodes of a unit's members at its positions."""
+        return [
+            name
+            for name, data in self.graph.nodes(data=True)
+            if (data["site"], data["subcomponent"]) in unit.members
+            and data["kind"] == "subcomponent"
+            and (unit.positions is None or data["position"] in unit.positions)
+        ]
 
     @classmethod
     def from_json(cls, path: str | Path) -> AttributionGraph:

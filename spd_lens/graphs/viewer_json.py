@@ -44,8 +44,18 @@ class GraphFile:
     check: dict[str, Any]
 
 
-def write_graph(path: str | Path, content: GraphFile, *, slug: str, cumulative: Mapping[str, float]) -> Path:
-    """Write `content` to `path`; `cumulative` is every node's cumulative share of influence, which viewers prune by."""
+def write_graph(
+    path: str | Path,
+    content: GraphFile,
+    *,
+    slug: str,
+    cumulative: Mapping[str, float],
+    supernodes: Mapping[str, Sequence[str]],
+) -> Path:
+    """Write `content` to `path`; `cumulative` is every node's cumulative share of influence, which viewers prune by.
+
+    `supernodes`: by their label the nodes that viewers draw as one.
+    """
     path = given_path(path)
     public = public_ids(content.graph)
     nodes = [_node(name, data, public, cumulative, content) for name, data in content.graph.nodes(data=True)]
@@ -64,7 +74,10 @@ def write_graph(path: str | Path, content: GraphFile, *, slug: str, cumulative: 
         "generation_settings": _plain(content.settings),
         "spd_lens": {"format_version": FORMAT_VERSION, "check": _plain(content.check)},
     }
-    qparams = {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""}
+    grouped = [[label, *(public[name] for name in nodes)] for label, nodes in supernodes.items()]
+    # Viewers group what is pinned.
+    pinned = [node for _, *nodes in grouped for node in nodes]
+    qparams = {"pinnedIds": pinned, "supernodes": grouped, "linkType": "both", "clickedId": "", "sg_pos": ""}
     whole = {"metadata": metadata, "qParams": qparams, "nodes": nodes, "links": links}
     metadata["spd_lens"]["checksum"] = _checksum(whole)
     write_text(path, json.dumps(whole, indent=1, allow_nan=False) + "\n")

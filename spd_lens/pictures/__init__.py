@@ -1,6 +1,7 @@
-"""Pictures of importances, effects and attention, and the browser in notebooks."""
+"""Pictures of importances, effects, attention and components, and the browser in notebooks."""
 
 from spd_lens.pictures.attention import qk_figure
+from spd_lens.pictures.components import coactivation_figure, dendrogram_figure, description_length_figure
 from spd_lens.pictures.effects import effects_heatmap
 from spd_lens.pictures.importance import importance_figure, importance_page, save_importance, strongest
 from spd_lens.pictures.inline import InlineBrowser, browse
@@ -8,6 +9,9 @@ from spd_lens.pictures.inline import InlineBrowser, browse
 __all__ = [
     "InlineBrowser",
     "browse",
+    "coactivation_figure",
+    "dendrogram_figure",
+    "description_length_figure",
     "effects_heatmap",
     "importance_figure",
     "importance_page",

@@ -114,6 +114,26 @@ def graph() -> AttributionGraph:
     )
 
 
+def test_groups_are_supernodes_of_their_nodes(graph: AttributionGraph, tmp_path: Path) -> None:
+    jsonschema = pytest.importorskip("jsonschema", reason="comes with nbformat, of the extra `dev`")
+    one, two, *_ = dict.fromkeys((unit.site, unit.id) for unit in graph.units)
+    anywhere, here = Unit((one, two), name="pair"), Unit((one, two), (graph.units[0].position or 0,), "pair, once")
+    absent = Unit((("blocks.0.mlp.W_in", 99), one), (77,), "absent")
+    whole = json.loads(graph.to_json(tmp_path / "g.json", groups=[anywhere, here, absent]).read_text())
+    jsonschema.validate(whole, SCHEMA)
+    ids = {node["node_id"]: node for node in whole["nodes"]}
+    labels = [label for label, *_ in whole["qParams"]["supernodes"]]
+    assert labels[0] == "pair"
+    assert "absent" not in labels
+    for label, *members in whole["qParams"]["supernodes"]:
+        wanted = [
+            u for u in graph.units if u.members[0] in (one, two) and (label == "pair" or u.positions == here.positions)
+        ]
+        assert len(members) == len(set(members)) == len(wanted) > 1
+        assert {ids[m]["ctx_idx"] for m in members} == {u.position for u in wanted}
+    AttributionGraph.from_json(tmp_path / "g.json")
+
+
 def hostile_graph() -> AttributionGraph:
     """Three nodes and two edges, every string a trap."""
     inner = nx.DiGraph()

@@ -1,0 +1,284 @@
+"""Components: right answers on toys, separation and joining over alpha, and cost.
+
+    python experiments/components.py --json                 all of it, with 10,000 subcomponents
+    python experiments/components.py toys                   trained toys of `reproduce.py`, run 0
+    python experiments/components.py sweep                  mechanisms over two sites, alpha from .01 to 100
+    python experiments/components.py scale --alive 50000    seconds and peak memory of one grouping
+
+**toys**: per toy how many mechanisms are one group each with nothing foreign in it, for co-activation (threshold .1),
+its Leiden communities, and causal evidence. A member is what fires on one-hot inputs (0.75); what fires rarely and on
+no feature alone is counted as `other`.
+
+**sweep**: `experiments/relay.py`, whose readers and writers fire at different rates, and TMS 40-10, whose encoder and
+decoder fire together. `joined`: the share of mechanisms whose members are in one group; `separate`: the share in whose
+groups nothing foreign is; `apart`: the same over pairs of subcomponents of different mechanisms, which a few large
+groups hardly lower; `exact`: both at once. Evidence is co-activation with all pairs (as published), co-activation with
+pairs that are ever active together (the default here), and ablation effects; each also with Leiden, whose resolution
+then stands in `alpha`.
+
+**scale**: planted mechanisms of 1 to 8 subcomponents, each firing .5 to 1 of the times its mechanism does, rates
+falling as `rank^-.8`. Every size runs in a process of its own; `peak_mb` is its peak resident memory, `imports_mb` what
+it has before, `with_data_mb` the peak of making the data.
+
+Results are written to `experiments/results/components`, a JSON for each part and the pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from experiments.paper import EXPERIMENTS
+from experiments.relay import READ, WRITE, Relay, RelayFeatures, known_decomposition
+from experiments.reproduce import read_run
+from spd_lens import Decomposition
+from spd_lens.components import Merging, coeffects, leiden, merge_subcomponents
+from spd_lens.statistics import CoActivation, coactivation
+from spd_lens.support import library_versions, write_json
+from spd_lens.toys import ONE_HOT_ALIVE, one_hot_inputs
+
+RESULTS = Path("experiments/results/components")
+ALPHAS = (0.01, 0.03, 0.1, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 100.0)
+TOYS = ("tms_5-2", "tms_5-2_id", "tms_40-10", "tms_40-10_id", "resid_mlp_1")
+PICTURED = ("tms_40-10_id", "resid_mlp_1")
+EFFECT = 0.05  # of outputs of about 1
+Member = tuple[str, int]
+Groups = Sequence[Sequence[Member]]
+
+
+# -- what a grouping achieves ----------------------------------------------------------------------------------------
+
+
+def achieved(groups: Groups, mechanism: Mapping[Member, int]) -> dict[str, float]:
+    """Joined, separate, apart and exact, as in the module's words; groups' other members are left out."""
+    label = {member: i for i, group in enumerate(groups) for member in group}
+    n = len(groups)
+    for member in mechanism:  # what never had an event is alone
+        n += member not in label
+        label.setdefault(member, n)
+    own: dict[int, set[int]] = {}
+    inside: dict[int, set[int]] = {}
+    for member, m in mechanism.items():
+        own.setdefault(m, set()).add(label[member])
+        inside.setdefault(label[member], set()).add(m)
+    joined = {m: len(labels) == 1 for m, labels in own.items()}
+    separate = {m: all(inside[i] == {m} for i in labels) for m, labels in own.items()}
+    members = list(mechanism)
+    labels, mechanisms = np.array([label[m] for m in members]), np.array([mechanism[m] for m in members])
+    foreign = mechanisms[:, None] != mechanisms[None, :]
+    apart = (labels[:, None] != labels[None, :])[foreign].mean()
+    return {
+        "joined": float(np.mean(list(joined.values()))),
+        "separate": float(np.mean(list(separate.values()))),
+        "apart": float(apart),
+        "exact": float(np.mean([joined[m] and separate[m] for m in own])),
+        "groups": len(groups),
+    }
+
+
+def toy_mechanisms(name: str, decomposition: Decomposition, n_features: int) -> dict[Member, int]:
+    """The mechanism of every subcomponent that is on for a one-hot input: its feature, or -1 for the dense one."""
+    found: dict[Member, int] = {}
+    for site, g in decomposition.importance(one_hot_inputs(n_features)).items():
+        dense = site == "W_id" or site.endswith("W_out")
+        on = (g > ONE_HOT_ALIVE).numpy()
+        if dense:
+            rank = min(decomposition[site].target_weight.shape)
+            chosen = np.argsort(-g.mean(0).numpy(), kind="stable")[:rank]
+            found |= {(site, int(c)): -1 for c in chosen if on[:, c].any()}
+        else:
+            strongest = g.argmax(0).tolist()
+            found |= {(site, int(c)): strongest[c] for c in np.flatnonzero(on.any(0))}
+    return found
+
+
+def run_toys() -> dict[str, Any]:
+    rows = []
+    for name in TOYS:
+        experiment = EXPERIMENTS[name]
+        decomposition = read_run(experiment, Path("experiments/results") / name, 0)
+        data = experiment.features(123)
+        batches = [data.batch(i) for i in range(32)]
+        mechanism = toy_mechanisms(name, decomposition, data.n_features)
+        together = coactivation(decomposition, batches, threshold=ONE_HOT_ALIVE)
+        effects = coeffects(decomposition, batches[:4], threshold=EFFECT)
+        merging = merge_subcomponents(together)
+        found = {
+            "description length": merging.groups,
+            "leiden": leiden(together).groups,
+            "description length of effects": merge_subcomponents(effects).groups,
+        }
+        for method, groups in found.items():
+            sizes = sorted((len(g) for g in groups), reverse=True)
+            other = sum(1 for group in groups for member in group if member not in mechanism)
+            figures = achieved(groups, mechanism)
+            rows.append({"toy": name, "method": method, "mechanisms": len(set(mechanism.values())), **figures,
+                         "largest": sizes[:3], "other": other})  # fmt: skip
+        if name in PICTURED:
+            save_pictures(name, together, merging)
+    return {"rows": rows, "alpha": 3.0, "threshold": ONE_HOT_ALIVE, "effect_threshold": EFFECT}
+
+
+def run_sweep() -> dict[str, Any]:
+    rows = []
+    for name, evidence, mechanism in _sweep_cases():
+        for kind, (together, pairs) in evidence.items():
+            for alpha in ALPHAS:
+                merging = merge_subcomponents(together, alpha=alpha, pairs=pairs)
+                rows.append({"toy": name, "evidence": kind, "alpha": alpha, **achieved(merging.groups, mechanism)})
+            if pairs == "together":
+                for resolution in (0.03, 0.1, 0.3, 0.5):
+                    groups = leiden(together, resolution=resolution).groups
+                    rows.append({"toy": name, "evidence": f"{kind}, leiden", "alpha": resolution,
+                                 **achieved(groups, mechanism)})  # fmt: skip
+    return {"rows": rows, "effect_threshold": EFFECT}
+
+
+def _sweep_cases() -> Any:
+    n = 40
+    mechanism = {(site, f): f for site in (READ, WRITE) for f in range(n)}
+    for name, outputs, threshold in (
+        ("relay, writers fire 20 %", n, 0.8),
+        ("relay, writers fire 5 %", n, 0.95),
+        ("relay, writers fire 5 %, outputs shared", n // 2, 0.95),
+    ):
+        decomposition = known_decomposition(Relay(n, outputs, threshold))
+        batches = list(RelayFeatures(n).batches(32))
+        yield name, _evidence(decomposition, batches, 0.01), mechanism
+    experiment = EXPERIMENTS["tms_40-10"]
+    decomposition = read_run(experiment, Path("experiments/results/tms_40-10"), 0)
+    data = experiment.features(123)
+    batches = [data.batch(i) for i in range(32)]
+    yield "tms_40-10", _evidence(decomposition, batches, ONE_HOT_ALIVE), toy_mechanisms("tms_40-10", decomposition, 40)
+
+
+def _evidence(decomposition: Decomposition, batches: list[torch.Tensor], threshold: float) -> dict[str, Any]:
+    together = coactivation(decomposition, batches, threshold=threshold)
+    effects = coeffects(decomposition, batches[:16], threshold=EFFECT, max_batches=None, max_events=1 << 21)
+    return {
+        "co-activation, all pairs": (together, "all"),
+        "co-activation": (together, "together"),
+        "effects": (effects, "together"),
+    }
+
+
+# -- cost ------------------------------------------------------------------------------------------------------------
+
+
+def planted(n_alive: int, n_events: int, per_event: float, seed: int) -> CoActivation:
+    """Mechanisms as in the module's words, about `per_event` subcomponents firing in each event."""
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(1, 9, n_alive)
+    sizes = sizes[: int(np.searchsorted(np.cumsum(sizes), n_alive)) + 1]
+    rates = np.arange(1, len(sizes) + 1) ** -0.8
+    rates = np.minimum(rates * per_event / (rates.sum() * 4.5 * 0.75), 0.5)
+    rng.shuffle(rates)
+    mechanism = np.repeat(np.arange(len(sizes)), sizes)[:n_alive]
+    share = rng.uniform(0.5, 1.0, n_alive)
+    parts = None
+    for first in range(0, n_events, 1024):
+        active = rng.random((min(1024, n_events - first), len(sizes))) < rates
+        fires = active[:, mechanism] & (rng.random((len(active), n_alive)) < share)
+        part = CoActivation.of({"planted": fires}, max_events=n_events, generator=rng)
+        parts = part if parts is None else parts + part
+    assert parts is not None
+    return parts
+
+
+def measure(n_alive: int, n_events: int, per_event: float, beyond: int | None) -> dict[str, Any]:
+    """One grouping: seconds, memory, and what it found. Runs in a process of its own."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    together = planted(n_alive, n_events, per_event, seed=0)
+    data = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    start, cpu = time.perf_counter(), time.process_time()
+    merging = merge_subcomponents(together, beyond=beyond)
+    return {
+        "alive": int((together.counts > 0).sum()),
+        "events": together.n_events,
+        "firings_per_event": round(len(together.ids) / together.n_events, 1),
+        "merges": len(merging.merges),
+        "groups": len(merging.groups),
+        "beyond": beyond,
+        "seconds": round(time.perf_counter() - start, 1),
+        "cpu_seconds": round(time.process_time() - cpu, 1),
+        "imports_mb": round(before),
+        "with_data_mb": round(data),
+        "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3),
+        "sample_mb": round(together.bytes / 1e6, 1),
+        "bits": [round(float(merging.description_lengths[0]), 2), round(float(merging.description_lengths.min()), 2)],
+    }
+
+
+def run_scale(alive: Sequence[int]) -> dict[str, Any]:
+    rows = []
+    for n in alive:
+        for beyond in ("0", "none") if n <= 10_000 else ("0",):
+            command = [sys.executable, __file__, "measure", "--alive", str(n), "--beyond", beyond]
+            out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            rows.append(json.loads(out.splitlines()[-1]))
+    return {"rows": rows}
+
+
+# -- pictures, program -----------------------------------------------------------------------------------------------
+
+
+def save_pictures(name: str, together: CoActivation, merging: Merging) -> None:
+    """The three pictures of a grouping."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from spd_lens.pictures import coactivation_figure, dendrogram_figure, description_length_figure
+
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    for kind, figure in (
+        ("bits", description_length_figure(merging)),
+        ("matrix", coactivation_figure(together, merging.groups)),
+        ("tree", dendrogram_figure(merging)),
+    ):
+        figure.savefig(RESULTS / f"{name}_{kind}.png", dpi=100)
+        plt.close(figure)
+
+
+def main() -> None:
+    """Run the parts that were asked for and print their JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("part", nargs="?", default="all", choices=("all", "toys", "sweep", "scale", "measure"))
+    parser.add_argument("--json", action="store_true", help="print the JSON object (also the default)")
+    parser.add_argument("--alive", type=int, nargs="+", default=[10_000], help="scale: numbers of subcomponents")
+    parser.add_argument("--events", type=int, default=65_536, help="scale: events")
+    parser.add_argument("--per-event", type=float, default=100.0, help="scale: subcomponents that fire in an event")
+    parser.add_argument("--beyond", default="0", help="scale: merges after the minimum, or none for all of them")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.part == "measure":
+        beyond = None if args.beyond == "none" else int(args.beyond)
+        print(json.dumps(measure(args.alive[0], args.events, args.per_event, beyond)))
+        return
+    parts = {"toys": run_toys, "sweep": run_sweep, "scale": lambda: run_scale(args.alive)}
+    chosen = list(parts) if args.part == "all" else [args.part]
+    whole = {}
+    for part in chosen:
+        result = parts[part]()
+        result["versions"] = library_versions()
+        result["command"] = " ".join(["python", "experiments/components.py", *sys.argv[1:]])
+        write_json(RESULTS / f"{part}.json", result)
+        whole[part] = result
+    print(json.dumps(whole, indent=1))
+
+
+if __name__ == "__main__":
+    main()
