@@ -1,9 +1,10 @@
-"""Components: right answers on toys, separation and joining over alpha, and cost.
+"""Components: right answers on toys, separation and joining over alpha, cost, and the tiny language model.
 
-    python experiments/components.py --json                 all of it, with 10,000 subcomponents
+    python experiments/components.py --json                 all but the language model, and 10,000 subcomponents
     python experiments/components.py toys                   trained toys of `reproduce.py`, run 0
     python experiments/components.py sweep                  mechanisms over two sites, alpha from .01 to 100
     python experiments/components.py scale --alive 50000    seconds and peak memory of one grouping
+    python experiments/components.py tiny_lm                the shipped decomposition of the tiny language model
 
 **toys**: per toy how many mechanisms are one group each with nothing foreign in it, for co-activation (threshold .1),
 its Leiden communities, and causal evidence. A member is what fires on one-hot inputs (0.75); what fires rarely and on
@@ -19,6 +20,9 @@ then stands in `alpha`.
 **scale**: planted mechanisms of 1 to 8 subcomponents, each firing .5 to 1 of the times its mechanism does, rates
 falling as `rank^-.8`. Every size runs in a process of its own; `peak_mb` is its peak resident memory, `imports_mb` what
 it has before, `with_data_mb` the peak of making the data.
+
+**tiny_lm**: co-activation on the held-out chapters of Moby Dick, of what fires in at least 20 of the events; the groups
+of description length over alpha, of Leiden, with a window of two positions, and of an ensemble with its shuffled null.
 
 Results are written to `experiments/results/components`, a JSON for each part and the pictures.
 """
@@ -43,15 +47,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from experiments.paper import EXPERIMENTS
 from experiments.relay import READ, WRITE, Relay, RelayFeatures, known_decomposition
 from experiments.reproduce import read_run
-from spd_lens import Decomposition
-from spd_lens.components import Merging, coeffects, leiden, merge_subcomponents
+from spd_lens import Decomposition, pack_tokens
+from spd_lens.components import Components, Merging, coeffects, ensemble, leiden, merge_subcomponents
+from spd_lens.models import load_tiny_lm
 from spd_lens.statistics import CoActivation, coactivation
 from spd_lens.support import library_versions, write_json
-from spd_lens.toys import ONE_HOT_ALIVE, one_hot_inputs
+from spd_lens.toys import ONE_HOT_ALIVE, load_moby_dick, one_hot_inputs
 
 RESULTS = Path("experiments/results/components")
 ALPHAS = (0.01, 0.03, 0.1, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 100.0)
 TOYS = ("tms_5-2", "tms_5-2_id", "tms_40-10", "tms_40-10_id", "resid_mlp_1")
+MIN_EVENTS = 20
 PICTURED = ("tms_40-10_id", "resid_mlp_1")
 EFFECT = 0.05  # of outputs of about 1
 Member = tuple[str, int]
@@ -231,6 +237,82 @@ def run_scale(alive: Sequence[int]) -> dict[str, Any]:
     return {"rows": rows}
 
 
+# -- a language model -------------------------------------------------------------------------------------------------
+
+
+def run_tiny_lm(n_rows: int, runs: int) -> dict[str, Any]:
+    decomposition = load_tiny_lm(decomposed=True)
+    rows = pack_tokens([load_moby_dick("held_out")], decomposition.model.tokenizer, context=128)[:n_rows]
+    batches = [rows[i : i + 16] for i in range(0, len(rows), 16)]
+    sets = {window: coactivation(decomposition, batches, max_batches=None, window=window) for window in (1, 2)}
+    frequent = {window: together.frequent(MIN_EVENTS) for window, together in sets.items()}
+    together = frequent[1]
+    found = []
+    for alpha, window in ((1.0, 1), (3.0, 1), (10.0, 1), (3.0, 2)):
+        merging = merge_subcomponents(frequent[window], alpha=alpha, beyond=None if (alpha, window) == (3.0, 1) else 0)
+        if (alpha, window) == (3.0, 1):
+            save_pictures("tiny_lm", together, merging)
+        figures = {"bits": [float(merging.description_lengths[0]), float(merging.description_lengths.min())]}
+        found.append({"method": "description length", "alpha": alpha, "window": window, **figures,
+                      **shape(merging.groups)})  # fmt: skip
+    for resolution in (0.1, 0.3):
+        groups = leiden(together, resolution=resolution).groups
+        found.append({"method": "leiden", "alpha": resolution, "window": 1, **shape(groups)})
+    consensus = ensemble(together, runs=runs)
+    components = Components.of(decomposition, consensus)
+    several = [i for i, unit in enumerate(components) if len(unit.members) > 1]
+    stability = [components.found[i].stability for i in several]
+    data = {
+        **together.described(),
+        "min_events": MIN_EVENTS,
+        "firings_per_event": len(together.ids) / together.n_events,
+        "ever_fire": int((sets[1].counts > 0).sum()),
+        "frequent": int((together.counts > 0).sum()),
+        "of": together.n_subcomponents,
+    }
+    return {
+        "data": data,
+        "rows": found,
+        "ensemble": {"runs": runs, "agreement": consensus.agreement, "null_agreement": consensus.null_agreement,
+                     "saved": consensus.saved, "null_saved": consensus.null_saved, **shape(consensus.groups),
+                     "stability_of_several": float(np.mean(stability)) if stability else None},
+        "examples": examples(decomposition, rows[:64], components, several),
+    }  # fmt: skip
+
+
+def shape(groups: Groups) -> dict[str, Any]:
+    """How large groups are, and over how many sites and blocks."""
+    several = [group for group in groups if len(group) > 1]
+    sites = [len({site for site, _ in group}) for group in several]
+    blocks = [len({site.split(".")[1] for site, _ in group}) for group in several]
+    return {
+        "groups": len(groups),
+        "of_several": len(several),
+        "largest": [len(group) for group in groups[:5]],
+        "over_sites": sum(n > 1 for n in sites),
+        "over_blocks": sum(n > 1 for n in blocks),
+    }
+
+
+def examples(decomposition: Decomposition, rows: torch.Tensor, components: Components, several: list[int]) -> Any:
+    """The tokens at which the most stable groups of three or more fire, most frequent first."""
+    tokens = [decomposition.model.tokenizer.decode([t]) for t in range(2048)]
+    g = decomposition.importance(rows)
+    stable = sorted(several, key=lambda i: (-(components.found[i].stability or 0), -len(components[i].members)))
+    shown = []
+    for i in [i for i in stable if len(components[i].members) > 2][:12]:
+        unit = components[i]
+        fires = torch.stack([g[site][..., c] > 0.01 for site, c in unit.members]).any(0)
+        at, counts = rows[fires].unique(return_counts=True)
+        top = [
+            f"{tokens[t]!r} {n}" for n, t in sorted(zip(counts.tolist(), at.tolist(), strict=True), reverse=True)[:6]
+        ]
+        found = components.found[i]
+        row = {"name": unit.name, "members": len(unit.members), "sites": len(unit.sites)}
+        shown.append({**row, "rate": found.rate, "stability": found.stability, "tokens": top})
+    return shown
+
+
 # -- pictures, program -----------------------------------------------------------------------------------------------
 
 
@@ -256,20 +338,29 @@ def save_pictures(name: str, together: CoActivation, merging: Merging) -> None:
 def main() -> None:
     """Run the parts that were asked for and print their JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("part", nargs="?", default="all", choices=("all", "toys", "sweep", "scale", "measure"))
+    parser.add_argument(
+        "part", nargs="?", default="all", choices=("all", "toys", "sweep", "scale", "tiny_lm", "measure")
+    )
     parser.add_argument("--json", action="store_true", help="print the JSON object (also the default)")
     parser.add_argument("--alive", type=int, nargs="+", default=[10_000], help="scale: numbers of subcomponents")
     parser.add_argument("--events", type=int, default=65_536, help="scale: events")
     parser.add_argument("--per-event", type=float, default=100.0, help="scale: subcomponents that fire in an event")
     parser.add_argument("--beyond", default="0", help="scale: merges after the minimum, or none for all of them")
+    parser.add_argument("--rows", type=int, default=329, help="tiny_lm: rows of 128 tokens")
+    parser.add_argument("--runs", type=int, default=4, help="tiny_lm: runs of the ensemble")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.part == "measure":
         beyond = None if args.beyond == "none" else int(args.beyond)
         print(json.dumps(measure(args.alive[0], args.events, args.per_event, beyond)))
         return
-    parts = {"toys": run_toys, "sweep": run_sweep, "scale": lambda: run_scale(args.alive)}
-    chosen = list(parts) if args.part == "all" else [args.part]
+    parts = {
+        "toys": run_toys,
+        "sweep": run_sweep,
+        "scale": lambda: run_scale(args.alive),
+        "tiny_lm": lambda: run_tiny_lm(args.rows, args.runs),
+    }
+    chosen = ["toys", "sweep", "scale"] if args.part == "all" else [args.part]
     whole = {}
     for part in chosen:
         result = parts[part]()

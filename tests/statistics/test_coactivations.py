@@ -143,6 +143,15 @@ def test_shuffling_keeps_how_often_each_fires_and_no_more() -> None:
     assert all(len(set(own)) == len(own) for own in np.split(null.ids, null.starts[1:-1]))
 
 
+def test_what_is_rare_can_be_left_out() -> None:
+    fires = random_firing(200) & (np.random.default_rng(1).random(9) < np.linspace(0, 1, 9))
+    counts = fires.sum(0)
+    found = CoActivation.of({"a": fires}).frequent(int(counts.max()))
+    kept = (fires & (counts == counts.max())).astype(int)
+    np.testing.assert_array_equal(found.pair_counts().toarray(), kept.T @ kept)
+    assert found.n_events == 200
+
+
 def test_drawn_events_are_a_part_of_the_sample() -> None:
     found = CoActivation.of({"a": random_firing(500)})
     part = found.drawn(0.4, np.random.default_rng(0))
