@@ -224,11 +224,12 @@ class CoActivation:
         return replace(self, **_joined(parts), n_seen=n_seen, fired=fired, max_events=most)
 
     def frequent(self, min_events: int) -> CoActivation:
-        """Without the firings of subcomponents that fire in fewer events of the sample: too few to tell with what."""
-        stays = self.counts[self.ids] >= _positive("min_events", min_events)
+        """Without the subcomponents that fire in fewer events of the sample: too few to tell with what."""
+        frequent = self.counts >= _positive("min_events", min_events)
+        stays = frequent[self.ids]
         lengths = np.bincount(np.repeat(np.arange(self.n_events), np.diff(self.starts))[stays], minlength=self.n_events)
         starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        return replace(self, starts=starts, ids=self.ids[stays])
+        return replace(self, starts=starts, ids=self.ids[stays], fired=np.where(frequent, self.fired, 0))
 
     def drawn(self, share: float, generator: np.random.Generator) -> CoActivation:
         """A random part of the events, without replacement."""

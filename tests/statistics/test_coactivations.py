@@ -150,6 +150,7 @@ def test_what_is_rare_can_be_left_out() -> None:
     kept = (fires & (counts == counts.max())).astype(int)
     np.testing.assert_array_equal(found.pair_counts().toarray(), kept.T @ kept)
     assert found.n_events == 200
+    assert "outside the sample" not in repr(found)
 
 
 def test_drawn_events_are_a_part_of_the_sample() -> None:
