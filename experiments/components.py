@@ -240,18 +240,20 @@ def run_scale(alive: Sequence[int]) -> dict[str, Any]:
 # -- a language model -------------------------------------------------------------------------------------------------
 
 
-def run_tiny_lm(n_rows: int, runs: int) -> dict[str, Any]:
+def run_tiny_lm(n_rows: int, runs: int, max_share: float) -> dict[str, Any]:
     decomposition = load_tiny_lm(decomposed=True)
     rows = pack_tokens([load_moby_dick("held_out")], decomposition.model.tokenizer, context=128)[:n_rows]
     batches = [rows[i : i + 16] for i in range(0, len(rows), 16)]
-    sets = {window: coactivation(decomposition, batches, max_batches=None, window=window) for window in (1, 2)}
-    frequent = {window: together.frequent(MIN_EVENTS) for window, together in sets.items()}
+    cases = ((1.0, 1), (3.0, 1), (10.0, 1), (3.0, 2)) if max_share == 1 else ((3.0, 1),)
+    windows = {window for _, window in cases}
+    sets = {window: coactivation(decomposition, batches, max_batches=None, window=window) for window in windows}
+    frequent = {window: together.between(MIN_EVENTS, max_share) for window, together in sets.items()}
     together = frequent[1]
     found = []
-    for alpha, window in ((1.0, 1), (3.0, 1), (10.0, 1), (3.0, 2)):
+    for alpha, window in cases:
         merging = merge_subcomponents(frequent[window], alpha=alpha, beyond=None if (alpha, window) == (3.0, 1) else 0)
         if (alpha, window) == (3.0, 1):
-            save_pictures("tiny_lm", together, merging)
+            save_pictures("tiny_lm" if max_share == 1 else f"tiny_lm_below_{max_share:g}", together, merging)
         figures = {"bits": [float(merging.description_lengths[0]), float(merging.description_lengths.min())]}
         found.append({"method": "description length", "alpha": alpha, "window": window, **figures,
                       **shape(merging.groups)})  # fmt: skip
@@ -265,6 +267,7 @@ def run_tiny_lm(n_rows: int, runs: int) -> dict[str, Any]:
     data = {
         **together.described(),
         "min_events": MIN_EVENTS,
+        "max_share": max_share,
         "firings_per_event": len(together.ids) / together.n_events,
         "ever_fire": int((sets[1].counts > 0).sum()),
         "frequent": int((together.counts > 0).sum()),
@@ -347,6 +350,9 @@ def main() -> None:
     parser.add_argument("--per-event", type=float, default=100.0, help="scale: subcomponents that fire in an event")
     parser.add_argument("--beyond", default="0", help="scale: merges after the minimum, or none for all of them")
     parser.add_argument("--rows", type=int, default=329, help="tiny_lm: rows of 128 tokens")
+    parser.add_argument(
+        "--max-share", type=float, default=1.0, help="tiny_lm: without what fires in more of the events"
+    )
     parser.add_argument("--runs", type=int, default=4, help="tiny_lm: runs of the ensemble")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -358,7 +364,7 @@ def main() -> None:
         "toys": run_toys,
         "sweep": run_sweep,
         "scale": lambda: run_scale(args.alive),
-        "tiny_lm": lambda: run_tiny_lm(args.rows, args.runs),
+        "tiny_lm": lambda: run_tiny_lm(args.rows, args.runs, args.max_share),
     }
     chosen = ["toys", "sweep", "scale"] if args.part == "all" else [args.part]
     whole = {}
@@ -366,7 +372,8 @@ def main() -> None:
         result = parts[part]()
         result["versions"] = library_versions()
         result["command"] = " ".join(["python", "experiments/components.py", *sys.argv[1:]])
-        write_json(RESULTS / f"{part}.json", result)
+        name = part if part != "tiny_lm" or args.max_share == 1 else f"{part}_below_{args.max_share:g}"
+        write_json(RESULTS / f"{name}.json", result)
         whole[part] = result
     print(json.dumps(whole, indent=1))
 

@@ -223,13 +223,19 @@ class CoActivation:
         n_seen, fired = self.n_seen + other.n_seen, self.fired + other.fired
         return replace(self, **_joined(parts), n_seen=n_seen, fired=fired, max_events=most)
 
-    def frequent(self, min_events: int) -> CoActivation:
-        """Without the subcomponents that fire in fewer events of the sample: too few to tell with what."""
-        frequent = self.counts >= _positive("min_events", min_events)
-        stays = frequent[self.ids]
+    def between(self, min_events: int, max_share: float = 1.0) -> CoActivation:
+        """Without the subcomponents that fire in fewer events of the sample, or in a larger share of them.
+
+        What is rare fires too seldom to tell with what; what is nearly always on meets everything by chance.
+        """
+        if isinstance(max_share, bool) or not isinstance(max_share, (int, float)) or not 0 < max_share <= 1:
+            raise ValueError(f"max_share={max_share!r}; expected a share of the events, above 0, at most 1")
+        counts = self.counts
+        chosen = (counts >= _positive("min_events", min_events)) & (counts <= max_share * self.n_events)
+        stays = chosen[self.ids]
         lengths = np.bincount(np.repeat(np.arange(self.n_events), np.diff(self.starts))[stays], minlength=self.n_events)
         starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        return replace(self, starts=starts, ids=self.ids[stays], fired=np.where(frequent, self.fired, 0))
+        return replace(self, starts=starts, ids=self.ids[stays], fired=np.where(chosen, self.fired, 0))
 
     def drawn(self, share: float, generator: np.random.Generator) -> CoActivation:
         """A random part of the events, without replacement."""

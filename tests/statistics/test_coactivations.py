@@ -143,14 +143,18 @@ def test_shuffling_keeps_how_often_each_fires_and_no_more() -> None:
     assert all(len(set(own)) == len(own) for own in np.split(null.ids, null.starts[1:-1]))
 
 
-def test_what_is_rare_can_be_left_out() -> None:
-    fires = random_firing(200) & (np.random.default_rng(1).random(9) < np.linspace(0, 1, 9))
+def test_what_is_rare_and_what_is_always_on_can_be_left_out() -> None:
+    fires = np.random.default_rng(1).random((200, 9)) < np.linspace(0.01, 0.9, 9)
     counts = fires.sum(0)
-    found = CoActivation.of({"a": fires}).frequent(int(counts.max()))
-    kept = (fires & (counts == counts.max())).astype(int)
+    least, most = sorted(counts)[2], sorted(counts)[6]
+    found = CoActivation.of({"a": fires}).between(int(least), most / 200)
+    kept = (fires & (counts >= least) & (counts <= most)).astype(int)
+    assert (kept.sum(0) > 0).sum() == 5
     np.testing.assert_array_equal(found.pair_counts().toarray(), kept.T @ kept)
     assert found.n_events == 200
     assert "outside the sample" not in repr(found)
+    with pytest.raises(ValueError, match="max_share=0; expected a share of the events"):
+        found.between(1, 0)
 
 
 def test_drawn_events_are_a_part_of_the_sample() -> None:
