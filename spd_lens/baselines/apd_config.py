@@ -7,6 +7,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from spd_lens.support.given import given_number, given_whole
+
 # What the members of one run may differ in; everything else decides the shapes and the operations of a step.
 COEFFICIENTS = ("faithfulness", "minimality", "simplicity", "hidden")
 MAY_DIFFER = ("seed", "k", *COEFFICIENTS)
@@ -46,9 +48,12 @@ class APDConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("n_components", "k", "lr", "steps", "batch_size", "p", "init_scale"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)}; expected a positive number")
+        for name in ("n_components", "steps", "batch_size"):
+            given_whole(name, getattr(self, name), least=1)
+        for name in ("k", "lr", "p", "init_scale"):
+            given_number(name, getattr(self, name), above=0)
+        for name in ("faithfulness", "minimality", "simplicity", "hidden"):
+            given_number(name, getattr(self, name), least=0)
         if self.n_active < 1:
             raise ValueError(f"k={self.k} of {self.batch_size} inputs: no component would ever be active")
         if not 0 <= self.warmup < 1:

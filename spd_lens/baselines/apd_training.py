@@ -9,7 +9,8 @@ from spd_lens.baselines.apd import APD
 from spd_lens.baselines.apd_config import MAY_DIFFER, APDConfig
 from spd_lens.baselines.apd_learner import APDLearner
 from spd_lens.baselines.apd_targets import target_of
-from spd_lens.support.files import given_directory
+from spd_lens.support.files import made_directory
+from spd_lens.support.given import given_instance, given_list
 from spd_lens.support.owners import held
 from spd_lens.support.progress import tqdm
 from spd_lens.toys.resid_mlp import ResidMLP
@@ -34,8 +35,7 @@ def train_apd(
     if out_dir is None:
         _train(learner, None, checkpoint_every, log_every)
     else:
-        directory = given_directory(out_dir, "out_dir")
-        directory.mkdir(parents=True, exist_ok=True)
+        directory = made_directory(out_dir, "out_dir")
         with held(directory / "running.json", "training"):
             _train(learner, directory, checkpoint_every, log_every)
     return learner.results()
@@ -56,7 +56,14 @@ def _train(learner: APDLearner, directory: Path | None, checkpoint_every: int, l
 def _checked(
     models: Sequence[TMS] | Sequence[ResidMLP], configs: APDConfig | Sequence[APDConfig]
 ) -> tuple[APDConfig, ...]:
-    members = (configs,) * len(models) if isinstance(configs, APDConfig) else tuple(configs)
+    models = given_list("models", models, "TMS or ResidMLP models, of equal sizes")
+    odd = [model for model in models if not isinstance(model, (TMS, ResidMLP))]
+    if odd:
+        raise TypeError(f"models holds a {type(odd[0]).__name__}; expected TMS or ResidMLP models")
+    single = isinstance(configs, APDConfig)
+    members = (configs,) * len(models) if single else tuple(given_list("configs", configs, "APDConfig"))
+    for config in members:
+        given_instance("a config", config, APDConfig, "APDConfig(n_components=5, k=1, lr=1e-3, steps=100)")
     if not models or len(models) != len(members):
         raise ValueError(f"{len(models)} models and {len(members)} configs; expected one config for every model")
     for i, member in enumerate(members):

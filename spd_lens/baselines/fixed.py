@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from spd_lens.core.decomposing import decompose
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.gates import GateKind
+from spd_lens.support.given import given_one_of, given_whole
 from spd_lens.training.config import TrainConfig
-from spd_lens.training.many import ManyResult, train_many
+from spd_lens.training.many import ManyResult, checked_members, train_many
 
 FixedKind = Literal["svd", "random", "rows"]
 
@@ -43,6 +44,8 @@ def fixed_factors(
     Unused subcomponents are zero. Raises ValueError where C is below what the sum takes: `min(d_in, d_out)`, for rows
     `d_in`.
     """
+    given_one_of("kind", kind, get_args(FixedKind))
+    given_whole("n_subcomponents", n_subcomponents, least=1)
     W = W.detach().double().cpu()
     d_in, d_out = W.shape
     least = d_in if kind == "rows" else min(d_in, d_out)
@@ -62,7 +65,7 @@ def fixed_factors(
             thin = torch.randn(n_subcomponents, least, generator=generator, dtype=W.dtype)
             thin = thin / thin.norm(dim=1, keepdim=True)
             return (thin.T, torch.linalg.pinv(thin.T) @ W) if d_in <= d_out else (W @ torch.linalg.pinv(thin), thin)
-    raise ValueError(f"kind={kind!r}; expected 'svd', 'random' or 'rows'")
+    raise AssertionError(kind)
 
 
 def decompose_fixed(
@@ -79,6 +82,7 @@ def decompose_fixed(
     Sites with tied weights share them. The gates are initialised from `seed`. Raises ValueError as `fixed_factors`; the
     model then keeps the decomposition with random subcomponents.
     """
+    given_one_of("kind", kind, get_args(FixedKind))
     decomposition = decompose(model, n_subcomponents, gate=gate, gate_width=gate_width, seed=seed)
     with torch.no_grad():
         for index, weight in enumerate(decomposition.values()):
@@ -101,6 +105,7 @@ def train_gates(
     Their learning rate is so small that adding a step to a number leaves the number as it is (a zero would become
     1e-30; V and U are written back at the end). Faithfulness has nothing to train and is left out, with its warm-up.
     """
+    decompositions = checked_members(decompositions, batches, configs)
     members = [configs] * len(decompositions) if isinstance(configs, TrainConfig) else list(configs)
     members = [
         m.changed(

@@ -11,11 +11,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from spd_lens.core.decomposition import Decomposition
+from spd_lens.core.inputs import as_mask
 from spd_lens.core.masks import SiteMask
 from spd_lens.objective.adversary import PGD, ascend
 from spd_lens.objective.divergences import divergence, log_probs
 from spd_lens.objective.mask_sources import masks_from_sources
 from spd_lens.patching.arguments import checked_input
+from spd_lens.support.given import given_function, shown
 from spd_lens.tasks.task import Task
 
 Objective: TypeAlias = Literal["kl", "answer"]
@@ -67,6 +69,10 @@ class Behaviour:
     ) -> None:
         if objective not in ("kl", "answer"):
             raise ValueError(f"objective={objective!r}; expected 'kl' or 'answer'")
+        if metrics is not None and not isinstance(metrics, Mapping):
+            raise TypeError(f"metrics={shown(metrics)}; expected {{name: function of the logits}}")
+        for name, metric in (metrics or {}).items():
+            given_function(f"the metric {name!r}", metric, "of the logits that returns one number")
         self.decomposition, self.metrics = decomposition, dict(metrics or {})
         self.objective: Objective = objective
         self.task = prompts.to(decomposition.device) if isinstance(prompts, Task) else None
@@ -96,11 +102,9 @@ class Behaviour:
 
     def _checked_mask(self, position_mask: Tensor) -> Tensor:
         shape = self.logits.shape[:-1]
-        if position_mask.dtype != torch.bool or position_mask.shape != shape or not bool(position_mask.any()):
-            raise ValueError(
-                f"position_mask is {position_mask.dtype} {tuple(position_mask.shape)}; expected bool {tuple(shape)} "
-                "with at least one True"
-            )
+        position_mask = as_mask(position_mask, shape, "position_mask")
+        if not bool(position_mask.any()):
+            raise ValueError("position_mask is False everywhere; expected at least one position that counts")
         return position_mask.to(self.decomposition.device)
 
     def importances(self, nodes: Nodes, rows: Tensor | None = None) -> dict[str, Tensor]:

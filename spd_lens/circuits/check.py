@@ -26,6 +26,7 @@ from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.masks import SiteMask, sample_masks
 from spd_lens.objective.adversary import PGD, random_sources
 from spd_lens.objective.mask_sources import masks_from_sources
+from spd_lens.support.given import given_instance, given_number, given_seed, given_whole, given_wholes
 from spd_lens.support.pages import table_html
 from spd_lens.support.tables import format_table
 from spd_lens.tasks.task import Task
@@ -170,6 +171,7 @@ class CircuitReport:
         return table_html(*self._table(), notes=[f"Verdict: {self.verdict}"])
 
 
+@torch.inference_mode(False)
 def check_circuit(
     decomposition: Decomposition,
     circuit: Circuit,
@@ -217,7 +219,11 @@ def report_on(
     how: Mapping[str, Any] | None = None,
 ) -> CircuitReport:
     """`check_circuit` for prompts that were prepared already."""
-    check_budgets(budgets, restarts, draws)
+    given_instance("circuit", circuit, Circuit, "circuit_of(decomposition, ids), or find_circuit(...).circuit")
+    budgets = check_budgets(budgets, restarts, draws)
+    step_size = given_number("step_size", step_size, above=0)
+    holds_above = given_number("holds_above", holds_above, above=0, most=1)
+    seed = given_seed(seed)
     decomposition = behaviour.decomposition
     _check_positions(behaviour, circuit)
     generator = torch.Generator(decomposition.device).manual_seed(seed)
@@ -254,10 +260,11 @@ def report_on(
     )
 
 
-def check_budgets(budgets: Sequence[int], restarts: int, draws: int) -> None:
-    """Raise ValueError unless all are at least 1 (no budget at all means no adversary)."""
-    if any(steps < 1 for steps in budgets) or draws < 1 or restarts < 1:
-        raise ValueError(f"budgets={tuple(budgets)}, draws={draws}, restarts={restarts}; expected at least 1 of each")
+def check_budgets(budgets: Sequence[int], restarts: int, draws: int) -> tuple[int, ...]:
+    """The budgets; ValueError or TypeError unless all are at least 1 (no budget at all means no adversary)."""
+    given_whole("restarts", restarts, least=1)
+    given_whole("draws", draws, least=1)
+    return given_wholes("budgets", budgets, least=1, of="numbers of steps, such as [20, 40]")
 
 
 def _ladder(
@@ -296,7 +303,8 @@ def _check_positions(behaviour: Behaviour, circuit: Circuit) -> None:
         if kept.shape[1] != count or kept.shape[0] not in (1, *lead[1:2]):
             raise ValueError(
                 f"the circuit has nodes {tuple(kept.shape)} at {site}, these prompts and this decomposition "
-                f"{(*lead[1:2], count)}: a circuit with positions holds for prompts of one length"
+                f"{(*lead[1:2], count)}: a circuit with positions holds for prompts of one "
+                "length, any for its own decomposition; make one with circuit_of or find_circuit"
             )
 
 

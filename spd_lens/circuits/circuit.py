@@ -14,8 +14,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from spd_lens.core.decomposition import Decomposition
+from spd_lens.core.inputs import checked_decomposition
 from spd_lens.core.interventions import HookList, delta_hooks, mask_hooks
 from spd_lens.core.units import Ids, Unit, check_site, units_of
+from spd_lens.support.given import given_whole
 from spd_lens.support.pages import shortened, table_html
 
 
@@ -122,6 +124,7 @@ def circuit_of(decomposition: Decomposition, ids: Ids, *, n_positions: int | Non
     >>> print(circuit)
     2 subcomponents: blocks.0.mlp.W_in[3, 5]
     """
+    checked_decomposition(decomposition, "circuit_of")
     if isinstance(ids, Mapping):
         for site in ids:
             check_site(decomposition, site)
@@ -131,6 +134,8 @@ def circuit_of(decomposition: Decomposition, ids: Ids, *, n_positions: int | Non
     placed = [unit for unit in units if unit.positions is not None]
     if placed and n_positions is None:
         raise ValueError(f"{placed[0]} has positions; give n_positions, the length of the prompts")
+    if n_positions is not None:
+        n_positions = given_whole("n_positions", n_positions, least=1)
     length = (n_positions or 1) if placed else 1
     kept = {}
     for site, weight in decomposition.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Any, Literal, TypeAlias, get_args
 
+from annotated_types import Le
 from pydantic import BeforeValidator
 
 from spd_lens.circuits.behaviour import Objective
@@ -14,10 +15,9 @@ from spd_lens.support.validated import (
     Count,
     CountOrZero,
     Flag,
-    Integer,
     NonNegative,
-    Number,
     Positive,
+    Seed,
     as_tuple,
     unknown_field,
     validated,
@@ -71,8 +71,8 @@ class CircuitConfig:
     prune_tries: CountOrZero = 60
     budgets: Annotated[tuple[Count, ...], as_tuple] = BUDGETS
     restarts: Count = 3
-    holds_above: Number = HOLDS_ABOVE
-    seed: Integer = 0
+    holds_above: Annotated[float, Positive, Le(1)] = HOLDS_ABOVE
+    seed: Seed = 0
 
     def changed(self, **changes: Any) -> CircuitConfig:
         """A copy with some fields changed, checked again."""

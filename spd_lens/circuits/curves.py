@@ -28,6 +28,7 @@ from torch import Tensor
 
 from spd_lens.circuits.parts import HeadAndMLPParts, Outside, Parts, SubcomponentParts
 from spd_lens.core.decomposition import Decomposition
+from spd_lens.support.given import given_instance, given_list, given_number, given_whole, shown
 from spd_lens.support.pages import table_html
 from spd_lens.support.tables import format_table
 from spd_lens.tasks.task import Task
@@ -93,6 +94,7 @@ class FaithfulnessCurve:
         return table_html(*self._table(), notes=[self._areas()])
 
 
+@torch.inference_mode(False)
 def faithfulness_curve(
     parts: Parts,
     scores: Float[Tensor, " part"] | Mapping[str, float] | None = None,
@@ -109,7 +111,8 @@ def faithfulness_curve(
     n = len(parts)
     if sizes is None:
         sizes = range(n + 1) if n <= _ALL_SIZES else [round(fraction * n) for fraction in FRACTIONS]
-    chosen = sorted({0, n, *(int(size) for size in sizes)})
+    sizes = [given_whole("a size", size) for size in given_list("sizes", sizes, "numbers of units")]
+    chosen = sorted({0, n, *sizes})
     if chosen[0] < 0 or chosen[-1] > n:
         raise ValueError(f"sizes {list(sizes)}: expected numbers of parts between 0 and {n}")
     found = [faithfulness_of_first(parts, ranking, size) for size in chosen]
@@ -119,6 +122,7 @@ def faithfulness_curve(
 
 def ranked(parts: Parts, scores: Float[Tensor, " part"] | Mapping[str, float] | None) -> list[int]:
     """The parts' numbers by falling score; equal ones in their own order."""
+    given_instance("parts", parts, Parts, "SubcomponentParts(decomposition, task), for example")
     if scores is None:
         scores = parts.scores()
     if isinstance(scores, Mapping):
@@ -126,8 +130,8 @@ def ranked(parts: Parts, scores: Float[Tensor, " part"] | Mapping[str, float] | 
         for label, score in scores.items():
             by_label[parts.index(label)] = float(score)
         scores = by_label
-    if scores.shape != (len(parts),) or bool(scores.isnan().any()):
-        raise ValueError(f"scores have shape {tuple(scores.shape)}; expected ({len(parts)},), one per part, and no NaN")
+    if not isinstance(scores, Tensor) or scores.shape != (len(parts),) or bool(scores.isnan().any()):
+        raise ValueError(f"scores={shown(scores)}; expected a tensor ({len(parts)},), one per part, and no NaN")
     return scores.argsort(descending=True, stable=True).tolist()
 
 
@@ -220,6 +224,7 @@ class PartComparison:
         return table_html(f"parts to reach {self.level:g}", header, rows, notes)
 
 
+@torch.inference_mode(False)
 def compare_parts(
     decomposition: Decomposition,
     task: Task,
@@ -238,6 +243,9 @@ def compare_parts(
 
     Raises ValueError where the model does not do the task, or whole heads and MLPs cannot reach the level.
     """
+    level = given_number("level", level, above=0, most=1)
+    if scores is not None and not isinstance(scores, Mapping):
+        raise TypeError(f"scores={shown(scores)}; expected {{name: scores of the subcomponents}}")
     alone = SubcomponentParts(decomposition, task, outside=outside, deltas=False)
     kinds: dict[str, tuple[Parts, Any]] = {
         "heads and MLPs": (HeadAndMLPParts(decomposition, task, outside=outside), None),

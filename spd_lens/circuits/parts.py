@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from spd_lens.core.decomposition import Decomposition
+from spd_lens.core.inputs import checked_decomposition
 from spd_lens.core.interventions import HookList
 from spd_lens.core.units import DELTA, Unit
 from spd_lens.patching.frozen import output_names
@@ -47,6 +48,7 @@ class Parts(ABC):
             raise ValueError(f"outside={outside!r}; expected 'corrupted' (the other prompt's values) or 'zero'")
         if not isinstance(task, Task):
             raise TypeError(f"task is a {type(task).__name__}; expected a Task with clean and corrupted prompts")
+        checked_decomposition(decomposition, type(self).__name__)
         self.decomposition, self.outside = decomposition, outside
         self.task = task.to(decomposition.device)
         self.metric: NormalizedMetric = self.task.metric(decomposition)

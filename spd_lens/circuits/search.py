@@ -39,6 +39,7 @@ from spd_lens.objective.adversary import PGD, Persistent, random_sources
 from spd_lens.objective.losses import minimality_loss
 from spd_lens.objective.mask_sources import Climb, Masks, MaskSource, mask_source, masks_from_sources
 from spd_lens.objective.penalties import Power
+from spd_lens.support.given import given_instance
 from spd_lens.support.progress import tqdm
 from spd_lens.tasks.task import Task
 
@@ -46,6 +47,7 @@ from spd_lens.tasks.task import Task
 _BELOW = -0.01
 
 
+@torch.inference_mode(False)
 def find_circuit(
     decomposition: Decomposition,
     prompts: Task | Tensor,
@@ -77,7 +79,9 @@ def find_circuit(
     >>> report.n_nodes <= 8
     True
     """
-    config = (config or CircuitConfig()).changed(**changes)
+    config = CircuitConfig() if config is None else config
+    given_instance("config", config, CircuitConfig, "CircuitConfig(steps=100), or steps=100 alone")
+    config = config.changed(**changes)
     behaviour = Behaviour(
         decomposition, prompts, position_mask=position_mask, objective=config.objective, metrics=metrics
     )

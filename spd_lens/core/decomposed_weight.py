@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import html
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +32,7 @@ from spd_lens.core.points import MaskedAlready, ReadPoint, has_hook
 from spd_lens.core.squashings import importance_of
 from spd_lens.core.subcomponents import Subcomponents
 from spd_lens.hosts.site import POINT_SUFFIXES, Site
+from spd_lens.support.given import shown
 
 if TYPE_CHECKING:
     from transformer_lens import FactoredMatrix
@@ -144,6 +146,8 @@ class DecomposedWeight(ReadPoint):
         """The rank-one matrix `V[:, c] U[c, :]` as TransformerLens's `FactoredMatrix [d_in, d_out]`."""
         from transformer_lens import FactoredMatrix
 
+        if isinstance(c, bool) or not isinstance(c, Integral):
+            raise TypeError(f"subcomponent {shown(c)} of {self.site.name}: expected one id, a whole number")
         if not 0 <= c < self.n_subcomponents:
             raise ValueError(f"subcomponent {c} of {self.site.name}: expected 0..{self.n_subcomponents - 1}")
         return FactoredMatrix(self.V[:, c : c + 1], self.U[c : c + 1, :])

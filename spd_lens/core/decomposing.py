@@ -17,6 +17,7 @@ from spd_lens.core.swap import check_sites, swap_sites
 from spd_lens.hosts.host import Host
 from spd_lens.hosts.opening import open_host
 from spd_lens.hosts.site import Site, match_sites
+from spd_lens.support.given import given_function, given_seed, shown
 from spd_lens.support.names import near_names
 
 
@@ -77,18 +78,18 @@ def decompose(
     Raises ValueError or TypeError as `decompose_layer`; the model is then unchanged.
     """
     host = open_host(model)
-    if isinstance(seed, bool) or not isinstance(seed, Integral):
-        raise TypeError(f"seed={seed!r}; expected a whole number")
+    seed = given_seed(seed)
+    _check_makers(gate, init)
     counts = _matched_counts(host, n_subcomponents)
     sites = check_sites(host, counts)
-    generator = torch.Generator().manual_seed(int(seed))
+    generator = torch.Generator().manual_seed(seed)
     kind = gate if isinstance(gate, str) else "own"
     settings = Settings(
         n_subcomponents={site.name: _count(site, counts[site.name]) for site in sites},
         gate=kind,
         gate_width=gate_width if gate_width is not None else DEFAULT_WIDTH.get(kind),  # pyright: ignore
         init="own" if callable(init) else init,
-        seed=int(seed),
+        seed=seed,
         own_gate=gate if kind == "own" else None,
         own_init=init if callable(init) else None,
         **_checked_options(kind, gate_options),
@@ -97,9 +98,17 @@ def decompose(
 
 
 def _names_within_block(sites: Sequence[str], layer: int) -> tuple[str, ...]:
-    if isinstance(sites, str) or not isinstance(sites, Iterable):
-        raise TypeError(f"sites={sites!r}; expected a list of names, for example sites=[{str(sites)!r}]")
+    if isinstance(sites, (str, Mapping)) or not isinstance(sites, Iterable):
+        if isinstance(sites, Mapping):
+            instead = "[" + ", ".join(map(repr, sites)) + "] (a C for each: decompose(model, {name: C}))"
+        else:
+            instead = f"[{str(sites)!r}]"
+        raise TypeError(f"sites={sites!r}; expected a list of names, for example sites={instead}")
     chosen = tuple(sites)
+    if not chosen:
+        raise ValueError("sites is empty; expected names such as 'mlp.W_in', or None for the matrices of the MLP")
+    if len(set(chosen)) < len(chosen):
+        raise ValueError(f"sites={list(chosen)!r} names one twice; expected every name once")
     odd = [site for site in chosen if not isinstance(site, str)]
     if odd:
         raise TypeError(f"sites holds {odd[0]!r}; expected names such as 'mlp.W_in'")
@@ -128,6 +137,17 @@ def _matched_counts(host: Host, patterns: Mapping[str, int | None]) -> dict[str,
     return match_sites(plain, names)
 
 
+def _check_makers(gate: Any, init: Any) -> None:
+    """Kinds and makers of one's own; unknown texts are refused by the settings, wrong results where they come back."""
+    if not isinstance(gate, str) and (isinstance(gate, nn.Module) or not callable(gate)):
+        raise TypeError(
+            f"gate={shown(gate)}; expected a kind such as 'scalar', or a function that makes the gate of one site: "
+            "gate(d_in=, n_subcomponents=, generator=) -> Gate"
+        )
+    if not isinstance(init, str):
+        given_function("init", init, "(W, C, generator) -> (V, U), or a kind such as 'normal'", 3)
+
+
 def _count(site: Site, count: int | None) -> int:
     return int(1.5 * min(site.matrix.read().shape)) if count is None else count
 
@@ -138,6 +158,8 @@ GATE_OPTIONS = {"n_blocks": "gate_blocks", "n_heads": "gate_heads", "causal": "g
 def _checked_options(gate: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
     if not options:
         return {}
+    if not isinstance(options, Mapping):
+        raise TypeError(f"gate_options={shown(options)}; expected a dict such as {{'n_blocks': 2}}")
     if gate != "global":
         raise ValueError(f"gate_options with gate={gate!r}; expected them with gate='global' only")
     for name in options:

@@ -16,9 +16,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from spd_lens.core.decomposed_weight import DecomposedWeight
-from spd_lens.core.gate_sets import Gates, gates_of
-from spd_lens.core.inputs import checked_tokens
-from spd_lens.core.interventions import Factor, HookList, ablation_hooks, hooks_for_masks, keeping_hooks
+from spd_lens.core.gate_sets import GateOfAll, Gates, gates_of
+from spd_lens.core.gates import GlobalGate
+from spd_lens.core.inputs import can_be_read, checked_tokens
+from spd_lens.core.interventions import (
+    Factor,
+    HookList,
+    ablation_hooks,
+    check_site,
+    hooks_for_masks,
+    keeping_hooks,
+)
 from spd_lens.core.masks import SiteMask
 from spd_lens.core.passes import BlockStarts, CleanPass, captured, given_masks, record_inputs, run
 from spd_lens.core.saving import check_same_weights, read_decomposition, upload, write_decomposition
@@ -30,6 +38,7 @@ from spd_lens.core.units import Unit, unit_hooks
 from spd_lens.hosts.host import Host
 from spd_lens.hosts.opening import open_host
 from spd_lens.support.files import numbers
+from spd_lens.support.given import given_whole, shown
 from spd_lens.support.names import near_names
 from spd_lens.support.pages import table_html
 from spd_lens.support.shown import text_html
@@ -65,6 +74,8 @@ class Decomposition(Mapping[str, DecomposedWeight]):
 
         Raises ValueError if there is none, or more than one.
         """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"given a {type(model).__name__}; expected the model that a decomposition is in")
         weights = [module for module in model.modules() if isinstance(module, DecomposedWeight)]
         found = {id(weight.swapped.decomposition): weight.swapped.decomposition for weight in weights}
         if len(found) != 1:
@@ -78,7 +89,7 @@ class Decomposition(Mapping[str, DecomposedWeight]):
     def __getitem__(self, name: str) -> DecomposedWeight:
         self.require_present()
         if name not in self._weights:
-            raise KeyError(f"no decomposed site {name!r}; near: {near_names(name, self._weights)}")
+            raise KeyError(f"no decomposed site {name!r}; near: {near_names(str(name), self._weights)}")
         return self._weights[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -112,11 +123,19 @@ class Decomposition(Mapping[str, DecomposedWeight]):
     @property
     def gates(self) -> Gates:
         """All gates behind one interface, whether every site has its own or one serves all."""
+        self.require_present()
         return gates_of(self._weights)
+
+    @property
+    def global_gate(self) -> GlobalGate | None:
+        """The one gate of all sites (`gate="global"`), or None where every site has its own."""
+        gates = self.gates
+        return gates.gate if isinstance(gates, GateOfAll) else None
 
     @property
     def device(self) -> torch.device:
         """Where the subcomponents are."""
+        self.require_present()
         return next(iter(self._weights.values())).V.device
 
     # -- parameters --------------------------------------------------------------------------------------------
@@ -133,6 +152,7 @@ class Decomposition(Mapping[str, DecomposedWeight]):
         """Move the model together with its decomposition, as `model.to`; returns itself.
 
         V, U and gates stay in float32 when the model becomes half precision."""
+        self.require_present()
         self.model.to(*args, **kwargs)
         return self
 
@@ -154,6 +174,7 @@ class Decomposition(Mapping[str, DecomposedWeight]):
         the output. `attention_mask [batch pos]` is 0 where tokens are padding.
         """
         self.require_present()
+        batch = self._entering(batch, start_at)
         self.starts.require_reached(start_at)
         self.starts.require_stop(stop_at)
         starts = {self.starts.first_block([name]) for name in self} if self.host.can_start_at_blocks() else set()
@@ -185,6 +206,7 @@ class Decomposition(Mapping[str, DecomposedWeight]):
         again where the output is the same, bit for bit (`starts`). `stop_at` as for `clean_pass`.
         """
         self.require_present()
+        batch, masks = self._entering(batch, start_at), self._checked_masks(masks)
         first = self.starts.first_block(masks)
         entered = residuals.get(first) if residuals and first is not None and attention_mask is None else None
         if (
@@ -208,9 +230,38 @@ class Decomposition(Mapping[str, DecomposedWeight]):
     ) -> dict[str, Tensor]:
         """As `masked_forward`, but the activations of the named hook points, with gradients (L7)."""
         self.require_present()
+        batch, masks = self._entering(batch, start_at), self._checked_masks(masks)
         with given_masks(self._weights, masks), captured(self.host, points) as hidden:
             self._run(batch, start_at, attention_mask, stop_at)
         return hidden
+
+    def _entering(self, batch: Any, start_at: int | None) -> Tensor:
+        """What a pass is given: tokens or inputs, or a residual stream for block `start_at`, checked in words."""
+        if start_at is None:
+            readable = can_be_read(batch) if isinstance(batch, Tensor) else True
+            return checked_tokens(batch, self.host, name="the batch", values=readable)
+        given_whole("start_at", start_at, least=0, most=self.host.n_layers() - 1)
+        width = self.host.d_model()
+        if not isinstance(batch, Tensor) or not batch.is_floating_point() or batch.shape[2:] != (width,):
+            raise ValueError(
+                f"start_at={start_at} with {shown(batch)}; expected the residual stream [batch pos {width}] that "
+                "enters that block, in floating point"
+            )
+        return batch
+
+    def _checked_masks(self, masks: Any) -> Mapping[str, SiteMask]:
+        if not isinstance(masks, Mapping):
+            raise TypeError(f"masks={shown(masks)}; expected {{site: SiteMask(mask, delta)}}")
+        for name, given in masks.items():
+            check_site(self._weights, name)
+            if not isinstance(given, SiteMask):
+                raise TypeError(f"the mask of {name} is {shown(given)}; expected a SiteMask(mask [batch pos C], delta)")
+            count = self._weights[name].n_subcomponents
+            if given.mask is not None and given.mask.shape[-1] != count:
+                raise ValueError(
+                    f"the mask of {name} has shape {tuple(given.mask.shape)}; expected a last axis of C = {count}"
+                )
+        return masks
 
     def _run(
         self, batch: Tensor, start_at: int | None, attention_mask: Tensor | None = None, stop_at: int | None = None
@@ -225,6 +276,10 @@ class Decomposition(Mapping[str, DecomposedWeight]):
 
     def pre_importances(self, inputs: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "*batch _"]]:
         """Pre-activations `p [batch pos C]` of every site's gate, from the clean inputs `x` (S4)."""
+        if not isinstance(inputs, Mapping):
+            raise TypeError(f"inputs={shown(inputs)}; expected {{site: x}}, as clean_pass(tokens).inputs gives")
+        for name in inputs:
+            check_site(self._weights, name)
         return self.gates.pre_activations(inputs)
 
     @torch.no_grad()
@@ -243,24 +298,31 @@ class Decomposition(Mapping[str, DecomposedWeight]):
         that it receives.
         """
         if not isinstance(subcomponents, Mapping):
-            return unit_hooks(self, subcomponents, keep=False)
-        return [hook for name, ids in subcomponents.items() for hook in ablation_hooks(self[name], ids)]
+            return unit_hooks(self, _given_units(subcomponents), keep=False)
+        return [hook for weight, ids in self._named(subcomponents) for hook in ablation_hooks(weight, ids)]
 
     def keep(self, subcomponents: Mapping[str, Any] | Unit | Sequence[Unit]) -> HookList:
         """Hooks that keep only the named subcomponents, or units, of each named site: all else there is 0."""
         if not isinstance(subcomponents, Mapping):
-            return unit_hooks(self, subcomponents, keep=True)
-        return [hook for name, ids in subcomponents.items() for hook in keeping_hooks(self[name], ids)]
+            return unit_hooks(self, _given_units(subcomponents), keep=True)
+        return [hook for weight, ids in self._named(subcomponents) for hook in keeping_hooks(weight, ids)]
+
+    def _named(self, subcomponents: Mapping[str, Any]) -> list[tuple[DecomposedWeight, Any]]:
+        if not subcomponents:
+            raise ValueError("no site is named; expected {site: ids}, for example {'blocks.0.mlp.W_in': [3, 17]}")
+        for name in subcomponents:
+            check_site(self, name)
+        return [(self[name], ids) for name, ids in subcomponents.items()]
 
     def mask(
         self,
         masks: Mapping[str, Factor],
-        delta: float | Mapping[str, Factor] = 1.0,
+        delta: Factor | Mapping[str, Factor] = 1.0,
     ) -> HookList:
         """Hooks that multiply the masks of the named sites by `mask` (`[C]` or `[batch pos C]`).
 
-        `delta` is one number for all named sites, or `{site: Tensor [batch pos]}`. Masks may be tensors or arrays of
-        any dtype.
+        `delta` is one number (or tensor `[batch pos]`) for all named sites, or one for each: `{site: delta}`. Masks
+        may be tensors or arrays of any dtype.
         """
         return hooks_for_masks(self, masks, delta)
 
@@ -289,12 +351,16 @@ class Decomposition(Mapping[str, DecomposedWeight]):
     def load_tensors(self, saved: Mapping[str, Tensor]) -> None:
         """Copy in tensors that `tensors()` gave; names and shapes are checked before anything is written."""
         own = self.tensors()
+        if not isinstance(saved, Mapping) or not all(isinstance(t, Tensor) for t in saved.values()):
+            raise TypeError(f"the saved tensors are {shown(saved)}; expected {{name: tensor}}, as tensors() gives")
         if own.keys() != saved.keys():
             odd = sorted(own.keys() ^ saved.keys())[:3]
             raise ValueError(f"the saved tensors do not belong to these sites; first differences: {odd}")
         for name, tensor in own.items():
             if tensor.shape != saved[name].shape:
                 raise ValueError(f"{name} has shape {tuple(saved[name].shape)}; expected {tuple(tensor.shape)}")
+            if not saved[name].is_meta and not bool(saved[name].isfinite().all()):
+                raise ValueError(f"{name} is NaN or infinite in the saved tensors; nothing was loaded")
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(saved[name])
@@ -310,6 +376,9 @@ class Decomposition(Mapping[str, DecomposedWeight]):
         lost then.
         """
         self.require_present()
+        for name, tensor in self.tensors().items():
+            if not bool(tensor.isfinite().all()):
+                raise ValueError(f"{name} is NaN or infinite: there is nothing to save; load or decompose again")
         return write_decomposition(
             directory,
             self.tensors(),
@@ -383,3 +452,9 @@ class Decomposition(Mapping[str, DecomposedWeight]):
         """ValueError if `remove` was called."""
         if self._removed:
             raise ValueError("this decomposition was removed from its model; decompose it again, or load a saved one")
+
+
+def _given_units(subcomponents: Any) -> Any:
+    if subcomponents is None:
+        raise TypeError("subcomponents is None; expected {site: ids}, a Unit, or a list of units")
+    return subcomponents

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from spd_lens.hosts.host import Host
+from spd_lens.support.given import shown
 
 
 def checked_decomposition(decomposition: Any, caller: str) -> Any:
@@ -59,11 +60,17 @@ def checked_tokens(tokens: Any, host: Host, *, name: str = "tokens", values: boo
             f"{name}[:, :{limit}], or pack texts with pack_tokens(texts, tokenizer, context={limit})"
         )
     given = given.long()
-    if values and given.device.type != "meta":
+    if values and given.device.type != "meta" and not torch._C._functorch.is_functorch_wrapped_tensor(given):
         low, high = int(given.min()), int(given.max())
         if low < 0 or high >= d_vocab:
             raise ValueError(f"{name}: token ids run from {low} to {high}, but the vocabulary is 0..{d_vocab - 1}")
     return given
+
+
+def can_be_read(tensor: Tensor) -> bool:
+    """Whether looking at the values makes nothing wait and is possible: on the CPU, outside `torch.func`, compilers."""
+    traced = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return tensor.device.type == "cpu" and not traced
 
 
 def as_tensor(value: Any, name: str) -> Tensor:
@@ -90,6 +97,10 @@ def as_tensor(value: Any, name: str) -> Tensor:
         raise TypeError(f"{name} is a {type(value).__name__}; expected a tensor [batch pos] of token ids")
     if value.dtype == torch.bool:
         raise TypeError(f"{name} is boolean, which looks like a mask; expected token ids or numbers")
+    if value.is_inference():
+        # Made under torch.inference_mode(), where gradients could not pass through what is computed from it.
+        with torch.inference_mode(False):
+            value = value.clone()
     return value if value.is_floating_point() or value.is_complex() else value.long()
 
 
@@ -122,9 +133,15 @@ def as_mask(mask: Any, shape: Sequence[int], name: str) -> Tensor:
     Raises ValueError for other values and other shapes.
     """
     if not isinstance(mask, Tensor):
-        mask = torch.as_tensor(np.asarray(mask))
+        array = np.asarray(mask)
+        if array.dtype.kind not in "biuf":
+            raise TypeError(f"{name} is {shown(mask)}; expected True (or 1) where a position counts, {tuple(shape)}")
+        mask = torch.as_tensor(array)
     if tuple(mask.shape) != tuple(shape):
         raise ValueError(f"{name} has shape {tuple(mask.shape)}; expected {tuple(shape)}, one entry per position")
+    if mask.is_inference():
+        with torch.inference_mode(False):
+            mask = mask.clone()
     if mask.dtype == torch.bool:
         return mask
     as_bool = mask != 0

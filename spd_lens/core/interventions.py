@@ -17,6 +17,9 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from spd_lens.core.decomposed_weight import DecomposedWeight
+from spd_lens.core.inputs import can_be_read
+from spd_lens.support.given import given_number, shown
+from spd_lens.support.names import near_names
 
 HookList = list[tuple[str, Any]]
 
@@ -40,7 +43,7 @@ def keeping_hooks(weight: DecomposedWeight, ids: Iterable[Any] | Integral | int)
 
 def mask_hooks(weight: DecomposedWeight, mask: Factor) -> HookList:
     """The site's mask is multiplied by `mask`, `[C]` or `[batch pos C]`."""
-    mask = torch.as_tensor(mask)
+    mask = _as_factor(mask, f"mask for {weight.site.name}")
     if mask.shape[-1:] != (weight.n_subcomponents,):
         raise ValueError(
             f"mask for {weight.site.name} has shape {tuple(mask.shape)}; its last axis must be "
@@ -55,11 +58,17 @@ def delta_hooks(weight: DecomposedWeight, delta: Factor) -> HookList:
 
 
 def hooks_for_masks(
-    weights: Mapping[str, DecomposedWeight], masks: Mapping[str, Factor], delta: float | Mapping[str, Factor]
+    weights: Mapping[str, DecomposedWeight], masks: Mapping[str, Factor], delta: Factor | Mapping[str, Factor]
 ) -> HookList:
     """`mask_hooks` for all named sites; `delta` is one number for them, or given per site."""
-    hooks = [hook for name, mask in masks.items() for hook in mask_hooks(weights[name], mask)]
+    if not isinstance(masks, Mapping):
+        raise TypeError(f"masks={shown(masks)}; expected {{site: mask}}, each [C] or [batch pos C]")
+    if not masks and not (isinstance(delta, Mapping) and delta):
+        raise ValueError("no site is named; expected {site: mask}, or delta={site: delta}")
     deltas = delta if isinstance(delta, Mapping) else dict.fromkeys(masks, delta)
+    for site in (*masks, *deltas):
+        check_site(weights, site)
+    hooks = [hook for name, mask in masks.items() for hook in mask_hooks(weights[name], mask)]
     return hooks + [hook for name, value in deltas.items() for hook in delta_hooks(weights[name], value)]
 
 
@@ -68,7 +77,11 @@ def _mask_hook(weight: DecomposedWeight, factor: Tensor) -> tuple[str, Any]:
 
 
 def _delta_hook(weight: DecomposedWeight, factor: Factor) -> tuple[str, Any]:
-    factor = torch.as_tensor(factor) if isinstance(factor, (Tensor, np.ndarray)) else weight.V.new_tensor(float(factor))
+    what = f"delta for {weight.site.name}"
+    if isinstance(factor, (Tensor, np.ndarray)):
+        factor = _as_factor(factor, what)
+    else:
+        factor = weight.V.new_tensor(given_number(what, float(factor) if isinstance(factor, bool) else factor))
     # The point has a last axis of length 1, `[batch pos 1]`.
     return weight.site.point_names()[3], partial(_multiply, factor=factor.unsqueeze(-1) if factor.ndim else factor)
 
@@ -78,14 +91,40 @@ def _multiply(value: Tensor, hook: Any, *, factor: Tensor) -> Tensor:
     factor = factor.to(value.device)
     if factor.ndim == 3 and value.ndim == 4:
         factor = factor.unsqueeze(-2)
-    elif factor.ndim not in (0, 1, value.ndim):
+    elif factor.ndim not in (0, 1, value.ndim) or not _broadcasts(factor, value):
         per_position = hook.name.endswith("_delta_mask")
         given = tuple(factor.shape[:-1] if per_position else factor.shape)
         raise ValueError(
             f"{hook.name} is {tuple(value.shape)} in this pass and was given a factor {given}; "
-            f"expected {'one number or [batch pos]' if per_position else 'the same number of axes, or [C]'}"
+            f"expected {'one number or [batch pos]' if per_position else 'the same shape, or [C]'} of this pass"
         )
     return value * factor
+
+
+def _broadcasts(factor: Tensor, value: Tensor) -> bool:
+    try:
+        return torch.broadcast_shapes(factor.shape, value.shape) == value.shape
+    except RuntimeError:
+        return False
+
+
+def _as_factor(given: Any, what: str) -> Tensor:
+    """A mask or delta mask as a tensor of real, finite numbers (looked at where nothing waits for it)."""
+    try:
+        factor = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{what} is {shown(given)}; expected numbers: a tensor, an array or a list") from None
+    if factor.is_complex():
+        raise TypeError(f"{what} is {factor.dtype}; expected real numbers")
+    if factor.is_floating_point() and can_be_read(factor) and not bool(factor.isfinite().all()):
+        raise ValueError(f"{what} holds NaN or infinite numbers; expected finite ones, usually in [0, 1]")
+    return factor
+
+
+def check_site(weights: Mapping[str, Any], site: Any) -> None:
+    """Raise ValueError, with near names, unless `site` is decomposed."""
+    if site not in weights:
+        raise ValueError(f"no decomposed site {site!r}; near: {near_names(str(site), weights)}")
 
 
 def checked_ids(weight: DecomposedWeight, ids: Iterable[Any] | Integral | int) -> list[int]:

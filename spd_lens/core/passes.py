@@ -15,6 +15,7 @@ from torch import Tensor
 from spd_lens.core.decomposed_weight import DecomposedWeight
 from spd_lens.core.masks import SiteMask
 from spd_lens.hosts.host import Host
+from spd_lens.support.given import given_list
 from spd_lens.support.names import near_names
 from spd_lens.support.shown import short_repr
 
@@ -59,7 +60,7 @@ def captured(host: Host, points: Sequence[str]) -> Iterator[dict[str, Tensor]]:
         yield found
         return
     known = host.model.hook_dict
-    for point in points:
+    for point in given_list("hidden points", points, "names of hook points"):
         if point not in known:
             raise ValueError(f"no hook point {point!r}; near: {near_names(point, known)}")
     # Of this thread only: others may run the same model meanwhile.

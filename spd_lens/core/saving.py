@@ -8,6 +8,7 @@ same weights only.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,9 @@ class SavedDecomposition:
 def _files(directory: Path) -> SavedPair[SavedConfig]:
     def read(path: Path) -> SavedConfig:
         if not path.exists():
-            raise ValueError(f"{path} is missing: {directory} does not hold a {FORMAT}")
+            raise ValueError(
+                f"{path} is missing: {directory} does not hold a {FORMAT}; expected one that save_pretrained wrote"
+            )
         return read_checked(path, SavedConfig, format_name=FORMAT, version=FORMAT_VERSION)
 
     return SavedPair(directory, TENSORS, CONFIG, read, lambda config: config.tensors_sha256)
@@ -90,6 +93,7 @@ def write_decomposition(
     is intact.
     """
     directory = given_directory(directory)
+    _check_license(license)
     _check_names(directory)
     provenance = host.provenance()
     content = {
@@ -107,6 +111,13 @@ def write_decomposition(
 
     _files(directory).write(tensors, config, others)
     return directory
+
+
+def _check_license(license: Any) -> None:
+    if not isinstance(license, str):
+        raise TypeError(f"license={license!r}; expected the Hub's word for one, such as 'mit' or 'other'")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]*", license):
+        raise ValueError(f"license={license!r}; expected the Hub's word for one, such as 'mit' or 'apache-2.0'")
 
 
 def _check_names(directory: Path) -> None:
@@ -175,6 +186,8 @@ def check_same_weights(saved: SavedDecomposition, sites: Sequence[Site]) -> None
     """Raise ValueError, naming the site, unless every weight is the one that the decomposition was made from."""
     made_from, config = saved.config.provenance, saved.config
     for site in sites:
+        if site.matrix.read().is_meta:
+            raise ValueError(f"{site.name} is on the meta device and has no numbers; load the model's weights first")
         if tensor_hash(site.matrix.read()) == config.weight_hashes[site.name]:
             continue
         then, now = config.weight_dtypes[site.name], _dtype(site)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
@@ -23,8 +24,12 @@ from spd_lens.core.subcomponents import Subcomponents, initial_factors
 from spd_lens.hosts.host import Host
 from spd_lens.hosts.site import POINT_SUFFIXES, ModuleInput, PointOutput, Site
 from spd_lens.support.compiling import not_compiled
+from spd_lens.support.given import shown
 from spd_lens.support.interrupts import hold_interrupts
 from spd_lens.support.names import near_names
+
+# C beyond this many times the rank bound is a slip of the keyboard, and memory would be the first to say so.
+_MOST_RANKS = 10_000
 
 
 def check_sites(host: Host, counts: Mapping[str, int | None]) -> list[Site]:
@@ -49,6 +54,11 @@ def _check_site(site: Site, count: int | None, host: Host) -> None:
     if count is not None and count < 1:
         raise ValueError(f"n_subcomponents={count} for {site.name}; expected at least 1")
     target = site.matrix.read()
+    if count is not None and count > _MOST_RANKS * min(target.shape):
+        raise ValueError(
+            f"n_subcomponents={count} for {site.name}, whose rank is at most {min(target.shape)}; expected a small "
+            "multiple of that (None: 1.5 times)"
+        )
     if not target.is_floating_point():
         raise ValueError(
             f"{site.name} is stored as {target.dtype} (quantised); load the model in a floating-point dtype"
@@ -137,6 +147,15 @@ def _make_modules(
     if site.tied_to is None:
         factors = Subcomponents(*_start(site.name, target, count, settings, generator))
     if settings.gate == "own":
+        try:
+            signature(settings.own_gate).bind(d_in=0, n_subcomponents=0, generator=generator)
+        except TypeError as error:
+            raise TypeError(
+                f"gate cannot be called as gate(d_in=, n_subcomponents=, generator=): {error}; expected a function "
+                "with these arguments that makes a spd_lens.core.Gate"
+            ) from None
+        except ValueError:
+            pass  # some of C's tell nothing
         gate = settings.own_gate(d_in=target.shape[0], n_subcomponents=count, generator=generator)
         if not isinstance(gate, Gate):
             raise TypeError(f"the gate made for {site.name} is a {type(gate).__name__}; expected a spd_lens.core.Gate")
@@ -154,8 +173,13 @@ def _start(
     """`V` and `U` at the start, checked if they come from an object of the user's."""
     if settings.init != "own":
         return initial_factors(target, count, settings.init, generator)
-    V, U = settings.own_init(target.detach(), count, generator)
+    made = settings.own_init(target.detach(), count, generator)
     expected = ((target.shape[0], count), (count, target.shape[1]))
+    if not isinstance(made, (tuple, list)) or len(made) != 2 or not all(isinstance(t, Tensor) for t in made):
+        raise TypeError(
+            f"init gave {shown(made)} for {name}; expected two tensors, V of shape {expected[0]} and U {expected[1]}"
+        )
+    V, U = made
     if (tuple(V.shape), tuple(U.shape)) != expected or not bool(V.isfinite().all() & U.isfinite().all()):
         raise ValueError(
             f"init gave V {tuple(V.shape)} and U {tuple(U.shape)} for {name}; expected finite values of shape "

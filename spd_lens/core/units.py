@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from spd_lens.core.decomposed_weight import DecomposedWeight
-from spd_lens.core.interventions import HookList, checked_ids, delta_hooks
-from spd_lens.support.names import near_names
+from spd_lens.core.interventions import HookList, check_site, checked_ids, delta_hooks
+from spd_lens.support.given import given_whole, shown
 
 # Importance above which a subcomponent counts as active.
 ALIVE_ABOVE = 0.01
@@ -131,6 +131,7 @@ def units_of(decomposition: Mapping[str, DecomposedWeight], ids: Ids) -> tuple[U
 
 def _unit(decomposition: Mapping[str, DecomposedWeight], group: Any) -> Unit:
     if isinstance(group, Unit):
+        _check_unit(group)
         members = _members(decomposition, {site: group.ids_at(site) for site in group.sites})
         return replace(group, members=members)
     if isinstance(group, Mapping):
@@ -139,6 +140,20 @@ def _unit(decomposition: Mapping[str, DecomposedWeight], group: Any) -> Unit:
         f"ids holds a {type(group).__name__}; expected {{site: ids}}, or a list of units or of groups "
         "{site: ids, other site: ids}"
     )
+
+
+def _check_unit(unit: Unit) -> None:
+    pairs = unit.members if isinstance(unit.members, (tuple, list)) else ()
+    if not pairs or not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
+        raise TypeError(
+            f"a unit has members={shown(unit.members)}; expected (site, id) pairs, as in "
+            "Unit((('blocks.0.mlp.W_in', 3),))"
+        )
+    if unit.positions is not None:
+        if not isinstance(unit.positions, tuple) or not unit.positions:
+            raise TypeError(f"a unit has positions={shown(unit.positions)}; expected a tuple of positions, or None")
+        for position in unit.positions:
+            given_whole("a unit's position", position)
 
 
 def _listed(site: str, chosen: Any) -> list[Any]:
@@ -162,12 +177,6 @@ def _members(decomposition: Mapping[str, DecomposedWeight], group: Mapping[str, 
     if not members:
         raise ValueError("a group of ids is empty; a unit needs at least one subcomponent")
     return tuple(members)
-
-
-def check_site(decomposition: Mapping[str, DecomposedWeight], site: Any) -> None:
-    """Raise ValueError, with near names, unless `site` is decomposed."""
-    if site not in decomposition:
-        raise ValueError(f"no decomposed site {site!r}; near: {near_names(str(site), decomposition)}")
 
 
 # -- masks -----------------------------------------------------------------------------------------------------------

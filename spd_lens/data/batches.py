@@ -12,7 +12,6 @@ import hashlib
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from spd_lens.core.inputs import as_mask, as_tensor
+from spd_lens.support.given import given_seed, given_whole
 from spd_lens.support.shown import short_repr
 
 
@@ -51,6 +51,8 @@ class Batch:
         inputs = as_tensor(self.inputs, "the batch's inputs")
         if inputs.numel() == 0:
             raise ValueError(f"a batch has shape {tuple(inputs.shape)}: it is empty")
+        if self.start_at is not None:
+            object.__setattr__(self, "start_at", given_whole("start_at", self.start_at, least=0))
         tokens = self.tokens
         if tokens is None and self.start_at is None and not inputs.is_floating_point() and inputs.ndim == 2:
             tokens = inputs
@@ -178,16 +180,13 @@ class TokenBatches:
         exclude: Iterable[int] = (),
     ) -> None:
         self.tokens = _table(tokens)
-        if isinstance(batch_size, bool) or not isinstance(batch_size, Integral):
-            raise TypeError(f"batch_size={batch_size!r}; expected a whole number")
+        batch_size = given_whole("batch_size", batch_size)
         if not 1 <= batch_size <= len(self.tokens):
             raise ValueError(
                 f"batch_size={batch_size} with {len(self.tokens)} rows of tokens; expected between 1 and that number"
             )
-        if isinstance(seed, bool) or not isinstance(seed, Integral):
-            raise TypeError(f"seed={seed!r}; expected a whole number")
-        self.batch_size = int(batch_size)
-        self.seed = int(seed)
+        self.batch_size = batch_size
+        self.seed = given_seed(seed)
         self.exclude = _token_ids(exclude)
         # Which rows of every batch are given: every `count`-th, from `rank` on.
         self._share = (0, 1)
@@ -272,7 +271,7 @@ def _table(tokens: Any) -> Tensor:
     if tokens.ndim != 2 or tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
         raise ValueError(f"tokens have shape {tuple(tokens.shape)}, {tokens.dtype}; expected integers [n pos]")
     if tokens.numel() == 0:
-        raise ValueError(f"tokens have shape {tuple(tokens.shape)}: there are none")
+        raise ValueError(f"tokens have shape {tuple(tokens.shape)}: there are none; expected [n pos]")
     return tokens
 
 

@@ -84,7 +84,9 @@ def _first(source: Any, decomposition: Decomposition, max_batches: int | None, p
             n_given += 1
             yield batch
     if not n_read:
-        raise ValueError(f"the data is empty: not one batch to {purpose} (a generator that was used up before?)")
+        raise ValueError(
+            f"the data is empty: not one batch to {purpose}; expected at least one (was a generator used up before?)"
+        )
     if not n_given:
         raise ValueError(
             f"no position counts in any of the {n_read} batches to {purpose}: the masks leave out everything"
@@ -102,10 +104,10 @@ def checked_batch(item: Any, decomposition: Decomposition, name: str = "the batc
         if batch.start_at is None:
             on_cpu = batch.inputs.device.type == "cpu"
             checked_tokens(batch.inputs, host, name="its tokens", values=on_cpu)
-        elif not 0 <= batch.start_at < host.n_layers() or batch.inputs.ndim != 3:
+        elif not 0 <= batch.start_at < host.n_layers() or batch.inputs.shape[2:] != (host.d_model(),):
             raise ValueError(
                 f"start_at={batch.start_at} with inputs {tuple(batch.inputs.shape)}; expected a residual stream "
-                f"[batch pos d_model] that enters one of the blocks 0..{host.n_layers() - 1}"
+                f"[batch pos {host.d_model()}] that enters one of the blocks 0..{host.n_layers() - 1}"
             )
     except (TypeError, ValueError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
@@ -161,7 +163,7 @@ def _repeated(batches: Iterable[Any]) -> Iterator[Any]:
             yield item
         if count == before:
             raise ValueError(
-                "the data is empty: not one batch came out of it"
+                "the data is empty: not one batch came out of it; expected at least one"
                 if count == 0
                 else f"the data ended after {count} batches and cannot be started again; give a list, a DataLoader or "
                 "TokenBatches instead of an iterator, or ask for fewer steps"

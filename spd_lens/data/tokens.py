@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
-from numbers import Integral
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
+
+from spd_lens.support.given import given_whole
 
 
 def pack_tokens(
@@ -73,10 +74,7 @@ def _layout(tokenizer: Any, context: int, prepend_bos: bool, max_rows: int | Non
     for name, number, least in (("context", context, 2), ("max_rows", max_rows, 1)):
         if name == "max_rows" and number is None:
             continue
-        if isinstance(number, bool) or not isinstance(number, Integral):
-            raise TypeError(f"{name}={number!r}; expected a whole number")
-        if number < least:
-            raise ValueError(f"{name}={number}; expected at least {least}")
+        given_whole(name, number, least=least)
     if not (callable(tokenizer) and hasattr(tokenizer, "eos_token_id")):
         raise TypeError(f"tokenizer is a {type(tokenizer).__name__}; expected a tokenizer such as model.tokenizer")
     if prepend_bos and tokenizer.bos_token_id is None:
@@ -124,7 +122,12 @@ def load_tokens(
     if isinstance(dataset, str):
         from datasets import load_dataset
 
-        dataset = load_dataset(dataset, split=split, streaming=streaming, **load_arguments)
+        try:
+            dataset = load_dataset(dataset, split=split, streaming=streaming, **load_arguments)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"the data set {dataset!r} cannot be loaded ({error}); expected the name or path of one, or its rows"
+            ) from error
     if isinstance(dataset, Mapping):
         names = ", ".join(repr(str(name)) for name in dataset)
         raise ValueError(
@@ -135,7 +138,7 @@ def load_tokens(
     rows = iter(dataset)
     first = next(rows, None)
     if first is None:
-        raise ValueError("the data set is empty")
+        raise ValueError("the data set is empty; expected at least one row of text")
     if not isinstance(first, Mapping):
         raise TypeError(
             f"the rows are of type {type(first).__name__}; expected {{{column!r}: text}} (for a list of texts: "

@@ -28,12 +28,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spd_lens.core.decomposition import Decomposition
+from spd_lens.core.inputs import checked_decomposition
 from spd_lens.core.masks import Importances
 from spd_lens.data.streams import first_batches
 from spd_lens.evaluation.held import Passes
 from spd_lens.objective.adversary import Sources, random_sources
 from spd_lens.objective.divergences import Divergence
 from spd_lens.objective.mask_sources import Climb, Masks, MaskSource, masks_from_sources
+from spd_lens.support.given import given_list, given_number, given_seed, given_whole, given_wholes, shown
 from spd_lens.support.shown import short_repr
 
 LADDER = (20, 40, 80, 160)
@@ -59,12 +61,13 @@ class Attack:
     span: int | None = None
 
     def __post_init__(self) -> None:
-        if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in self.steps):
-            raise ValueError(f"adversary_steps={self.steps}; expected whole numbers of at least 0, such as {LADDER}")
-        if not 0 < self.step_size <= 1:
-            raise ValueError(f"step_size={self.step_size}; expected 0 < step_size <= 1, as sources lie in [0, 1]")
-        if self.starts < 1 or (self.span is not None and self.span < 1):
-            raise ValueError(f"starts={self.starts}, span={self.span}; expected at least 1 of each (span may be None)")
+        steps = given_wholes("adversary_steps", self.steps, least=0, of=f"numbers of steps, such as {LADDER}")
+        object.__setattr__(self, "steps", steps)
+        # Sources lie in [0, 1].
+        given_number("step_size", self.step_size, above=0, most=1)
+        given_whole("starts", self.starts, least=1)
+        if self.span is not None:
+            given_whole("span", self.span, least=1, of=" row", or_none=True)
 
 
 @runtime_checkable
@@ -91,6 +94,7 @@ class WorstCase:
     __repr__ = short_repr
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def worst_case(
     decomposition: Decomposition,
@@ -114,11 +118,27 @@ def worst_case(
     >>> found.divergence[4] >= found.divergence[1]
     True
     """
-    attack = Attack(tuple(steps), step_size, starts)
+    checked_decomposition(decomposition, "worst_case")
+    attack = Attack(tuple(given_list("steps", steps, f"numbers of steps, such as {LADDER}")), step_size, starts)
+    if not attack.steps:
+        raise ValueError(f"steps is empty; expected numbers of steps, such as {LADDER}")
+    seed = given_seed(seed)
     chosen = list(first_batches(batches, decomposition, None, purpose="attack"))
+    if importances is not None:
+        _check_importances(decomposition, importances)
     passes = Passes(decomposition, chosen, kind, importances)
     generator = torch.Generator(decomposition.device).manual_seed(seed)
     return WorstMasks(attack).search(passes, generator)
+
+
+def _check_importances(decomposition: Decomposition, importances: Any) -> None:
+    if not isinstance(importances, Mapping) or set(importances) != set(decomposition):
+        given = sorted(map(str, importances)) if isinstance(importances, Mapping) else shown(importances)
+        raise ValueError(f"importances are of {given}; expected {{site: g [batch pos C]}} of {sorted(decomposition)}")
+    for site, g in importances.items():
+        count = decomposition[site].n_subcomponents
+        if not isinstance(g, Tensor) or not g.is_floating_point() or g.shape[-1] != count:
+            raise ValueError(f"the importances of {site} are {shown(g)}; expected floats, last axis C = {count}")
 
 
 class WorstMasks(MaskSource):

@@ -21,11 +21,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from spd_lens.core.decomposition import Decomposition
+from spd_lens.core.inputs import checked_decomposition
 from spd_lens.core.units import ALIVE_ABOVE
 from spd_lens.data.batches import Batch
 from spd_lens.data.streams import first_batches
 from spd_lens.evaluation.deletion import needed_at
 from spd_lens.evaluation.held import hold
+from spd_lens.support.given import given_seed
 from spd_lens.support.names import near_names
 from spd_lens.support.tables import format_table
 
@@ -115,6 +117,9 @@ def compare(
     With `batches` only what is alive on them is compared: dead subcomponents are whatever they started as. Sites with
     tied weights count once. Raises ValueError for other sites or other weights.
     """
+    for decomposition in (a, b):
+        checked_decomposition(decomposition, "compare")
+    seed = given_seed(seed)
     names = _common_sites(a, b)
     if batches is None:
         alive = [{name: torch.ones(d[name].n_subcomponents, dtype=torch.bool) for name in names} for d in (a, b)]

@@ -24,8 +24,8 @@ from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.inputs import checked_decomposition
 from spd_lens.core.masks import MaskKind
 from spd_lens.data.batches import Batch
-from spd_lens.data.streams import checked_batch, first_batches
-from spd_lens.evaluation.attack import Attack, WorstMasks
+from spd_lens.data.streams import first_batches
+from spd_lens.evaluation.attack import LADDER, Attack, WorstMasks
 from spd_lens.evaluation.deletion import (
     NEVER_NEEDED,
     OTHERS_UNION,
@@ -42,6 +42,7 @@ from spd_lens.evaluation.report import AttackReport, EvaluationReport
 from spd_lens.evaluation.site_report import SiteSums, failure_modes
 from spd_lens.objective.divergences import Divergence
 from spd_lens.objective.mask_sources import mask_source
+from spd_lens.support.given import given_flag, given_list, given_seed, shown
 from spd_lens.support.progress import tqdm
 
 # E5, in the order of the table: name, and kind of `sample_masks`.
@@ -67,7 +68,7 @@ def evaluate(
     span: int | None = None,
     deletion: bool = True,
     deletion_sample: Iterable[Any] | None = None,
-    token_counts: Tensor | None = None,
+    token_counts: Any = None,
     kind: Divergence = "kl",
     quick: bool = False,
     seed: int = 0,
@@ -88,13 +89,29 @@ def evaluate(
     as evaluation needs them, and put back. Raises ValueError if there is no batch or no position that counts.
     """
     checked_decomposition(decomposition, "evaluate")
-    attack = Attack(tuple(adversary_steps), adversary_step_size, starts, span)
+    steps = given_list("adversary_steps", adversary_steps, f"numbers of steps, such as {LADDER} (() for no adversary)")
+    attack = Attack(tuple(steps), adversary_step_size, starts, span)
+    quick, deletion, seed = given_flag("quick", quick), given_flag("deletion", deletion), given_seed(seed)
+    token_counts = None if token_counts is None else _checked_counts(token_counts)
     if quick:
         attack, deletion, max_batches = Attack(()), False, min(max_batches, QUICK_BATCHES)
     with torch.inference_mode(False), torch.no_grad(), _in_eval_mode(decomposition):
         chosen = list(first_batches(batches, decomposition, max_batches, purpose="evaluate on"))
-        sample = () if deletion_sample is None or not deletion else deletion_sample
+        sample: Iterable[Batch] = ()
+        if deletion_sample is not None and deletion:
+            sample = first_batches(deletion_sample, decomposition, None, purpose="look for needs in")
         return _Evaluation(decomposition, chosen, kind, attack, seed).run(deletion, sample, token_counts)
+
+
+def _checked_counts(token_counts: Any) -> Tensor:
+    """Counts of tokens, as any numbers; how many there have to be is known once something has been run."""
+    try:
+        counts = torch.as_tensor(token_counts)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"token_counts={shown(token_counts)}; expected one count per token, [d_vocab]") from None
+    if counts.is_complex() or not bool((counts >= 0).all()) or not bool(counts.isfinite().all()) or not counts.any():
+        raise ValueError("token_counts holds negative or not finite numbers, or zeros alone; expected counts of tokens")
+    return counts
 
 
 @contextmanager
@@ -127,7 +144,7 @@ class _Evaluation:
         self.attack_report: AttackReport | None = None
         self.deletion: Deletion | None = None
 
-    def run(self, deletion: bool, deletion_sample: Iterable[Any], token_counts: Tensor | None) -> EvaluationReport:
+    def run(self, deletion: bool, deletion_sample: Iterable[Batch], token_counts: Tensor | None) -> EvaluationReport:
         needs = Needs(torch.Generator(self.decomposition.device).manual_seed(self.seed), len(self.passes))
         for held in tqdm(self.passes, desc="evaluate", leave=False):
             self._regimes(held)
@@ -136,8 +153,8 @@ class _Evaluation:
         if self.attack.steps:
             self._attack()
         if deletion:
-            for item in tqdm(deletion_sample, desc="deletion sample", leave=False):
-                sampled = hold(self.decomposition, checked_batch(item, self.decomposition), self.kind)
+            for batch in tqdm(deletion_sample, desc="deletion sample", leave=False):
+                sampled = hold(self.decomposition, batch, self.kind)
                 needs.add(sampled.importances, len(sampled.counted), pooled=False)
             self._delete(needs)
         return self._report(token_counts)
@@ -247,7 +264,7 @@ class _Evaluation:
         tensors = {**self.decomposition.tensors(), **dict(self.decomposition.model.named_parameters())}
         bad = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
         where = f"not finite: {', '.join(bad[:4])}" if bad else "all parameters are finite, so the data is not"
-        raise ValueError(f"the divergence is NaN under these masks: {', '.join(wrong)} ({where})")
+        raise ValueError(f"the divergence is NaN under these masks: {', '.join(wrong)} ({where}); give another")
 
     def _unigram(self, token_counts: Tensor | None) -> float | None:
         """Cross-entropy of the evaluated tokens under token frequencies (E9)."""
@@ -257,7 +274,7 @@ class _Evaluation:
         if not bool(seen.any()):
             return None
         counts = seen if token_counts is None else token_counts.to(seen)
-        if counts.shape != seen.shape or bool((counts < 0).any()):
+        if counts.shape != seen.shape:
             raise ValueError(
                 f"token_counts has shape {tuple(counts.shape)}; expected {self.n_vocabulary} counts, one per token"
             )

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spd_lens.evaluation.report import EvaluationReport
+from spd_lens.support.files import given_path, write_figure
+from spd_lens.support.given import given_list
 from spd_lens.support.tables import format_table
 
 if TYPE_CHECKING:
@@ -137,9 +139,8 @@ class Pareto:
 
     def save(self, path: str | Path) -> Path:
         """Write the Matplotlib figure (PNG, PDF, SVG by the suffix)."""
-        path = Path(path).expanduser()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.figure().savefig(path, dpi=150)
+        path = given_path(path)
+        write_figure(path, self.figure(), dpi=150)
         return path
 
     def to_json(self) -> dict[str, Any]:
@@ -180,6 +181,7 @@ def pareto(runs: Mapping[str, Iterable[Any]] | Iterable[Any]) -> Pareto:
     points: dict[str, tuple[ParetoPoint, ...]] = {}
     kinds: set[str] = set()
     for name, own in groups.items():
+        own = given_list("runs" if groups is not runs else f"runs[{name!r}]", own, "reports or of paths of saved ones")
         loaded = [_loaded(item, f"run {i}") for i, item in enumerate(own)]
         kinds |= {report.kind for _, report in loaded}
         points[name] = tuple(_point(label, report) for label, report in loaded)

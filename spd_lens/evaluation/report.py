@@ -18,7 +18,7 @@ from spd_lens.evaluation.site_report import THRESHOLDS, SiteReport
 from spd_lens.evaluation.verdict import Verdict, judge
 from spd_lens.objective.divergences import Divergence
 from spd_lens.support.checked_json import read_json
-from spd_lens.support.files import write_text
+from spd_lens.support.files import given_path, write_text
 from spd_lens.support.tables import format_table
 
 FORMAT, FORMAT_VERSION = "spd_lens evaluation", 1
@@ -281,7 +281,7 @@ def _html_table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def _file(path: str | Path) -> Path:
-    path = Path(path).expanduser()
+    path = given_path(path)
     return path / FILE_NAME if path.is_dir() else path
 
 

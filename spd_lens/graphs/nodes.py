@@ -10,6 +10,7 @@ from torch import Tensor
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.units import Unit
 from spd_lens.graphs.direct_pass import origin_of
+from spd_lens.support.given import given_number, given_whole
 
 # Entries of the activations, outputs and logits of one pass over several copies: 128 MB in float32.
 _ENTRIES_PER_PASS = 2**25
@@ -18,8 +19,8 @@ _MOST_COPIES = 32
 
 def copies_per_pass(decomposition: Decomposition, tokens: Tensor, given: int | None, n_receivers: int) -> int:
     """How many receivers share a backward pass: what was given, or what memory allows."""
-    if given is not None and (isinstance(given, bool) or given < 1):
-        raise ValueError(f"per_pass={given}; expected at least 1 receiver per backward pass, or None")
+    if given is not None:
+        given = given_whole("per_pass", given, least=1, of=" receiver per backward pass", or_none=True)
     per_position = sum(3 * weight.n_subcomponents + weight.U.shape[1] for weight in decomposition.values())
     host = decomposition.host
     per_position += host.vocabulary_size() or 0
@@ -27,6 +28,11 @@ def copies_per_pass(decomposition: Decomposition, tokens: Tensor, given: int | N
     per_position += 20 * host.n_layers() * host.d_model()
     fitting = max(1, _ENTRIES_PER_PASS // (per_position * tokens.numel()))
     return min(given or min(fitting, _MOST_COPIES), n_receivers)
+
+
+def threshold_given(importance_above: Any) -> float | None:
+    """What a user gave as `importance_above`; importance lies in [0, 1]."""
+    return None if importance_above is None else given_number("importance_above", importance_above, least=0, most=1)
 
 
 def above_rounding(weights: Float[Tensor, "receiver sender"], eps: float) -> Bool[Tensor, "receiver sender"]:

@@ -31,11 +31,18 @@ from spd_lens.data.streams import first_batches
 from spd_lens.graphs.check import AttributionCheck, Reading, measured
 from spd_lens.graphs.direct_pass import DirectPass, Origin, direct_pass, origin_of, sender_of
 from spd_lens.graphs.graph import AttributionGraph
-from spd_lens.graphs.nodes import above_rounding, copies_per_pass, node_attributes, readout_attributes
+from spd_lens.graphs.nodes import (
+    above_rounding,
+    copies_per_pass,
+    node_attributes,
+    readout_attributes,
+    threshold_given,
+)
 from spd_lens.graphs.removals import Drop, Readouts
 from spd_lens.patching.agreement import sampled
 from spd_lens.patching.arguments import Metric
-from spd_lens.patching.frozen import Frozen
+from spd_lens.patching.frozen import Frozen, frozen_given
+from spd_lens.support.given import given_function, given_whole
 from spd_lens.support.progress import tqdm
 
 Kept = dict[str, list[int]]
@@ -50,6 +57,7 @@ class _Batch:
     important: dict[str, Tensor]
 
 
+@torch.inference_mode(False)
 @torch.enable_grad()
 def dataset_graph(
     decomposition: Decomposition,
@@ -78,9 +86,11 @@ def dataset_graph(
 
     Raises ValueError for empty data, batches that are no tokens, a metric without gradient, and inputs split by head.
     """
-    frozen = frozen or Frozen()
-    if isinstance(max_nodes, bool) or max_nodes < 1:
-        raise ValueError(f"max_nodes={max_nodes}; expected at least 1")
+    frozen = frozen_given(frozen)
+    max_nodes = given_whole("max_nodes", max_nodes, least=1)
+    importance_above = threshold_given(importance_above)
+    if metric is not None:
+        given_function("metric", metric, "of the logits that returns one number per row, [batch]")
     checked_decomposition(decomposition, "dataset_graph")
     data = _read(decomposition, batches, max_batches, importance_above)
     kept, left_out = _largest_writers(decomposition, data, max_nodes)
@@ -170,6 +180,8 @@ def _summed(metric: Metric) -> Any:
         if not isinstance(found, Tensor) or found.shape != logits.shape[:1]:
             shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise ValueError(f"the metric returned {shape}; expected one number per row, [{len(logits)}]")
+        if torch.is_grad_enabled() and bool(found.isnan().any()):
+            raise ValueError("the metric returned NaN; expected numbers")
         if torch.is_grad_enabled() and not found.requires_grad:
             raise ValueError("the metric gives no gradient (it detaches or rounds); an attribution needs one")
         return found.sum()

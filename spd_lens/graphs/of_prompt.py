@@ -29,14 +29,22 @@ from spd_lens.core.units import Unit
 from spd_lens.graphs.check import Reading, prompt_check
 from spd_lens.graphs.direct_pass import DirectPass, direct_pass, origin_of, sender_of
 from spd_lens.graphs.graph import AttributionGraph
-from spd_lens.graphs.nodes import above_rounding, copies_per_pass, node_attributes, readout_attributes
+from spd_lens.graphs.nodes import (
+    above_rounding,
+    copies_per_pass,
+    node_attributes,
+    readout_attributes,
+    threshold_given,
+)
 from spd_lens.graphs.readouts import Readout, ReadoutsGiven, chosen_readouts
 from spd_lens.graphs.removals import Drop
 from spd_lens.patching.arguments import checked_input, checked_positions
-from spd_lens.patching.frozen import Frozen
+from spd_lens.patching.frozen import Frozen, frozen_given
+from spd_lens.support.given import given_instance, given_whole
 from spd_lens.support.progress import tqdm
 
 
+@torch.inference_mode(False)
 @torch.enable_grad()
 def attribution_graph(
     decomposition: Decomposition,
@@ -89,11 +97,13 @@ def attribution_graph(
     >>> 0.9 < graph.check.slope < 1.1
     True
     """
-    frozen = frozen or Frozen()
+    frozen = frozen_given(frozen)
     tokens = _one_prompt(decomposition, tokens)
     (position,) = checked_positions([position], tokens) or [0]
-    if isinstance(max_nodes, bool) or max_nodes < 1:
-        raise ValueError(f"max_nodes={max_nodes}; expected at least 1")
+    max_nodes = given_whole("max_nodes", max_nodes, least=1)
+    importance_above = threshold_given(importance_above)
+    if circuit is not None:
+        given_instance("circuit", circuit, Circuit, "circuit_of(decomposition, ids), or find_circuit(...).circuit")
     wanted = chosen_readouts(decomposition, tokens, readouts, position)
     importances = None if importance_above is None else decomposition.importance(tokens)
     eligible = _eligible(decomposition, tokens, importances, importance_above, circuit)

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float
 
+from spd_lens.support.given import given_number
+
 
 @dataclass(frozen=True)
 class Pruned:
@@ -60,8 +62,7 @@ def prune(
 ) -> Pruned:
     """Keep what has `node_threshold` of all influence, then the edges that have `edge_threshold` of what is left."""
     for name, value in (("node_threshold", node_threshold), ("edge_threshold", edge_threshold)):
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name}={value}; expected a share of all influence, 0 to 1")
+        given_number(name, value, least=0, most=1)
     influence = influences(weights, readout_weights)
     nodes = _largest(influence, node_threshold) | always_kept
     left = np.where(nodes[:, None] & nodes[None, :], weights, 0.0)

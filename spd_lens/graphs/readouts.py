@@ -12,6 +12,7 @@ from torch import Tensor
 
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.patching.arguments import Metric
+from spd_lens.support.given import given_function, given_list
 from spd_lens.tasks.task import encode, spelled
 
 # None: the likeliest tokens; tokens, as ids or as text; or functions of the logits by name.
@@ -48,7 +49,9 @@ def chosen_readouts(decomposition: Decomposition, tokens: Tensor, given: Readout
         enough = int((ordered.cumsum(0) < 0.95).sum()) + 1
         ids = ranked[: min(10, enough)].tolist()
     else:
-        ids = [_token_id(decomposition, item) for item in ([given] if isinstance(given, (int, str)) else given)]
+        single = isinstance(given, (int, str))
+        items = [given] if single else given_list("readouts", given, "token ids or texts, or {name: function}")
+        ids = [_token_id(decomposition, item) for item in items]
         wrong = [i for i in ids if not 0 <= i < len(probabilities)]
         if wrong or not ids or len(set(ids)) != len(ids):
             raise ValueError(
@@ -87,6 +90,8 @@ def _centred_logit(token: int, position: int) -> Callable[[Tensor], Tensor]:
 
 
 def _checked_metric(name: str, metric: Metric) -> Callable[[Tensor], Tensor]:
+    given_function(f"the readout {name!r}", metric, "of the logits that returns one number")
+
     def value(logits: Tensor) -> Tensor:
         found = metric(logits)
         if not isinstance(found, Tensor) or found.numel() != 1:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
+from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from spd_lens.hosts.host import Host, Provenance
@@ -89,6 +90,18 @@ class DeclaredHost(Host):
             is_lookup=declared.is_lookup,
             tied_to=declared.tied_to,
         )
+
+    def forward(self, batch: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """As of any host; inputs of a shape or dtype that the model cannot multiply are a ValueError."""
+        try:
+            return super().forward(batch, attention_mask)
+        except RuntimeError as error:
+            # PyTorch has no class for these.
+            text = str(error)
+            if any(words in text for words in ("cannot be multiplied", "must match the size", "same dtype")):
+                kind, given = type(self.model).__name__, f"{tuple(batch.shape)} of {batch.dtype}"
+                raise ValueError(f"this {kind} cannot run inputs {given}: {text}") from error
+            raise
 
     def provenance(self) -> Provenance:
         name = getattr(self.model, "name", None) or type(self.model).__name__

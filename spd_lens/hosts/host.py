@@ -17,6 +17,7 @@ from transformer_lens.hook_points import HookPoint
 
 from spd_lens.hosts.attention import AttentionGeometry
 from spd_lens.hosts.site import Site
+from spd_lens.support.given import shown
 from spd_lens.support.names import near_names
 
 
@@ -222,6 +223,8 @@ class Host(ABC):
         """
         if attention_mask is None:
             return self.model(batch)
+        if not isinstance(attention_mask, Tensor):
+            raise TypeError(f"attention_mask is {shown(attention_mask)}; expected a tensor [batch pos] of 0 and 1")
         if attention_mask.shape != batch.shape:
             raise ValueError(
                 f"attention_mask has shape {tuple(attention_mask.shape)} and tokens {tuple(batch.shape)}; expected the "

@@ -55,8 +55,8 @@ def open_model(
     given = str(name_or_folder)
     folder = Path(given).expanduser()
     if isinstance(name_or_folder, Path) or folder.exists() or given.startswith(("/", ".", "~")):
-        return _open_folder(folder, chosen, dtype, torch.device(device))
-    return _open_name(given, chosen, dtype, torch.device(device))
+        return _open_folder(folder, chosen, dtype, given_device(device))
+    return _open_name(given, chosen, dtype, given_device(device))
 
 
 def _open_folder(folder: Path, host: HostName, dtype: torch.dtype, device: torch.device) -> Any:
@@ -178,6 +178,14 @@ def check_dtype(dtype: object) -> None:
         raise TypeError(f"dtype is {dtype!r}; expected a torch dtype such as torch.float32.")
     if not dtype.is_floating_point:
         raise ValueError(f"dtype is {dtype}; expected a floating point type such as torch.float32.")
+
+
+def given_device(device: Any) -> torch.device:
+    """A device; ValueError for names that PyTorch does not know."""
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device={device!r}; expected 'cpu', 'cuda', 'cuda:1' or a torch.device") from error
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from spd_lens.models.loading import (
     NOT_STORED,
     HostName,
     check_dtype,
+    given_device,
     load_hooked_weights,
     no_deprecation_warnings,
     resolve_host,
@@ -50,10 +51,10 @@ def build_transformer(
     with no_deprecation_warnings(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.get("seed", 0))
         if chosen == "bridge":
-            return _native_bridge(fields, torch.device(device), dtype)
+            return _native_bridge(fields, given_device(device), dtype)
         from transformer_lens import HookedTransformer, HookedTransformerConfig
 
-        return HookedTransformer(HookedTransformerConfig(**fields, device=str(torch.device(device)), dtype=dtype))
+        return HookedTransformer(HookedTransformerConfig(**fields, device=str(given_device(device)), dtype=dtype))
 
 
 def _native_bridge(fields: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> Any:

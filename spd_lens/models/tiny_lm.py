@@ -28,6 +28,7 @@ from spd_lens.models.loading import (
     HostName,
     bridge_around,
     check_dtype,
+    given_device,
     load_hooked_weights,
     no_deprecation_warnings,
     resolve_host,
@@ -104,8 +105,8 @@ def load_tiny_lm(
     # Building a module draws its initial weights; loading a model should not shift the caller's seed.
     with torch.random.fork_rng(devices=[]), no_deprecation_warnings():
         if resolve_host(host) == "hooked":
-            return _load_hooked(torch.device(device), dtype)
-        device = torch.device(device)
+            return _load_hooked(given_device(device), dtype)
+        device = given_device(device)
         return bridge_around(load_tiny_lm_hf(device, dtype), MODEL_NAME, load_tiny_lm_tokenizer(), device, dtype)
 
 
@@ -123,7 +124,7 @@ def load_tiny_lm_hf(device: str | torch.device = "cpu", dtype: torch.dtype = tor
         model = GPT2LMHeadModel(config)
     model.load_state_dict(load_file(TINY_LM_DIRECTORY / "model.safetensors"), strict=True)
     # transformers wraps `to` in a decorator that hides its type.
-    return model.to(device=torch.device(device), dtype=dtype).eval()  # pyright: ignore[reportCallIssue]
+    return model.to(device=given_device(device), dtype=dtype).eval()  # pyright: ignore[reportCallIssue]
 
 
 def load_tiny_lm_tokenizer() -> PreTrainedTokenizerFast:

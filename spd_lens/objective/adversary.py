@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from spd_lens.core.draws import uniform
 from spd_lens.core.masks import Importances
+from spd_lens.support.given import given_list, given_number, given_one_of, given_whole
 
 Scope = Literal["position", "example", "batch"]
 
@@ -41,10 +42,9 @@ class PGD:
     scope: Scope = "batch"
 
     def __post_init__(self) -> None:
-        if self.steps < 0 or not self.step_size > 0:
-            raise ValueError(f"{self}; expected steps >= 0 and step_size > 0")
-        if self.scope not in ("position", "example", "batch"):
-            raise ValueError(f"scope={self.scope!r}; expected 'position', 'example' or 'batch'")
+        given_whole("steps", self.steps, least=0)
+        given_number("step_size", self.step_size, above=0)
+        given_one_of("scope", self.scope, get_args(Scope))
 
 
 def random_sources(importances: Importances, scope: Scope, generator: torch.Generator) -> Sources:
@@ -120,15 +120,15 @@ class Persistent:
     first_steps: int = 0
 
     def __post_init__(self) -> None:
-        if self.first_steps < 0:
-            raise ValueError(f"first_steps={self.first_steps}; expected zero or more")
-        if self.warm_steps < 0 or not self.lr > 0:
-            raise ValueError(f"{self}; expected warm_steps >= 0 and lr > 0")
-        if self.scope not in ("position", "example", "batch"):
-            raise ValueError(f"scope={self.scope!r}; expected 'position', 'example' or 'batch'")
-        if not (0 <= self.lr_warmup < 1 and 0 <= self.start < 1):
-            raise ValueError(f"{self}; expected lr_warmup and start as shares of the run, 0 <= share < 1")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+        given_whole("first_steps", self.first_steps, least=0)
+        given_whole("warm_steps", self.warm_steps, least=0)
+        given_number("lr", self.lr, above=0)
+        given_one_of("scope", self.scope, get_args(Scope))
+        for name in ("lr_warmup", "start"):
+            if given_number(name, getattr(self, name), least=0, most=1) == 1:
+                raise ValueError(f"{name}=1; expected a share of the run, below 1")
+        betas = given_list("betas", self.betas, "two numbers, such as (0.5, 0.99)")
+        if len(betas) != 2 or any(given_number("beta", beta, least=0, most=1) == 1 for beta in betas):
             raise ValueError(f"betas={self.betas}; expected two numbers, 0 <= beta < 1")
 
 

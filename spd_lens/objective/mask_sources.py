@@ -24,6 +24,7 @@ from torch import Tensor
 from spd_lens.core.draws import RowsGenerator
 from spd_lens.core.masks import Importances, MaskKind, SiteMask, mask_from_source, sample_masks
 from spd_lens.objective.adversary import PGD, Persistent, PersistentSources, WholeBatch, ascend, random_sources
+from spd_lens.support.given import given_instance, given_number
 
 Masks: TypeAlias = dict[str, SiteMask]
 # The loss of one set of masks; with a number of rows, over that many of the first rows of the batch alone.
@@ -60,8 +61,9 @@ class Merged:
     persistent: Persistent = field(default_factory=lambda: Persistent(scope="position"))
 
     def __post_init__(self) -> None:
-        if not 0 < self.share < 1:
+        if given_number("share", self.share, above=0, most=1) == 1:
             raise ValueError(f"share={self.share}; expected a share of the rows, 0 < share < 1")
+        given_instance("persistent", self.persistent, Persistent, "Persistent(scope='position'), for example")
 
 
 @dataclass(frozen=True)

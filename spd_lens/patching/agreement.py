@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from spd_lens.support.given import given_instance, given_whole
+
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
@@ -78,13 +80,12 @@ def sampled(strengths: Float[Tensor, ...], n: int, generator: torch.Generator | 
 
     From seed 0 if no generator is given. Raises ValueError for n < 1.
     """
-    if isinstance(n, bool) or n < 1:
-        raise ValueError(
-            f"n_checked={n}; expected at least 1: predictions carry their measured agreement with experiments (C2)"
-        )
+    n = given_whole("n_checked", n, least=1, of=": predictions carry their measured agreement with experiments (C2)")
     order = strengths.flatten().abs().argsort(descending=True, stable=True)
     n = min(n, len(order))
     strongest, rest = order[: (n + 1) // 2], order[(n + 1) // 2 :]
+    if generator is not None:
+        given_instance("generator", generator, torch.Generator, "torch.Generator().manual_seed(0)")
     generator = generator or torch.Generator().manual_seed(0)
     drawn = rest[torch.randperm(len(rest), generator=generator, device=generator.device).cpu()[: n - len(strongest)]]
     return [*strongest.tolist(), *drawn.tolist()], len(strongest)

@@ -12,9 +12,13 @@ from torch import Tensor
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.inputs import checked_decomposition, checked_tokens
 from spd_lens.core.units import Unit
+from spd_lens.support.given import given_function, given_list, given_whole
 
 # logits -> a scalar, or one number per row of the batch.
 Metric: TypeAlias = Callable[[Tensor], Tensor | float]
+
+
+METRIC = "of the logits that returns a scalar, or one number per row"
 
 
 Positions: TypeAlias = Literal["each"] | Sequence[int] | None
@@ -40,7 +44,7 @@ def checked_positions(positions: Positions, tokens: Tensor) -> list[int] | None:
         if positions != "each":
             raise ValueError(f"positions={positions!r}; expected None (everywhere), 'each', or a list of positions")
         return list(range(length))
-    chosen = [int(p) for p in positions]
+    chosen = [given_whole("a position", p) for p in given_list("positions", positions, "positions, None or 'each'")]
     wrong = [p for p in chosen if not -length <= p < length]
     if wrong or not chosen:
         raise ValueError(f"positions {wrong or chosen}: expected some of 0..{length - 1} (or negative, from the end)")
@@ -65,12 +69,12 @@ def unit_positions(units: Sequence[Unit], positions: Positions, tokens: Tensor) 
     return None if own else checked_positions(positions, tokens)
 
 
-def metric_values(metric: Metric, output: Tensor, batch: int) -> Float[Tensor, " example"]:
+def metric_values(metric: Metric, output: Tensor, batch: int, *, may_be_nan: bool = False) -> Float[Tensor, " example"]:
     """`metric(output)` as `[example]` on the CPU: one number, or one per row.
 
-    Raises TypeError or ValueError if it is neither.
+    Raises TypeError or ValueError if it is neither, or NaN (an experiment may leave that: `may_be_nan`).
     """
-    value = metric(output)
+    value = given_function("metric", metric, METRIC)(output)
     if isinstance(value, (int, float)):
         value = torch.tensor(float(value))
     if not isinstance(value, Tensor):
@@ -81,4 +85,6 @@ def metric_values(metric: Metric, output: Tensor, batch: int) -> Float[Tensor, "
             f"[{batch}]"
         )
     value = value.detach().reshape(-1).cpu()
+    if not may_be_nan and bool(value.isnan().any()):
+        raise ValueError("the metric returned NaN; expected numbers (what is compared with it would be NaN, too)")
     return value if value.is_floating_point() else value.float()

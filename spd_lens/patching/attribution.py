@@ -40,6 +40,7 @@ class AttributionPatching:
         return table_html(*self.effects._table(), notes=[self._note()])
 
 
+@torch.inference_mode(False)
 def attribution_patching(
     decomposition: Decomposition,
     corrupted_tokens: Tensor,

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spd_lens.core.units import Unit
+from spd_lens.support.given import given_whole
 from spd_lens.support.pages import table_html
 from spd_lens.support.tables import format_table
 
@@ -113,6 +114,7 @@ class Effects:
 
     def top(self, k: int = 10) -> list[Effect]:
         """The `k` largest effects by absolute value, largest first."""
+        k = given_whole("k", k, least=1, of=" effect")
         flat = self.effects.flatten()
         errors = self.standard_error.flatten() if self.values.shape[-1] > 1 else None
         n_positions = self.values.shape[1]

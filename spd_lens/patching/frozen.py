@@ -23,6 +23,7 @@ from torch import Tensor
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.interventions import HookList
 from spd_lens.patching.hooks import add, hold, over_copies, put_per_copy, store
+from spd_lens.support.given import given_flag, given_instance
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,22 @@ class Frozen:
     norms: bool = True
     delta: bool = True
 
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            given_flag(name, value)
+
     def __str__(self) -> str:
         def named(value: bool) -> str:
             return ", ".join(k for k, v in vars(self).items() if v is value) or "nothing"
 
         return f"frozen: {named(True)}; live: {named(False)}"
+
+
+def frozen_given(frozen: Any) -> Frozen:
+    """What a user gave as `frozen`; None stands for everything frozen."""
+    if frozen is None:
+        return Frozen()
+    return given_instance("frozen", frozen, Frozen, "Frozen(attention=False), for example")
 
 
 @dataclass(frozen=True)

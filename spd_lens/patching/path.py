@@ -31,7 +31,7 @@ from spd_lens.core.units import Ids, Unit, units_of
 from spd_lens.patching.activation import Clean, checked_clean, clean_activations
 from spd_lens.patching.arguments import Metric, checked_input, checked_positions, metric_values
 from spd_lens.patching.effects import Effects
-from spd_lens.patching.frozen import Change, Frozen, Held
+from spd_lens.patching.frozen import Change, Frozen, Held, frozen_given
 from spd_lens.patching.hooks import add, store
 from spd_lens.patching.runner import Replacement, Runner, effects_of
 from spd_lens.support.pages import table_html
@@ -112,7 +112,7 @@ def path_patching(
     Raises ValueError for a receiver that runs before its sender, groups over several sites, and all that
     `activation_patching` refuses.
     """
-    frozen = frozen or Frozen()
+    frozen = frozen_given(frozen)
     corrupted_tokens = checked_input(decomposition, corrupted_tokens, "corrupted_tokens")
     clean = checked_clean(decomposition, clean)
     sending, receiving = units_of(decomposition, senders), units_of(decomposition, receivers)
@@ -171,7 +171,7 @@ def direct_changes(
     `values[site]` broadcasts to the site's activations `[batch pos C]`: clean activations to patch, zeros to ablate.
     All else is held at its value on `tokens`. Result `[sender receiver batch pos]`.
     """
-    frozen = frozen or Frozen()
+    frozen = frozen_given(frozen)
     held = Held(decomposition, frozen, lambda: decomposition.host.forward(tokens))
     _check_order(held.order, senders, receivers)
     runner = Runner(decomposition, tokens, {site for unit in senders for site in unit.sites})
@@ -252,7 +252,7 @@ def _onwards(
                 moved = change[senders.start : senders.stop, r]
                 output = runner.run_hooked(len(senders), [(name, add(moved.flatten(0, 1), at=c))], start)
                 for s, logits in zip(senders, output, strict=True):
-                    rows[s, r] = metric_values(metric, logits, len(tokens))
+                    rows[s, r] = metric_values(metric, logits, len(tokens), may_be_nan=True)
                 progress.update(len(senders))
     values = torch.stack([rows[s, r] for s in range(len(change)) for r in range(len(receivers))])
     return values.unflatten(0, (len(change), len(receivers))), baseline

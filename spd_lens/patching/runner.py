@@ -27,6 +27,7 @@ from spd_lens.core.units import Unit
 from spd_lens.patching.arguments import Metric, Positions, checked_input, metric_values, unit_positions
 from spd_lens.patching.effects import Effects
 from spd_lens.patching.hooks import put_per_copy
+from spd_lens.support.given import given_whole
 from spd_lens.support.names import near_names
 from spd_lens.support.progress import tqdm
 
@@ -72,7 +73,7 @@ def effects_of(
         for numbers in _passes(cells, runner, per_pass):
             output = runner.run([cells[i] for i in numbers], replacement)
             for i, logits in zip(numbers, output, strict=True):
-                measured[i] = metric_values(metric, logits, len(tokens))
+                measured[i] = metric_values(metric, logits, len(tokens), may_be_nan=True)
                 if measured[i].shape != baseline.shape:  # pyright: ignore[reportOptionalMemberAccess]
                     raise ValueError(f"the metric returned {tuple(baseline.shape)} first, then another shape")
             progress.update(len(numbers))
@@ -108,8 +109,8 @@ class Runner:
 
     def copies_per_pass(self, given: int | None) -> int:
         """How many copies of the batch run together: what was given, or what memory allows."""
-        if given is not None and (isinstance(given, bool) or given < 1):
-            raise ValueError(f"per_pass={given}; expected at least 1 experiment per forward pass, or None")
+        if given is not None:
+            given = given_whole("per_pass", given, least=1, of=" experiment per forward pass", or_none=True)
         return given or max(1, _ENTRIES_PER_PASS // max(1, self.entries))
 
     def first_block(self, sites: Sequence[str]) -> int | None:

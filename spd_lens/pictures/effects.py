@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from spd_lens.patching.effects import Effects
 from spd_lens.pictures.texts import checked_texts, plotly_text
+from spd_lens.support.given import given_instance
 from spd_lens.support.pages import shortened
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def effects_heatmap(
     """
     import plotly.graph_objects as go
 
+    given_instance("effects", effects, Effects, "ablation_effects(...) and activation_patching(...) give them")
     if recovered:
         shares = effects.recovered.unsqueeze(-1)
         effects = replace(effects, values=shares, baseline=shares.new_zeros(1), clean_metric=None)

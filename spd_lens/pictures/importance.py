@@ -14,7 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spd_lens.pictures.texts import checked_texts, drawn_text
-from spd_lens.support.files import given_directory, write_text
+from spd_lens.support.files import made_directory, write_figure, write_text
+from spd_lens.support.given import given_instance, given_whole
 from spd_lens.support.pages import filled_page
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ def importance_figure(
     import matplotlib.pyplot as plt
 
     values, texts = by_position(importances, tokens)
+    given_whole("rows_per_site", rows_per_site, least=1)
     ids = {name: strongest(g, rows_per_site) for name, g in values.items()}
     heights = [max(1, len(chosen)) for chosen in ids.values()]
     width = min(16.0, 3.0 + 0.42 * len(texts))
@@ -133,6 +135,8 @@ def importance_page(
 ) -> str:
     """A self-contained HTML page: the text, and buttons that colour it by one subcomponent's importance."""
     found, texts = by_position(importances, tokens)
+    given_whole("rows_per_site", rows_per_site, least=1)
+    given_instance("title", title, str, "the title of the page")
     sites: list[dict[str, Any]] = []
     for name, g in found.items():
         rows = [{"id": c, "values": [round(float(v), 3) for v in g[:, c]]} for c in sorted(strongest(g, rows_per_site))]
@@ -150,12 +154,12 @@ def save_importance(
     """Write `importance.png` and `importance.html` to `directory`; returns both paths."""
     import matplotlib.pyplot as plt
 
-    directory = given_directory(directory)
+    directory = made_directory(directory)
+    given_instance("title", title, str, "the title of the page")
     figure = importance_figure(importances, tokens)
-    directory.mkdir(parents=True, exist_ok=True)
     picture, page = directory / "importance.png", directory / "importance.html"
     figure.suptitle(drawn_text(title, 120), fontsize=11, parse_math=False)
-    figure.savefig(picture, dpi=130)
+    write_figure(picture, figure, dpi=130)
     plt.close(figure)
     write_text(page, importance_page(importances, tokens, title=title))
     return picture, page

@@ -30,6 +30,7 @@ from spd_lens.statistics.result import Harvest
 from spd_lens.statistics.saved import MadeFrom, made_from, read_harvest, write_harvest
 from spd_lens.statistics.sums import HarvestSettings
 from spd_lens.support.files import given_directory
+from spd_lens.support.given import given_number
 from spd_lens.support.progress import tqdm
 
 # Ids of tokens of models that do not say how many there are.
@@ -76,8 +77,9 @@ def harvest(
     """
     checked_decomposition(decomposition, "harvest")
     settings = HarvestSettings(
-        threshold=threshold, top_k=top_k, random_k=random_k, bands=bands, per_band=per_band, before=before, after=after,
-        tokens_kept=tokens_kept, n_background=n_background, n_events=n_events, seed=seed,
+        threshold=given_number("threshold", threshold), top_k=top_k, random_k=random_k, bands=bands,
+        per_band=per_band, before=before, after=after, tokens_kept=tokens_kept, n_background=n_background,
+        n_events=n_events, seed=seed,
     )  # fmt: skip
     _check_settings(settings, effect_batches=effect_batches, save_every=save_every)
     source = first_batches(batches, decomposition, max_batches, purpose="harvest")

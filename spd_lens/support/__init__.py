@@ -2,14 +2,28 @@
 
 from spd_lens.support.checked_json import CheckedContent, checked_text, read_checked, write_checked
 from spd_lens.support.files import (
+    CannotWrite,
     file_hash,
     given_directory,
     given_path,
+    made_directory,
     new_directory,
     read_tensors,
     write_json,
     write_tensors,
     write_text,
+)
+from spd_lens.support.given import (
+    given_flag,
+    given_function,
+    given_instance,
+    given_list,
+    given_number,
+    given_one_of,
+    given_seed,
+    given_whole,
+    given_wholes,
+    shown,
 )
 from spd_lens.support.interrupts import hold_interrupts
 from spd_lens.support.names import near_names
@@ -22,6 +36,7 @@ from spd_lens.support.versions import library_versions
 from spd_lens.support.workspace import block_entries
 
 __all__ = [
+    "CannotWrite",
     "CheckedContent",
     "SavedPair",
     "block_entries",
@@ -31,10 +46,20 @@ __all__ = [
     "filled_page",
     "format_table",
     "given_directory",
+    "given_flag",
+    "given_function",
+    "given_instance",
+    "given_list",
+    "given_number",
+    "given_one_of",
     "given_path",
+    "given_seed",
+    "given_whole",
+    "given_wholes",
     "held",
     "hold_interrupts",
     "library_versions",
+    "made_directory",
     "near_names",
     "new_directory",
     "own_mark",
@@ -43,6 +68,7 @@ __all__ = [
     "read_tensors",
     "script_json",
     "shortened",
+    "shown",
     "table_html",
     "temporary_beside",
     "tqdm",

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,10 +27,16 @@ from spd_lens.support.owners import clear_dead_temporaries, discard, temporary_b
 
 # A write that fails with one of these ran out of room, not into a bug.
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# And with one of these because of where it was to go.
+_NO_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.ELOOP}
 # File systems on networks and in user space answer so where they cannot flush.
 _CANNOT_FLUSH = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EOPNOTSUPP}
 # JSON has no words for these numbers; as in protocol buffers they are written as text.
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+class CannotWrite(OSError, ValueError):
+    """A path that cannot be written to, or a disk that is full: an error of the system and of what was given."""
 
 
 # -- paths -----------------------------------------------------------------------------------------------------------
@@ -44,7 +51,7 @@ def given_path(path: str | os.PathLike[str], what: str = "path") -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        raise ValueError(f"{what}={os.fspath(path)!r}: {error}") from error
+        raise ValueError(f"{what}={os.fspath(path)!r}: {error} Give the whole path instead of ~") from error
 
 
 def given_directory(path: str | os.PathLike[str], what: str = "directory") -> Path:
@@ -55,6 +62,14 @@ def given_directory(path: str | os.PathLike[str], what: str = "directory") -> Pa
             if not place.is_dir():
                 raise ValueError(f"{what}={str(path)!r}: {place} is a file; expected a directory, or a name for one")
             break
+    return directory
+
+
+def made_directory(path: str | os.PathLike[str], what: str = "directory") -> Path:
+    """As `given_directory`, and it is there then. Raises CannotWrite if it cannot be made."""
+    directory = given_directory(path, what)
+    with in_words(directory):
+        directory.mkdir(parents=True, exist_ok=True)
     return directory
 
 
@@ -69,7 +84,7 @@ def new_directory(path: Path) -> Iterator[Path]:
     """
     if path.exists():
         raise ValueError(f"{path} exists already; choose another name or remove it")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    made_directory(path.parent)
     temporary = temporary_beside(path)
     with clean_failure(path, temporary):
         temporary.mkdir()
@@ -89,7 +104,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     if path.is_dir():
         raise ValueError(f"{path} is a directory; expected a name for a file")
-    given_directory(path.parent, "the directory of the file").mkdir(parents=True, exist_ok=True)
+    made_directory(path.parent, "the directory of the file")
     real = Path(os.path.realpath(path))
     clear_dead_temporaries(real.parent, real.name[:100])
     temporary = temporary_beside(real)
@@ -102,31 +117,41 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def clean_failure(path: Path, *temporaries: Path) -> Iterator[None]:
-    """On any failure remove the temporaries; a full disk becomes an OSError that says what to do."""
+    """On any failure remove the temporaries; a full disk and a forbidden place become a CannotWrite."""
     try:
-        yield
-    except BaseException as error:
+        with in_words(path):
+            yield
+    except BaseException:
         for temporary in temporaries:
             discard(temporary)
-        raise_if_no_room(path, error)
         raise
 
 
-def raise_if_no_room(path: Path, error: BaseException) -> None:
-    """Turn an error of a full disk into an OSError that says what to do."""
-    if _is_no_room(error):
-        raise OSError(
-            errno.ENOSPC,
-            f"no room to write {path} ({error}); nothing was changed there. Free some space and save again",
-        ) from error
+@contextmanager
+def in_words(path: Path) -> Iterator[None]:
+    """While open, a full disk, or a place that cannot be written to, becomes a CannotWrite that says what to do."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        code = _code(error)
+        if isinstance(error, CannotWrite) or code not in _NO_ROOM | _NO_PLACE:
+            raise
+        if code in _NO_ROOM:
+            code = errno.ENOSPC
+            what = f"no room to write {path} ({error}); nothing was changed there. Free some space and save again"
+        else:
+            what = (
+                f"{path} cannot be written ({error}); nothing was changed there. Choose a place that you may write to"
+            )
+        raise CannotWrite(code, what) from error
 
 
-def _is_no_room(error: BaseException) -> bool:
+def _code(error: OSError | SafetensorError) -> int | None:
     if isinstance(error, OSError):
-        return error.errno in _NO_ROOM
+        return error.errno
     # safetensors wraps the operating system's error into its own, keeping only the text.
-    text = str(error)
-    return isinstance(error, SafetensorError) and any(f"os error {code}" in text for code in _NO_ROOM)
+    found = re.search(r"os error (\d+)", str(error))
+    return None if found is None else int(found[1])
 
 
 def flush(path: Path) -> None:
@@ -171,6 +196,15 @@ def put_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         os.replace(folder / "tensors", path)
     finally:
         discard(folder)
+
+
+def write_figure(path: Path, figure: Any, dpi: int) -> None:
+    """Write a matplotlib figure, PNG, PDF or SVG by the suffix of `path`."""
+    with replacing(path) as temporary:
+        try:
+            figure.savefig(temporary, dpi=dpi, format=path.suffix[1:] or None)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

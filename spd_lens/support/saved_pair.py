@@ -16,7 +16,7 @@ from typing import Generic, TypeVar
 
 from torch import Tensor
 
-from spd_lens.support.files import discard, file_hash, flush, put_tensors, raise_if_no_room, read_tensors
+from spd_lens.support.files import discard, file_hash, flush, in_words, made_directory, put_tensors, read_tensors
 from spd_lens.support.owners import clear_dead_temporaries, directory_lock, temporaries, temporary_beside
 
 T = TypeVar("T")
@@ -42,10 +42,10 @@ class SavedPair(Generic[T]):
 
         Nothing else in the directory is touched. Raises OSError if the disk is full; what was there then still is.
         """
-        self.directory.mkdir(parents=True, exist_ok=True)
+        made_directory(self.directory)
         names = (self.tensors, *(others or {}), self.config)
         real = {name: _real(self.directory / name) for name in names}
-        with directory_lock(self.directory):
+        with directory_lock(self.directory), in_words(self.directory):
             self._finish_interrupted()
             for place in {path.parent for path in real.values()}:
                 clear_dead_temporaries(place)
@@ -59,7 +59,7 @@ class SavedPair(Generic[T]):
                     flush(new[name])
                 whole = True
                 _move(new, real)
-            except BaseException as error:
+            except BaseException:
                 if whole and not new[self.tensors].exists():
                     # The tensors are in their place, so this save counts: finish it. Should that fail too, readers
                     # find the JSON where it is.
@@ -68,7 +68,6 @@ class SavedPair(Generic[T]):
                 else:
                     for path in new.values():
                         discard(path)
-                raise_if_no_room(self.directory, error)
                 raise
         for place in {path.parent for path in real.values()}:
             flush(place)

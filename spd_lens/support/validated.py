@@ -18,6 +18,8 @@ from pydantic import BeforeValidator, ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from typing_extensions import dataclass_transform
 
+from spd_lens.support.given import LARGEST_SEED
+
 T = TypeVar("T")
 
 
@@ -77,6 +79,7 @@ Share = Annotated[float, BeforeValidator(_number), Ge(0), Le(1)]
 Count = Annotated[int, BeforeValidator(_count), Ge(1)]
 CountOrZero = Annotated[int, BeforeValidator(_count), Ge(0)]
 Integer = Annotated[int, BeforeValidator(_count)]
+Seed = Annotated[int, BeforeValidator(_count), Ge(-LARGEST_SEED), Le(LARGEST_SEED)]
 Flag = Annotated[bool, BeforeValidator(_flag)]
 as_tuple = BeforeValidator(_tuple)
 

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from spd_lens.support.given import given_list, given_seed, given_whole, shown
 from spd_lens.tasks.task import NormalizedMetric, Task, continuation, encode, pair_task, spelled, usable_words
 from spd_lens.tasks.words import ARGUMENTS, FILLERS, NAMES, NOUNS, OBJECTS, PLACES, SPANS, VERBS
 
@@ -39,13 +40,15 @@ __all__ = [
 ]
 
 
+NOUN_PAIRS = "pairs (singular, plural)"
+
+
 class _Draw:
     """Reproducible choices."""
 
     def __init__(self, n: int, seed: int) -> None:
-        if n < 1:
-            raise ValueError(f"n={n}; expected at least one prompt")
-        self.generator = torch.Generator().manual_seed(seed)
+        given_whole("n", n, least=1, of=" prompt")
+        self.generator = torch.Generator().manual_seed(given_seed(seed))
 
     def some(self, options: Sequence[Any], k: int) -> list[Any]:
         """`k` different options in random order."""
@@ -101,6 +104,7 @@ def greater_than_task(
     the same with the tens digit (equal tens digits are neither).
     """
     draw = _Draw(n, seed)
+    century = given_whole("century", century, least=1, most=99)
     things = usable_words(tokenizer, "nouns", nouns, SPANS, 1)
 
     def prompt(thing: str, year: str) -> str:
@@ -178,7 +182,9 @@ def agreement_task(
     own. Clean subjects are singular and plural in turn. `nouns` are pairs (singular, plural).
     """
     draw = _Draw(n, seed)
-    flat = None if nouns is None else [word for pair in nouns for word in pair]
+    flat = None if nouns is None else [word for pair in given_list("nouns", nouns, NOUN_PAIRS) for word in pair]
+    if nouns is not None and any(isinstance(pair, str) or len(pair) != 2 for pair in nouns):
+        raise TypeError(f"nouns={shown(nouns)}; expected a list of {NOUN_PAIRS}")
     words = set(usable_words(tokenizer, "nouns", flat, [word for pair in NOUNS for word in pair], 4))
     pairs = [pair for pair in nouns or NOUNS if words.issuperset(pair)]
     forms = set(usable_words(tokenizer, "verbs", None, [word for pair in VERBS for word in pair], 2))
@@ -218,18 +224,20 @@ def induction_task(
     (True, True, tensor(True))
     """
     draw = _Draw(n, seed)
+    length = given_whole("length", length, least=2)
+    bos = None if bos is None else given_whole("bos", bos, least=0)
     if isinstance(vocabulary, int):
         allowed: list[int] = list(range(vocabulary))
-    elif isinstance(vocabulary, Sequence):
-        allowed = [int(token) for token in vocabulary]
+    elif isinstance(vocabulary, Sequence) and not isinstance(vocabulary, str):
+        allowed = [given_whole("a token of vocabulary", token, least=0) for token in vocabulary]
+    elif not callable(vocabulary):
+        raise TypeError(f"vocabulary={shown(vocabulary)}; expected a number of tokens, token ids, or a tokenizer")
     else:
         special = set(getattr(vocabulary, "all_special_ids", ()))
         allowed = [token for token in range(len(vocabulary)) if token not in special]  # pyright: ignore
     allowed = [token for token in allowed if token != bos]
-    if length < 2 or len(set(allowed)) <= length:
-        raise ValueError(
-            f"length={length}, and {len(set(allowed))} tokens to draw from; expected at least 2, and more tokens"
-        )
+    if len(set(allowed)) <= length:
+        raise ValueError(f"length={length}, and {len(set(allowed))} tokens to draw from; expected more tokens")
     lead, k = [] if bos is None else [bos], length // 2
     clean, corrupted = [], []
     for _ in range(n):

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from spd_lens.core.decomposition import Decomposition
+from spd_lens.support.given import given_list, shown
 from spd_lens.support.shown import short_repr
 
 
@@ -136,6 +137,8 @@ def _pooled(logits: Tensor, ids: Tensor) -> Tensor:
 
 def encode(tokenizer: Any, text: str) -> list[int]:
     """Token ids of `text` without special tokens."""
+    if not isinstance(text, str):
+        raise TypeError(f"a prompt or an answer is {shown(text)}; expected a text")
     if not callable(tokenizer):
         raise TypeError(f"the tokenizer is a {type(tokenizer).__name__}; expected a Hugging Face tokenizer")
     encoded: Any = tokenizer(text, add_special_tokens=False)
@@ -176,6 +179,8 @@ def pair_task(
     >>> [tokenizer.decode([i]) for i in task.answers[0]]
     [' is', ' was']
     """
+    for what, texts in (("clean", clean), ("corrupted", corrupted), ("answers", answers), ("wrong", wrong)):
+        given_list(what, texts, "texts, one for every prompt")
     if not len(clean) == len(corrupted) == len(answers) == len(wrong) or not clean:
         raise ValueError(
             f"given {len(clean)} clean and {len(corrupted)} corrupted prompts, {len(answers)} answers and {len(wrong)} "
@@ -193,7 +198,7 @@ def pair_task(
             if len(ids) != length:
                 raise ValueError(
                     f"all prompts need the same number of tokens: {clean[0]!r} has {length}, {text!r} has {len(ids)}: "
-                    f"{spelled(tokenizer, ids)}"
+                    f"{spelled(tokenizer, ids)}; choose other words"
                 )
     ids = [
         _padded([_answer_ids(tokenizer, prompt, given) for prompt, given in zip(clean, side, strict=True)])
@@ -224,7 +229,7 @@ def _padded(rows: Sequence[Sequence[int]]) -> Int[Tensor, "row _"]:
 
 def usable_words(tokenizer: Any, what: str, own: Sequence[str] | None, words: Sequence[str], needed: int) -> list[str]:
     """The words that are single tokens after a space: all of the user's own, or those of the library's list."""
-    words = words if own is None else own
+    words = words if own is None else given_list(what, own, "words, such as ['one', 'two']")
     good = [word for word in dict.fromkeys(words) if continuation(tokenizer, "the", f" {word}") is not None]
     bad = [word for word in words if word not in good]
     if own is not None and bad:

@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from spd_lens.support.given import given_number, given_whole
+
 # How many standard deviations more gaps than expected are drawn at first.
 SPARE_DEVIATIONS = 6.0
 
@@ -34,14 +36,12 @@ class SparseFeatures:
         high: float = 1.0,
         seed: int = 0,
     ) -> None:
-        if n_features < 1 or batch_size < 1:
-            raise ValueError(f"n_features={n_features}, batch_size={batch_size}; expected at least 1 of each")
-        if not 0 < probability <= 1:
-            raise ValueError(f"probability={probability}; expected more than 0 and at most 1")
-        if not low < high:
+        for what, count in (("n_features", n_features), ("batch_size", batch_size)):
+            given_whole(what, count, least=1)
+        given_number("probability", probability, above=0, most=1)
+        if not given_number("low", low) < given_number("high", high):
             raise ValueError(f"values between low={low} and high={high}; expected low < high")
-        if seed < 0:
-            raise ValueError(f"seed={seed}; expected zero or more")
+        given_whole("seed", seed, least=0)
         self.n_features, self.batch_size, self.seed = n_features, batch_size, seed
         self.probability, self.low, self.high = probability, low, high
 

@@ -19,6 +19,7 @@ from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
 
 from spd_lens.hosts.declared import DeclaredSite
+from spd_lens.support.given import given_seed, given_whole
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,12 @@ class ResidMLP(HookedRootModule):
         self, n_features: int = 100, d_resid: int = 1000, n_layers: int = 1, d_mlp: int = 50, seed: int = 0
     ) -> None:
         super().__init__()
-        if min(n_features, d_resid, n_layers, d_mlp) < 1:
-            raise ValueError(f"{n_features=}, {d_resid=}, {n_layers=}, {d_mlp=}; expected at least 1 of each")
+        sizes = {"n_features": n_features, "d_resid": d_resid, "n_layers": n_layers, "d_mlp": d_mlp}
+        for what, count in sizes.items():
+            given_whole(what, count, least=1)
         self.cfg = ResidMLPConfig(n_features, d_resid, n_layers, d_mlp)
         self.name = f"resid_mlp_{n_features}-{d_mlp}x{n_layers}"
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(given_seed(seed))
         embedding = torch.randn(n_features, d_resid, generator=generator)
         self.register_buffer("W_E", embedding / embedding.norm(dim=1, keepdim=True))
         self.hook_embed = HookPoint()

@@ -18,6 +18,7 @@ from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
 
 from spd_lens.hosts.declared import DeclaredSite
+from spd_lens.support.given import given_seed, given_whole
 
 
 class TMS(HookedRootModule):
@@ -35,11 +36,11 @@ class TMS(HookedRootModule):
 
     def __init__(self, n_features: int, n_hidden: int, *, identity: bool = False, seed: int = 0) -> None:
         super().__init__()
-        if n_features < 1 or n_hidden < 1:
-            raise ValueError(f"n_features={n_features}, n_hidden={n_hidden}; expected at least 1 of each")
+        for what, count in (("n_features", n_features), ("n_hidden", n_hidden)):
+            given_whole(what, count, least=1)
         self.n_features, self.n_hidden, self.has_identity = n_features, n_hidden, identity
         self.name = f"tms_{n_features}-{n_hidden}" + ("+ID" if identity else "")
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(given_seed(seed))
         scale = (2 / (n_features + n_hidden)) ** 0.5
         self.W = nn.Parameter(scale * torch.randn(n_features, n_hidden, generator=generator))
         self.b = nn.Parameter(torch.zeros(n_features))

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from spd_lens.support.given import given_instance
 from spd_lens.support.progress import tqdm
 from spd_lens.toys.features import SparseFeatures, resid_mlp_features, tms_features
 from spd_lens.toys.resid_mlp import ResidMLP
@@ -50,6 +51,7 @@ def train_tms(
 
     The loss of a step is `mean over batch and features of (x_hat - x)^2`.
     """
+    given_instance("model", model, TMS, "TMS(5, 2)")
     return _train_tms([model], [seed], steps, batch_size, lr)[0]
 
 
@@ -82,6 +84,7 @@ def train_resid_mlp(
     `lr (1 + cos(pi t / steps)) / 2`. The paper does not give the number of steps; its authors' code has 1,000 for one
     and two layers and 10,000 for three.
     """
+    given_instance("model", model, ResidMLP, "ResidMLP()")
     data = resid_mlp_features(model.cfg.n_features, batch_size, seed=seed).batches_from(0)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=WEIGHT_DECAY)

@@ -132,6 +132,22 @@ def started(stream: Iterator[Batch]) -> Iterator[Batch]:
     return chain([next(stream)], stream)
 
 
+def compare_now(batches: Any) -> None:
+    """Compare what `same_data` returned at once, for a run that is at its end and takes no batch any more.
+
+    What can only be gone through once is left as it is.
+    """
+    if not isinstance(batches, _Compared) or isinstance(batches.batches, Iterator):
+        return
+    while batches.wanted:
+        before = batches.count
+        for _ in batches:
+            if not batches.wanted:
+                break
+        if batches.count == before:
+            return
+
+
 class _Compared:
     """Passes batches on; those at certain numbers, counted over all epochs, are compared."""
 

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from spd_lens.support.checked_json import CheckedContent, read_checked, write_checked
-from spd_lens.support.files import file_hash, new_directory, put_tensors, read_tensors
+from spd_lens.support.files import file_hash, given_path, new_directory, put_tensors, read_tensors
 from spd_lens.support.shown import short_repr
 
 FORMAT = "spd_lens training checkpoint"
@@ -54,8 +54,9 @@ def write_checkpoint(
 
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read one checkpoint. Raises ValueError for a damaged, foreign, renamed or newer one."""
+    path = given_path(path, "the checkpoint")
     if not (path / STATE).is_file():
-        raise ValueError(f"{path / STATE} is missing: {path} does not hold a {FORMAT}")
+        raise ValueError(f"{path / STATE} is missing; expected a {FORMAT}, such as run/checkpoints/step-00000500")
     state = read_checked(path / STATE, CheckpointState, format_name=FORMAT, version=FORMAT_VERSION)
     if path.name != checkpoint_name(state.step):
         raise ValueError(f"{path} holds step {state.step}; expected the name {checkpoint_name(state.step)}")

@@ -19,9 +19,9 @@ from spd_lens.support.validated import (
     Count,
     CountOrZero,
     Flag,
-    Integer,
     NonNegative,
     Positive,
+    Seed,
     Share,
     as_tuple,
     unknown_field,
@@ -163,7 +163,7 @@ class TrainConfig:
     readout: Any = None
     extra_terms: Annotated[tuple[Any, ...], as_tuple] = ()
 
-    seed: Integer = 0
+    seed: Seed = 0
     log_every: Count = 10
     checkpoint_every: Count | None = 500
     keep_checkpoints: Count = 2

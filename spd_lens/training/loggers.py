@@ -21,9 +21,10 @@ def wandb_logger(**init_arguments: Any) -> Logger:
 
 def tensorboard_logger(directory: str | Path) -> Logger:
     """A logger that writes every log line for TensorBoard."""
+    path = given_directory(directory)
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(str(given_directory(directory)))
+    writer = SummaryWriter(str(path))
 
     def write(step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():

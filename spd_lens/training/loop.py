@@ -26,8 +26,9 @@ from spd_lens.core.units import ALIVE_ABOVE
 from spd_lens.data.streams import endless_batches
 from spd_lens.objective.divergences import mean_over_positions
 from spd_lens.support.files import given_path, plain
+from spd_lens.support.given import given_function, given_instance, given_list
 from spd_lens.support.progress import tqdm
-from spd_lens.training.belonging import FREE, SeenData, belongs_to, check_belongs, same_data, started
+from spd_lens.training.belonging import FREE, SeenData, belongs_to, check_belongs, compare_now, same_data, started
 from spd_lens.training.checkpoint import Checkpoint
 from spd_lens.training.conditions import Stop, not_finite, stop_on_signals, training_conditions
 from spd_lens.training.config import TrainConfig
@@ -80,6 +81,8 @@ def train(
     any number of processes goes on from them.
     """
     checked_decomposition(decomposition, "train")
+    for logger in given_list("loggers", loggers, "functions (step, values)"):
+        given_function("a logger", logger, "(step, values), such as wandb_logger() makes", 2)
     processes = join_processes(decomposition.device)
     files, checkpoint = _open_everywhere(processes, out_dir, resume_from, loggers)
     config = _resolve_config(config, changes, files if resume_from is not None else None)
@@ -97,8 +100,11 @@ def train(
         shares = hasattr(batches, "for_process") and not processes.is_main
         given = batches.for_process(processes.rank, processes.count) if shares else batches
         stream = endless_batches(given, decomposition, start=step, whole=not shares)
-        if checkpoint is not None and step < config.steps:
-            stream = started(stream)
+        if checkpoint is not None:
+            if step < config.steps:
+                stream = started(stream)
+            else:
+                compare_now(batches)
         if processes.is_main:
             running.enter_context(files.held())
             if resume_from is None:
@@ -222,6 +228,8 @@ def _warm_up_faithfulness(learner: Learner, stop: Stop, processes: Processes) ->
 
 
 def _resolve_config(config: TrainConfig | None, changes: Mapping[str, Any], resumed: RunFiles | None) -> TrainConfig:
+    if config is not None:
+        given_instance("config", config, TrainConfig, "TrainConfig(steps=100), or steps=100 alone")
     if resumed is None:
         return (config or TrainConfig()).changed(**changes)
     saved = resumed.config_values()

@@ -22,10 +22,12 @@ import torch
 from torch import Tensor
 
 from spd_lens.core.decomposition import Decomposition
+from spd_lens.core.inputs import checked_decomposition
 from spd_lens.core.units import ALIVE_ABOVE
-from spd_lens.data.batches import Batch
+from spd_lens.data.batches import Batch, TokenBatches, is_one_batch
 from spd_lens.objective.mask_sources import SampledMasks, mask_source
 from spd_lens.support.files import given_directory
+from spd_lens.support.given import given_instance, given_list
 from spd_lens.support.progress import tqdm
 from spd_lens.support.shown import short_repr
 from spd_lens.training.conditions import stop_on_signals, training_conditions
@@ -135,13 +137,33 @@ def _inputs(batch: Batch) -> Tensor:
     return batch.inputs
 
 
+def checked_members(decompositions: Any, batches: Any, configs: Any) -> list[Decomposition]:
+    """The decompositions as a list; TypeError unless they, the batches and the configs are lists of such."""
+    members = [] if isinstance(decompositions, Decomposition) else given_list("decompositions", decompositions, _EACH)
+    if isinstance(decompositions, Decomposition) or is_one_batch(batches) or isinstance(batches, TokenBatches):
+        what = "decompositions" if isinstance(decompositions, Decomposition) else "batches"
+        given = decompositions if what == "decompositions" else batches
+        raise TypeError(f"{what} is a {type(given).__name__}; expected a list of {_EACH}")
+    given_list("batches", batches, _EACH)
+    for decomposition in members:
+        checked_decomposition(decomposition, "train_many")
+    for config in [configs] if isinstance(configs, TrainConfig) else given_list("configs", configs, "TrainConfig"):
+        given_instance("a config", config, TrainConfig, "TrainConfig(steps=100)")
+    return members
+
+
+# Of a list of decompositions or of batches.
+_EACH = "one for every member (train takes a single one)"
+
+
 def _checked_configs(
     decompositions: Sequence[Decomposition],
     batches: Sequence[Iterable[Any]],
     configs: TrainConfig | Sequence[TrainConfig],
 ) -> tuple[TrainConfig, ...]:
+    checked_members(decompositions, batches, configs)
     if not decompositions:
-        raise ValueError("train_many was given no decomposition")
+        raise ValueError("train_many was given no decomposition; expected at least one")
     members = (configs,) * len(decompositions) if isinstance(configs, TrainConfig) else tuple(configs)
     if not len(decompositions) == len(batches) == len(members):
         raise ValueError(

@@ -10,7 +10,7 @@ from spd_lens.data.batches import Batch
 from spd_lens.data.streams import endless_batches
 from spd_lens.support.checked_json import CheckedContent, read_checked, write_checked
 from spd_lens.support.files import plain
-from spd_lens.training.belonging import FREE, SeenData, belongs_to, check_belongs, same_data, started
+from spd_lens.training.belonging import FREE, SeenData, belongs_to, check_belongs, compare_now, same_data, started
 from spd_lens.training.checkpoint import Checkpoint
 from spd_lens.training.config import TrainConfig
 from spd_lens.training.run_files import RunFiles
@@ -73,6 +73,8 @@ def member_data(
         before = None if checkpoint is None else checkpoint.data[str(i)]
         if checkpoint is not None:
             source = same_data(source, before, f"{checkpoint.path} (member {i})")
+            if not goes_on:
+                compare_now(source)
         stream = endless_batches(source, member, start=0 if checkpoint is None else checkpoint.step)
         seen.append(SeenData(before))
         streams.append(started(stream) if checkpoint is not None and goes_on else stream)

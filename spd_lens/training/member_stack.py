@@ -33,7 +33,10 @@ class MemberStack:
         for name, own in states[0].items():
             shapes = {tuple(state[name].shape) if name in state else None for state in states}
             if len(shapes) > 1:
-                raise ValueError(f"the members do not have the same shape: {name} is {sorted(map(str, shapes))}")
+                raise ValueError(
+                    f"the members do not have the same shape: {name} is {sorted(map(str, shapes))}; train them in runs "
+                    "of their own"
+                )
             stacked = torch.stack([state[name].detach() for state in states])
             group = next((g for g, ids in groups.items() if id(own) in ids), None)
             if group is None:

@@ -26,7 +26,15 @@ from typing import Any
 from torch import Tensor
 
 from spd_lens.support.checked_json import CheckedContent, read_checked, write_checked
-from spd_lens.support.files import given_directory, given_path, numbers, plain, write_text
+from spd_lens.support.files import (
+    given_directory,
+    given_path,
+    in_words,
+    made_directory,
+    numbers,
+    plain,
+    write_text,
+)
 from spd_lens.support.owners import clear_dead_temporaries, discard, held, temporary_beside
 from spd_lens.training.belonging import FREE
 from spd_lens.training.checkpoint import (
@@ -88,7 +96,7 @@ class RunFiles:
     def held(self) -> Iterator[None]:
         """The run is this process's until the block ends. Raises ValueError, naming the owner, if it is another's."""
         if self.is_named:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            made_directory(self.directory, "out_dir")
         else:
             self.directory = _claimed(self.directory)
         with held(self.directory / "running.json", "training"):
@@ -135,7 +143,7 @@ class RunFiles:
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Append one line; numbers that are not finite are written as text."""
         line = json.dumps(plain({"step": step, **values}), allow_nan=False)
-        with self.log_path.open("a", encoding="utf-8") as file:
+        with in_words(self.log_path), self.log_path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
         for logger in self.loggers:
             logger(step, values)
@@ -287,7 +295,7 @@ def open_run(
 
 def _claimed(parent: Path) -> Path:
     """A new directory `parent/<date>-<time>`, made by this call and by no other."""
-    parent.mkdir(parents=True, exist_ok=True)
+    made_directory(parent, "the directory of runs")
     name, n = time.strftime("%Y%m%d-%H%M%S"), 0
     while True:
         path = parent / (name if n == 0 else f"{name}-{n}")

@@ -249,7 +249,7 @@ def test_what_cannot_be_decomposed_is_refused() -> None:
         TINY.changed(k=0.01)
     with pytest.raises(ValueError, match=r"warmup=1\.0"):
         TINY.changed(warmup=1.0)
-    with pytest.raises(ValueError, match="n_components=0; expected a positive number"):
+    with pytest.raises(ValueError, match="n_components=0; expected at least 1"):
         TINY.changed(n_components=0)
 
 

@@ -411,8 +411,8 @@ def test_embeddings_are_sites_like_others() -> None:
         ({"steps": 0}, "steps=0; expected at least 1"),
         ({"rows_per_step": 0}, "rows_per_step=0"),
         ({"budgets": (0,)}, "budgets.*=0; expected at least 1"),
-        ({"position_mask": torch.ones(2, 5, dtype=torch.bool)}, r"position_mask is torch.bool \(2, 5\)"),
-        ({"position_mask": torch.zeros(2, 12, dtype=torch.bool)}, "at least one True"),
+        ({"position_mask": torch.ones(2, 5, dtype=torch.bool)}, r"has shape \(2, 5\); expected \(2, 12\)"),
+        ({"position_mask": torch.zeros(2, 12, dtype=torch.bool)}, "expected at least one position that counts"),
         ({"prompts": tokens(2) + 40}, "the vocabulary is 0..39"),
     ],
 )  # fmt: skip

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from spd_lens import Decomposition, decompose
 from spd_lens.core import GateOfAll, SiteMask, relative_faithfulness
+from spd_lens.models import load_tiny_lm
 from tests.bridge_models import boot
 from tests.conftest import needs_hooked
 from tests.small_models import tiny_transformer, tokens
@@ -208,3 +209,17 @@ def test_a_state_dict_carries_the_training_to_another_model(host: str) -> None:
         second.load_state_dict({key: value for key, value in state.items() if "subcomponents.V" not in key})
     trained.remove()
     assert not any("subcomponents" in key for key in first.state_dict())
+
+
+@needs_hooked
+def test_heads_are_detected_as_on_the_plain_model() -> None:
+    from transformer_lens.head_detector import detect_head
+
+    model: Any = load_tiny_lm()
+    text, kinds = "the whale and the whale and the sea", ("previous_token_head", "induction_head")
+    expected = {kind: detect_head(model, text, kind) for kind in kinds}
+    decomposition = decompose(model, {"blocks.*.attn.W_[QKVO]": 4, "blocks.*.mlp.W_*": 4}, gate="global")
+    for kind in kinds:
+        assert torch.equal(detect_head(model, text, kind), expected[kind])
+    with model.hooks(fwd_hooks=decomposition.keep({"blocks.0.attn.W_Q": []})):
+        assert not torch.equal(detect_head(model, text, kinds[0]), expected[kinds[0]])

@@ -309,10 +309,12 @@ def test_an_unknown_site_of_a_block_lists_near_names(site: str) -> None:
 def test_an_unknown_decomposed_site_lists_near_names() -> None:
     decomposition = decompose_layer(CASES["ln"].build(), 0, N)
     for call in (decomposition.ablate, decomposition.keep):
-        with pytest.raises(KeyError, match=r"no decomposed site 'blocks.1.mlp.W_in'; near: 'blocks.0.mlp.W_in'"):
+        with pytest.raises(ValueError, match=r"no decomposed site 'blocks.1.mlp.W_in'; near: 'blocks.0.mlp.W_in'"):
             call({"blocks.1.mlp.W_in": [0]})
-    with pytest.raises(KeyError, match="no decomposed site"):
+    with pytest.raises(ValueError, match="no decomposed site"):
         decomposition.mask({"blocks.1.mlp.W_in": torch.ones(N)})
+    with pytest.raises(KeyError, match="no decomposed site"):  # as every mapping
+        decomposition["blocks.1.mlp.W_in"]
 
 
 def test_models_that_are_not_transformer_lens_are_refused() -> None:

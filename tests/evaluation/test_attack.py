@@ -166,8 +166,8 @@ def test_what_is_important_is_out_of_the_adversarys_reach() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"adversary_steps": (-1,)}, "whole numbers of at least 0"),
-        ({"adversary_step_size": 0.0}, "0 < step_size <= 1"),
+        ({"adversary_steps": (-1,)}, r"adversary_steps\[0\]=-1; expected at least 0"),
+        ({"adversary_step_size": 0.0}, "step_size=0; expected a number above 0 and at most 1"),
         ({"starts": 0}, "at least 1"),
         ({"span": 0}, "at least 1"),
     ],

@@ -745,7 +745,7 @@ def test_mistakes_with_data_sets_are_named(double: Decomposition, without_type_c
     with pytest.raises(ValueError, match="this graph has no readout"):
         dataset_graph(double, data, importance_above=None, n_checked=2).prune()
     graph = attribution_graph(double, PROMPT, importance_above=None, n_checked=2)
-    with pytest.raises(ValueError, match=r"node_threshold=2; expected a share"):
+    with pytest.raises(ValueError, match=r"node_threshold=2; expected a number at least 0 and at most 1"):
         graph.prune(node_threshold=2)
 
 

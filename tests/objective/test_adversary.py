@@ -192,9 +192,9 @@ def test_e1_the_budget_is_one_evaluation_per_step(steps: int) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ({"steps": -1}, r"steps=-1.*expected steps >= 0 and step_size > 0"),
-        ({"step_size": 0.0}, r"step_size=0\.0.*expected steps >= 0 and step_size > 0"),
-        ({"step_size": -0.1}, r"step_size=-0\.1.*expected steps >= 0 and step_size > 0"),
+        ({"steps": -1}, "steps=-1; expected at least 0"),
+        ({"step_size": 0.0}, "step_size=0; expected a number above 0"),
+        ({"step_size": -0.1}, r"step_size=-0\.1; expected a number above 0"),
         ({"scope": "token"}, r"scope='token'; expected 'position', 'example' or 'batch'"),
     ],
 )

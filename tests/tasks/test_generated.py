@@ -335,7 +335,7 @@ def test_mistakes_name_the_text_and_its_tokens(tiny: Any) -> None:
         tasks.indirect_object_task(tiny, names=[])
     with pytest.raises(ValueError, match="nouns: 'harpooneer' is not a single token"):
         tasks.agreement_task(tiny, nouns=[("ship", "ships"), ("harpooneer", "harpooneers")])
-    with pytest.raises(ValueError, match="n=0; expected at least one prompt"):
+    with pytest.raises(ValueError, match="n=0; expected at least 1 prompt"):
         tasks.agreement_task(tiny, 0)
     with pytest.raises(ValueError, match="length=12, and 9 tokens to draw from"):
         tasks.induction_task(10, bos=3)

@@ -254,9 +254,9 @@ def test_one_hot_inputs_have_one_feature_each() -> None:
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    ({"probability": 0.0}, "probability=0.0; expected more than 0"),
+    ({"probability": 0.0}, "probability=0; expected a number above 0 and at most 1"),
     ({"probability": 0.1, "low": 1.0}, "low=1.0 and high=1.0; expected low < high"),
-    ({"probability": 0.1, "seed": -1}, "seed=-1; expected zero or more"),
+    ({"probability": 0.1, "seed": -1}, "seed=-1; expected at least 0"),
 ])  # fmt: skip
 def test_impossible_features_are_refused(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -169,8 +169,8 @@ def test_a_run_killed_at_random_moments_and_resumed_equals_the_uninterrupted_one
     _, errors = whole.communicate(timeout=300)
     assert whole.returncode == 0, errors
     checkpoints = tmp_path / "killed" / "checkpoints"
-    moments = torch.Generator().manual_seed(0)
-    for kill in range(3):
+    moments, kills = torch.Generator().manual_seed(0), 0
+    for _ in range(3):
         child = start(tmp_path / "killed", tmp_path / "killed.safetensors")
         assert child.stdout is not None
         child.stdout.readline()
@@ -184,9 +184,11 @@ def test_a_run_killed_at_random_moments_and_resumed_equals_the_uninterrupted_one
         time.sleep(0.3 * float(torch.rand((), generator=moments)))
         child.send_signal(signal.SIGKILL)
         child.communicate()
+        kills += child.returncode == -signal.SIGKILL
         if (tmp_path / "killed.safetensors").exists():
             break
-        assert kill < 3
+    assert kills > 0, "every child came to its end first"
+    print(f"{kills} kills of a run, each resumed")
     last = start(tmp_path / "killed", tmp_path / "killed.safetensors")
     _, errors = last.communicate(timeout=300)
     assert last.returncode == 0, errors

@@ -168,6 +168,15 @@ def test_another_model_decomposition_or_data_is_refused_by_name(
     assert sorted(p.name for p in tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("again", [list, lambda rows: DataLoader(torch.cat(rows), batch_size=4)])
+def test_a_finished_run_on_other_data_is_refused_too(tmp_path: Path, again: Any) -> None:
+    rows, others = ([tokens(4, seed=seed) for seed in seeds] for seeds in ((1, 2, 3), (1, 2, 9)))
+    train(fresh(), again(rows), CONFIG.changed(steps=3), out_dir=tmp_path)
+    with pytest.raises(ValueError, match="belongs to a run on other data: batch number 2 is another"):
+        train(fresh(), again(others), resume_from=tmp_path)
+    assert train(fresh(), again(rows), resume_from=tmp_path).steps == 3
+
+
 @needs_hooked
 def test_train_many_refuses_other_members(tmp_path: Path) -> None:
     config = CONFIG.changed(divergence="mse")
