@@ -60,7 +60,7 @@ def checked_tokens(tokens: Any, host: Host, *, name: str = "tokens", values: boo
             f"{name}[:, :{limit}], or pack texts with pack_tokens(texts, tokenizer, context={limit})"
         )
     given = given.long()
-    if values and given.device.type != "meta" and not torch._C._functorch.is_functorch_wrapped_tensor(given):
+    if values and given.device.type != "meta" and not _is_mapped(given):
         low, high = int(given.min()), int(given.max())
         if low < 0 or high >= d_vocab:
             raise ValueError(f"{name}: token ids run from {low} to {high}, but the vocabulary is 0..{d_vocab - 1}")
@@ -69,8 +69,12 @@ def checked_tokens(tokens: Any, host: Host, *, name: str = "tokens", values: boo
 
 def can_be_read(tensor: Tensor) -> bool:
     """Whether looking at the values makes nothing wait and is possible: on the CPU, outside `torch.func`, compilers."""
-    traced = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    return tensor.device.type == "cpu" and not traced
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not _is_mapped(tensor)
+
+
+def _is_mapped(tensor: Tensor) -> bool:
+    """Whether `torch.func` is mapping or differentiating over the tensor, which then has no values to look at."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def as_tensor(value: Any, name: str) -> Tensor:

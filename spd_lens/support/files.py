@@ -140,9 +140,7 @@ def in_words(path: Path) -> Iterator[None]:
             code = errno.ENOSPC
             what = f"no room to write {path} ({error}); nothing was changed there. Free some space and save again"
         else:
-            what = (
-                f"{path} cannot be written ({error}); nothing was changed there. Choose a place that you may write to"
-            )
+            what = f"{path} cannot be written ({error}); nothing was changed there. Choose another place"
         raise CannotWrite(code, what) from error
 
 
