@@ -253,14 +253,14 @@ def write_text(path: Path, text: str) -> None:
 def read_tensors(path: Path, expected_hash: str | None = None) -> dict[str, Tensor]:
     """Read a safetensors file onto the CPU. Raises ValueError for a missing, truncated or altered file."""
     if not path.is_file():
-        raise ValueError(f"{path} is missing: this is not a complete save")
+        raise ValueError(f"{path} is missing: this is not a complete save; expected both of its files")
     if expected_hash is not None and file_hash(path) != expected_hash:
         raise ValueError(f"{path} is damaged: its contents differ from what was saved (SHA-256 mismatch)")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except FileNotFoundError as error:
-        raise ValueError(f"{path} is missing: this is not a complete save") from error
+        raise ValueError(f"{path} is missing: this is not a complete save; expected both of its files") from error
     except (SafetensorError, KeyError, ValueError, TypeError, OverflowError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
 
