@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from spd_lens.statistics.cofiring import COFIRING_COLUMNS, Cofiring
+from spd_lens.statistics.firing_together import COFIRING_COLUMNS, Cofiring
 from spd_lens.statistics.labels import Labels, checked_labels, template_label
 from spd_lens.statistics.site_harvest import Example, Histogram, SiteHarvest
 from spd_lens.statistics.token_counts import TokenStatistic
