@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from spd_lens.core.decomposed_weight import DecomposedWeight
 from spd_lens.core.gate_sets import GateOfAll, Gates, gates_of
 from spd_lens.core.gates import GlobalGate
-from spd_lens.core.inputs import can_be_read, checked_tokens
+from spd_lens.core.inputs import checked_tokens
 from spd_lens.core.interventions import (
     Factor,
     HookList,
@@ -238,8 +238,7 @@ class Decomposition(Mapping[str, DecomposedWeight]):
     def _entering(self, batch: Any, start_at: int | None) -> Tensor:
         """What a pass is given: tokens or inputs, or a residual stream for block `start_at`, checked in words."""
         if start_at is None:
-            readable = can_be_read(batch) if isinstance(batch, Tensor) else True
-            return checked_tokens(batch, self.host, name="the batch", values=readable)
+            return checked_tokens(batch, self.host, name="the batch", values=False)
         given_whole("start_at", start_at, least=0, most=self.host.n_layers() - 1)
         width = self.host.d_model()
         if not isinstance(batch, Tensor) or not batch.is_floating_point() or batch.shape[2:] != (width,):
@@ -272,7 +271,13 @@ class Decomposition(Mapping[str, DecomposedWeight]):
                 f"an attention_mask was given with start_at={start_at}: a pass that starts at a block has lost what "
                 "the mask does before it; give the tokens"
             )
-        return run(self.host, batch, start_at=start_at, stop_at=stop_at, attention_mask=attention_mask)
+        try:
+            return run(self.host, batch, start_at=start_at, stop_at=stop_at, attention_mask=attention_mask)
+        except IndexError:
+            if start_at is None:
+                # An id outside the vocabulary? Looking before every pass would make a device wait.
+                checked_tokens(batch, self.host, name="the batch")
+            raise
 
     def pre_importances(self, inputs: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "*batch _"]]:
         """Pre-activations `p [batch pos C]` of every site's gate, from the clean inputs `x` (S4)."""

@@ -5,9 +5,9 @@
 from spd_lens.statistics.attention_pairs import Pair, QKInteractions, qk_interactions
 from spd_lens.statistics.browser import Contents, inline_page
 from spd_lens.statistics.coactivations import CoActivation, Partner, Window, coactivation
-from spd_lens.statistics.firing_together import cofiring
 from spd_lens.statistics.directions import SiteDirections
 from spd_lens.statistics.firing import harvest
+from spd_lens.statistics.firing_together import cofiring
 from spd_lens.statistics.harvest_sums import HarvestSums, positions_of
 from spd_lens.statistics.labelling import Endpoint, Label, Provider, label_components, labels_for_pages
 from spd_lens.statistics.labels import Labels, read_labels, template_label, write_labels

@@ -13,8 +13,8 @@ import torch
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.statistics.browser import Contents, write_browser
 from spd_lens.statistics.coactivations import CoActivation
-from spd_lens.statistics.firing_together import cofiring
 from spd_lens.statistics.directions import SiteDirections
+from spd_lens.statistics.firing_together import cofiring
 from spd_lens.statistics.harvest_sums import HarvestSums
 from spd_lens.statistics.labels import Labels, read_labels
 from spd_lens.statistics.saved import MadeFrom, made_from, read_harvest, write_harvest
