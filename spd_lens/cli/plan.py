@@ -40,6 +40,7 @@ Examples:
 @ends_in_words
 def command(
     config: Annotated[Path | None, typer.Argument(help="A run's YAML file.")] = None,
+    set: Annotated[list[str] | None, typer.Option("--set", help="FIELD=VALUE in CONFIG.")] = None,
     model: Annotated[str | None, typer.Option(help="A known shape, or a folder with a config.json.")] = None,
     sites: Annotated[list[str] | None, typer.Option(help="Patterns of sites; repeatable.")] = None,
     C: Annotated[int | None, typer.Option("--C", min=1, help="Of every site; by default 1.5 x rank.")] = None,
@@ -60,13 +61,13 @@ def command(
     if split is not None:
         if split != "blocks" or config is None or out is None:
             raise ConfigError("--split needs CONFIG and --out: spd-lens plan config.yaml --split blocks --out jobs")
-        jobs = split_blocks(RunFile.read(config), out, streams=streams)
+        jobs = split_blocks(RunFile.read(config, set or []), out, streams=streams)
         values = [{"block": job.block, "config": str(job.config), "line": job.line} for job in jobs]
         where = f"{len(jobs)} jobs: {out / 'jobs.sh'}, or sbatch {out / 'array.sbatch'}"
         show("\n".join([where, *(job.line for job in jobs)]), {"jobs": values}, as_json=json)
         return
     if config is not None:
-        run = RunFile.read(config)
+        run = RunFile.read(config, set or [])
         found = plan(
             ModelShape.of(model or run.model.name),
             run.decompose.sites,

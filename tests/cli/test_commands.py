@@ -198,7 +198,7 @@ def test_jobs_of_blocks_are_trained_apart_and_merged(tmp_path: Path) -> None:
 
 @pytest.mark.slow  # two processes at once, one of them killed
 def test_two_jobs_at_once_of_which_one_is_killed_and_goes_on(tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text(BLOCKS.replace("steps: 4", "steps: 60"))
+    (tmp_path / "config.yaml").write_text(BLOCKS.replace("steps: 4", "steps: 30"))
     split = ("plan", tmp_path / "config.yaml", "--split", "blocks", "--streams", "--out", tmp_path / "jobs", "--json")
     jobs = json.loads(_invoke(*split).stdout)["jobs"]
     for job in jobs:

@@ -54,7 +54,7 @@ def _child(act: Callable[[int], Any], rank: int, count: int, port: int, log: Pat
         os._exit(status)
 
 
-def wait_for(pids: list[int], log: Path, timeout: float = 120.0) -> list[int]:
+def wait_for(pids: list[int], log: Path, timeout: float = 400.0) -> list[int]:
     """Exit statuses of the children, negative for a signal; kills them all after `timeout` seconds."""
     deadline = time.monotonic() + timeout
     statuses: dict[int, int] = {}
