@@ -55,13 +55,14 @@ def command(
     utilisation: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the rated rate.")] = 0.3,
     split: Annotated[str | None, typer.Option(help="blocks: one job for every block.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where the jobs go.")] = None,
+    local: Annotated[bool, typer.Option("--local", help="Jobs train on their block's own output.")] = False,
     streams: Annotated[bool, typer.Option("--streams", help="Also write what enters every block, once.")] = False,
     json: JsonFlag = False,
 ) -> None:
     if split is not None:
         if split != "blocks" or config is None or out is None:
             raise ConfigError("--split needs CONFIG and --out: spd-lens plan config.yaml --split blocks --out jobs")
-        jobs = split_blocks(RunFile.read(config, set or []), out, streams=streams)
+        jobs = split_blocks(RunFile.read(config, set or []), out, streams=streams, local=local)
         values = [{"block": job.block, "config": str(job.config), "line": job.line} for job in jobs]
         where = f"{len(jobs)} jobs: {out / 'jobs.sh'}, or sbatch {out / 'array.sbatch'}"
         show("\n".join([where, *(job.line for job in jobs)]), {"jobs": values}, as_json=json)
@@ -141,10 +142,11 @@ exit $status
 """
 
 
-def split_blocks(run: RunFile, out: Path, *, streams: bool = False) -> list[BlockJob]:
+def split_blocks(run: RunFile, out: Path, *, streams: bool = False, local: bool = False) -> list[BlockJob]:
     """Write one run's file for every block with sites, `jobs.sh` and `array.sbatch`; nothing is trained.
 
-    With `streams` the model is run once over the data; otherwise nothing is loaded.
+    With `streams` the model is run once over the data; otherwise nothing is loaded. With `local` every job reconstructs
+    the residual stream behind its block, and costs that block alone.
 
     Raises ConfigError for a model whose shape is not known, ValueError for patterns that name nothing.
     """
@@ -155,7 +157,8 @@ def split_blocks(run: RunFile, out: Path, *, streams: bool = False) -> list[Bloc
     for block, own in blocks.items():
         job = BlockJob(block, out / f"block-{block:03d}.yaml", out / f"block-{block:03d}")
         section = run.decompose.model_copy(update={"sites": dict(own)})
-        changed = run.model_copy(update={"decompose": section, "out_dir": str(job.directory)})
+        train = run.train | ({"stop_at": block + 1, "divergence": "relative_mse"} if local else {})
+        changed = run.model_copy(update={"decompose": section, "train": train, "out_dir": str(job.directory)})
         changed.write(job.config)
         jobs.append(job)
     write_text(out / "jobs.sh", "\n".join(["#!/bin/sh", *(job.line for job in jobs)]) + "\n")

@@ -35,7 +35,6 @@ COMMANDS = [
     "train",
     "evaluate",
     "harvest",
-    "browse",
     "compare",
     "pareto",
     "sweep",
@@ -44,6 +43,7 @@ COMMANDS = [
     "merge",
     "edit",
     "audit",
+    "browse",
 ]
 
 
@@ -159,6 +159,15 @@ def test_edit_measures_saves_and_bakes(runs: Path, tmp_path: Path) -> None:
     assert any((tmp_path / "model").iterdir())
     for wrong in ("blocks.1.mlp.W_in:x=0", "blocks.1.mlp.W_in=0", "3"):
         assert "expected SITE:IDS=FACTOR" in _invoke("edit", runs / "a", "--scale", wrong, status=2).stderr
+
+
+def test_local_jobs_stop_behind_their_block(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(BLOCKS)
+    _invoke("plan", tmp_path / "config.yaml", "--split", "blocks", "--local", "--out", tmp_path / "jobs")
+    for block in (0, 1):
+        config = RunFile.read(tmp_path / "jobs" / f"block-00{block}.yaml").train_config
+        assert config.stop_at == block + 1
+        assert config.divergence == "relative_mse"
 
 
 def test_plan_says_what_a_run_costs(runs: Path) -> None:
