@@ -65,7 +65,7 @@ def bridge_geometry(model: Any, layer: int) -> AttentionGeometry:
             "pairs can be had for models with learned or rotary position embeddings"
         )
     rotary = getattr(rotary, "original_component", None) or rotary
-    turn = None if rotary is None else partial(_turned_bridge, rotary, turns)
+    turn = None if rotary is None or turns is None else partial(_turned_bridge, rotary, turns)
     return AttentionGeometry(int(d_head), float(scale), turn)
 
 

@@ -230,7 +230,7 @@ def _numbers(site: SiteHarvest, c: int) -> list[list[Any]]:
         ("mean importance g", float(site.mean_importance[c]), ""),
         ("mean |a| where it fires", float(site.mean_activation[c]), ""),
         ("mean a where it fires", float(site.signed_activation[c]), ""),
-        ("root mean square of a, everywhere", float(site.activation_rms[c]), ""),
+        ("rms of a, everywhere", float(site.activation_rms[c]), ""),
         ("effect of its ablation, mean KL", None if effect is None else float(effect[c]), "nats"),
         ("size |V| |U|", None if directions is None else float(directions.size[c]), ""),
     ]

@@ -37,7 +37,7 @@ function others(title,rows,what,note){if(!rows)return;const p=make(tables,'secti
 const table=make(p,'table'),head=make(table,'tr');make(head,'th','','subcomponent');what.forEach(w=>make(head,'th','',w));
 rows.forEach(([site,id,auto,has,...values])=>{const e=make(table,'tr'),c=make(e,'td');const label=(data.sites[site]===data.site?'':short(data.sites[site],40)+' · ')+id;
 if(has){const a=make(c,'a','',label);a.href=go.href(site,id);if(go.inside)a.onclick=v=>{v.preventDefault();go.to(site,id)}}else c.textContent=plainText(label);
-c.append(' ');make(c,'span','note',short(typed.get(data.sites[site],id,'')||auto,28));values.forEach(v=>make(e,'td','num',number(v)))});if(note)make(p,'div','note',note)}
+const words=typed.get(data.sites[site],id,'')||auto;c.title=plainText(words);if(values.length===1){c.append(' ');make(c,'span','note',short(words,28))}values.forEach(v=>make(e,'td','num',number(v)))});if(note)make(p,'div','note',note)}
 others('Fires together with',data.cofires,data.cofireColumns||[]);others('Similar directions',data.similar,['cosine']);
 const h=make(root,'h2','','Where it fires'),choices=make(root,'div','bar'),list=make(root,'div');list.id='contexts';
 const kinds={top:'strongest',random:'random',stratified:'by range of importance'},kindButtons={},colourButtons={};
