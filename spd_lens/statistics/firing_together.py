@@ -12,7 +12,7 @@ from spd_lens.statistics.coactivations import CoActivation, slices_of
 # (site, id) to the others, `(site, id, values)` with a value for each of the columns.
 Cofiring: TypeAlias = Callable[[str, int], list[tuple[str, int, list[float]]]]
 
-COFIRING_COLUMNS = ("P(it | this)", "P(this | it)", "Jaccard")
+COFIRING_COLUMNS = ("P(it|this)", "P(this|it)", "Jaccard")
 
 
 def cofiring(found: CoActivation, n: int = 10) -> Cofiring:
