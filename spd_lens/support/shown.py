@@ -14,7 +14,7 @@ from spd_lens.support.pages import shortened
 LONGEST_VALUE = 60
 
 
-def short_repr(value: Any) -> str:
+def short_repr(self: Any) -> str:
     """The `repr` of a dataclass, tensors by their shapes, mappings and long sequences by their lengths.
 
     >>> import torch
@@ -26,8 +26,8 @@ def short_repr(value: Any) -> str:
     >>> Point(torch.zeros(2, 3), ["a"] * 100)
     Point(x=float32 [2, 3], names=list of 100)
     """
-    fields = [f"{field.name}={_shown(getattr(value, field.name))}" for field in dataclasses.fields(value) if field.repr]
-    return f"{type(value).__name__}({', '.join(fields)})"
+    fields = [f"{field.name}={_shown(getattr(self, field.name))}" for field in dataclasses.fields(self) if field.repr]
+    return f"{type(self).__name__}({', '.join(fields)})"
 
 
 def _shown(value: Any) -> str:
@@ -43,6 +43,6 @@ def _shown(value: Any) -> str:
     return shortened(text, LONGEST_VALUE)
 
 
-def text_html(value: Any) -> str:
+def text_html(self: Any) -> str:
     """What `print` shows of an object, as a `_repr_html_` for notebooks."""
-    return f"<pre>{html.escape(str(value))}</pre>"
+    return f"<pre>{html.escape(str(self))}</pre>"
