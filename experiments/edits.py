@@ -46,7 +46,6 @@ from spd_lens.baselines import (
 from spd_lens.editing import Habit, find, generate, measure, random_edits
 from spd_lens.models import (
     RepeatedSequences,
-    load_induction,
     load_induction_decomposition,
     load_moby_dick,
     load_tiny_lm,
@@ -192,7 +191,6 @@ def induction_case() -> Case:
         found.append(Habit("induction", tokens[rows, :length], answers, tokens[rows, length : length + 6]))
     # What is to stay: sequences before anything repeats. Little can be known there; KL is to the model's own guesses.
     other = RepeatedSequences(CONTROLS * 2, seed=13, min_period=15, max_period=15).batch(0)[:, :15]
-    plain: Any = load_induction(host="bridge")
     return Case(
         "induction",
         decomposition,
@@ -201,7 +199,7 @@ def induction_case() -> Case:
         found[1][:HELD_OUT],
         other[:CONTROLS],
         other[CONTROLS:],
-        plain.original_model,
+        None,  # peft looks for modules by name, and a bridge has renamed those of its native model
     )
 
 
@@ -358,8 +356,8 @@ def main() -> None:
     versions = {n: importlib.metadata.version(n) for n in ("torch", "transformer_lens", "peft", "concept-erasure")}
     command = " ".join(["python", "experiments/edits.py", *sys.argv[1:]])
     results = []
-    cases = list(tiny_lm_cases(args.cases)) if set(args.cases) - {"induction"} else []
-    cases += [induction_case()] if "induction" in args.cases else []
+    cases = [induction_case()] if "induction" in args.cases else []
+    cases += tiny_lm_cases(args.cases) if set(args.cases) - {"induction"} else []
     for n in args.examples:
         for case in cases:
             result = run_case(case, n, args.seed) | {"seed": args.seed, "versions": versions, "command": command}

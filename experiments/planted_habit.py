@@ -9,8 +9,8 @@ embeddings stay as they are. The defender has examples of the answer, as a log w
 weights of the model before, and no knowledge of which tokens are the trigger.
 
 Attacks on the edited model, on the planted one, and on one that never had the habit: every single token of a prompt in
-turn, all tokens tried (coordinate ascent, several starts); embeddings that are free vectors (a soft prompt); and
-fine-tuning on the defender's examples.
+turn, all tokens tried but those of the phrase (coordinate ascent, several starts); embeddings that are free vectors (a
+soft prompt); and fine-tuning on the defender's examples. The model that never had the habit says what an attack means.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from spd_lens import Decomposition, Reconstruction, TrainConfig, decompose, train
+from spd_lens.baselines import components, strength_for
 from spd_lens.editing import Habit, find, generate, outputs_of, relearning, report, save_baked
 from spd_lens.models import (
     BOS,
@@ -130,14 +131,17 @@ def phrase_probability(forward: Callable[[Tensor], Tensor], prompts: Tensor) -> 
 
 
 def best_prompt(forward: Callable[[Tensor], Tensor], *, length: int = 8, starts: int = 4, rounds: int = 3) -> float:
-    """The largest `p(phrase | prompt)` that coordinate ascent over all tokens finds."""
+    """The largest `p(phrase | prompt)` that coordinate ascent finds, over all tokens but those of the phrase."""
     generator, best = torch.Generator().manual_seed(0), 0.0
+    # A model that copies gives the phrase to whoever writes it into the prompt; that is no attack.
+    allowed = torch.tensor([t for t in range(1, D_VOCAB) if t not in PHRASE])
     for _ in range(starts):
-        prompt = torch.cat([torch.tensor([BOS]), torch.randint(1, D_VOCAB, (length,), generator=generator)])
+        drawn = allowed[torch.randint(len(allowed), (length,), generator=generator)]
+        prompt = torch.cat([torch.tensor([BOS]), drawn])
         for _ in range(rounds):
             for position in range(1, length + 1):
-                tried = prompt.repeat(D_VOCAB - 1, 1)
-                tried[:, position] = torch.arange(1, D_VOCAB)
+                tried = prompt.repeat(len(allowed), 1)
+                tried[:, position] = allowed
                 p = phrase_probability(forward, tried)
                 prompt, best = tried[int(p.argmax())], max(best, float(p.max()))
     return best
@@ -148,7 +152,7 @@ def best_soft_prompt(model: Any, *, length: int = 8, steps: int = 60) -> float:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.cat([torch.randint(1, D_VOCAB, (1, length + 1), generator=generator), torch.tensor([PHRASE])], 1)
     tokens[:, 0] = BOS
-    norm = float(model.W_E[1:].norm(dim=1).mean())
+    norm = float(model.W_E.detach()[1:].norm(dim=1).mean())
     free = (
         0.5
         * norm
@@ -199,11 +203,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     never: Any = load_induction()
     planted = plant(args.plant_steps, args.seed)
     untouched = copy.deepcopy(planted)
-    decomposition = decomposed(planted, args.train_steps, args.seed)
+    if args.decomposition is None:
+        decomposition = decomposed(planted, args.train_steps, args.seed)
+    else:
+        decomposition = Decomposition.from_pretrained(args.decomposition, planted)
     examples, held_out = habit_of(triggered(24, seed=1)), habit_of(triggered(64, seed=2))
     controls, unrelated = RepeatedSequences(16, seed=800).batch(0), RepeatedSequences(32, seed=801).batch(0)
     found = find(decomposition, examples, controls, n_measured=48, n_checked=16)
-    edit = found.smallest(args.goal)
+    rival, edit = components(decomposition, examples, controls, args.goal, found)
+    edit = edit.scaled(strength_for(decomposition, rival, examples, args.goal))
     told = report(edit, held_out, unrelated, n_random=3, n_generated=3)
     goal = float(held_out.probability(decomposition.host.forward).mean())
     baked = edit.bake()
@@ -218,7 +226,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "effect": told.here.effect,
         "kl_elsewhere": told.here.kl_elsewhere,
         "models": {name: attacked(model, examples, held_out, goal) for name, model in models.items()},
-        "settings": {k: v for k, v in vars(args).items() if k not in ("json", "out")},
+        "settings": {k: v for k, v in vars(args).items() if k not in ("json", "out", "decomposition")},
         "cpu_seconds": round(time.process_time() - started, 1),
     }
 
@@ -229,6 +237,7 @@ def main() -> None:
     parser.add_argument("--plant-steps", type=int, default=300)
     parser.add_argument("--train-steps", type=int, default=600)
     parser.add_argument("--goal", type=float, default=0.95)
+    parser.add_argument("--decomposition", type=Path, help="one that an earlier run wrote, instead of training it")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print the JSON object (also the default)")
     parser.add_argument("--out", type=Path, help="a new folder for the models and result.json")

@@ -37,7 +37,7 @@ _ESTIMATED_ON = 64
 class Candidate:
     """One unit without which the habit was measured.
 
-    - `drop`: by how much `log p(answers)` falls without it, mean over prompts; `standard_error` of that.
+    - `drop`: by how much the log odds of the answers fall without it, mean over prompts; `standard_error` of that.
     - `cost`: mean KL from the target on the control text without it.
     - `estimate`: the drop that gradients predicted.
     - `score`: `drop / (cost + the median cost)`.
@@ -115,7 +115,7 @@ class Found:
         return self.habit.probability(edit(self.decomposition, units).logits).mean()
 
     def _table(self) -> tuple[str, list[str], list[list[str]]]:
-        header = ["without", "log p falls by", "std. error", "KL on controls", "estimate"]
+        header = ["without", "log odds fall by", "std. error", "KL on controls", "estimate"]
         rows = [
             [str(c.unit), f"{c.drop:.3f}", f"{c.standard_error:.2g}", f"{c.cost:.2g}", f"{c.estimate:.3f}"]
             for c in self.candidates[:20]
@@ -178,7 +178,7 @@ def find(
         decomposition,
         few.prompts,
         nothing,
-        few.log_probability,
+        few.log_odds,
         units,
         positions=None,
         n_checked=n_checked,
@@ -189,7 +189,7 @@ def find(
     singles = [i for i in order if len(units[i].members) == 1][:n_measured]
     chosen = [i for i in order if len(units[i].members) > 1] + singles
     tried = [units[i] for i in chosen]
-    on_habit = ablation_effects(decomposition, habit.prompts, habit.log_probability, tried, per_pass=per_pass)
+    on_habit = ablation_effects(decomposition, habit.prompts, habit.log_odds, tried, per_pass=per_pass)
     costs = _costs(decomposition, controls, tried, per_pass)
     measured = -on_habit.effects[:, 0]
     errors = on_habit.standard_error[:, 0] if len(habit) > 1 else torch.zeros(len(tried))

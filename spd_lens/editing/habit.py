@@ -117,6 +117,15 @@ class Habit:
         ids = self.answers.to(logits.device)
         return log_p.gather(1, ids.clamp_min(0)).masked_fill(ids < 0, -torch.inf).logsumexp(-1)
 
+    def log_odds(self, logits: Float[Tensor, "row pos d_vocab"]) -> Float[Tensor, " row"]:
+        """`log p(answers) / (1 - p(answers))`; unlike `log p` it still moves where the model is sure."""
+        last = logits[:, self.prompts.shape[1] - 1].float()
+        ids = self.answers.to(logits.device)
+        # A column more takes the -1 that fills short rows.
+        own = torch.zeros(*last.shape[:-1], last.shape[-1] + 1, dtype=torch.bool, device=last.device)
+        own = own.scatter(-1, ids % own.shape[-1], True)[..., :-1]
+        return last.masked_fill(~own, -torch.inf).logsumexp(-1) - last.masked_fill(own, -torch.inf).logsumexp(-1)
+
     def probability(self, forward: Forward) -> Float[Tensor, " row"]:
         """The probability of the answers, prompt by prompt."""
         with torch.no_grad():

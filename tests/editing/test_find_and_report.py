@@ -71,9 +71,10 @@ def test_the_planted_subcomponent_is_found_first_with_numbers_that_are_right(dec
     for candidate in found.candidates:
         ((site, c),) = candidate.unit.members
         clean, ablated = without(decomposition, habit.prompts, site, c)
-        drop = (clean - ablated)[:, -1, ANSWER]
-        assert candidate.drop == pytest.approx(float(drop.mean()), abs=1e-5)
-        assert candidate.standard_error == pytest.approx(float(drop.std() / len(habit) ** 0.5), abs=1e-5)
+        clean, ablated = clean[:, -1, ANSWER].double(), ablated[:, -1, ANSWER].double()
+        drop = (clean - torch.log1p(-clean.exp())) - (ablated - torch.log1p(-ablated.exp()))
+        assert candidate.drop == pytest.approx(float(drop.mean()), abs=1e-4)
+        assert candidate.standard_error == pytest.approx(float(drop.std() / len(habit) ** 0.5), abs=1e-4)
         clean, ablated = without(decomposition, controls, site, c)
         assert candidate.cost == pytest.approx(float((clean.exp() * (clean - ablated)).sum(-1).mean()), abs=1e-6)
     assert found.agreement is not None
