@@ -26,7 +26,6 @@ from spd_lens.hosts import open_host
 from spd_lens.models import load_tiny_lm_tokenizer, open_model
 from spd_lens.support import library_versions
 from spd_lens.support.files import write_json
-from spd_lens.support.tables import format_table
 
 SIZES: dict[str, Any] = {
     "vocab_size": 2048, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24,
@@ -38,7 +37,8 @@ LLAMA_3 = {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_f
 FAMILIES: dict[str, Callable[[], Any]] = {
     "GPT-2": lambda: transformers.GPT2Config(**{**SIZES, "intermediate_size": None}, n_inner=24),
     "Pythia (GPT-NeoX)": lambda: transformers.GPTNeoXConfig(**SIZES, rotary_pct=0.5),
-    "Llama 3": lambda: transformers.LlamaConfig(**SIZES, **GROUPED, rope_parameters=LLAMA_3),
+    # Its heads have d_model / n_heads numbers, which HookedTransformer takes for granted.
+    "Llama 3": lambda: transformers.LlamaConfig(**SIZES, num_key_value_heads=2, rope_parameters=LLAMA_3),
     "Mistral": lambda: transformers.MistralConfig(**SIZES, **GROUPED, sliding_window=4),
     "Qwen 2": lambda: transformers.Qwen2Config(**SIZES, num_key_value_heads=2),
     "Qwen 3": lambda: transformers.Qwen3Config(**SIZES, **GROUPED),
@@ -139,19 +139,19 @@ def _write(model: Any, host: str, site: str, W: Tensor) -> None:
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """The table of the docs, one line for every family."""
-    rows = []
+    lines = ["| family | HookedTransformer (3.9) | TransformerBridge |", "|---|---|---|"]
     for family, hosts in results.items():
-        rows.append([family, *(_cell(hosts[host]) for host in ("hooked", "bridge"))])
-    return format_table(("family", "HookedTransformer (3.9)", "TransformerBridge"), rows)
+        lines.append("| " + " | ".join([family, *(_cell(hosts[host]) for host in ("hooked", "bridge"))]) + " |")
+    return "\n".join(lines)
 
 
 def _cell(found: Mapping[str, Any]) -> str:
     if "refused" in found:
-        return "refused"
+        return "refused: use the bridge"
     kinds = sorted({site.split(".", 2)[2] for site in found["sites"]})
     left = sorted({site.split(".", 2)[2] for site in found["refused sites"]})
-    out = f", refused {', '.join(left)}" if left else ""
-    return f"{len(kinds)} matrices a block, oracle {found['oracle']:.0e}{out}"
+    out = f"; refused: {', '.join(left)}" if left else ""
+    return f"{len(kinds)} matrices a block, {found['oracle']:.0e}{out}"
 
 
 def main(
