@@ -1,5 +1,5 @@
 # Two commands do everything on a fresh machine with Python 3.10+ and make:
-#   make demo    decompose one block of SmolLM2-135M and look at it (about ten minutes on two cores)
+#   make demo    decompose one block of SmolLM2-135M and look at it (minutes on two cores)
 #   make test    the test suite
 # and `make reproduce-quick` shows one of the paper's experiments in minutes (all: docs/reproduction.md).
 PYTHON ?= python3

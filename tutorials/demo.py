@@ -45,7 +45,7 @@ from spd_lens.support import library_versions
 from spd_lens.training import tune_readout
 
 CONTEXT = 64
-MINIMALITY = 7e-5
+MINIMALITY = 1.5e-5
 GATE = {"n_blocks": 1, "n_heads": 4, "causal": True}
 SENTENCE = (
     "Call me Ishmael. Some years ago, having little or no money in my purse, I thought I would sail about a little"
@@ -54,8 +54,8 @@ SENTENCE = (
 
 def main(
     layer: Annotated[int, typer.Option(help="Block that is decomposed.")] = 28,
-    steps: Annotated[int, typer.Option(help="Training steps.")] = 300,
-    windows: Annotated[int, typer.Option(help=f"Training windows of {CONTEXT} tokens.")] = 128,
+    steps: Annotated[int, typer.Option(help="Training steps.")] = 120,
+    windows: Annotated[int, typer.Option(help=f"Training windows of {CONTEXT} tokens.")] = 64,
     out: Annotated[Path, typer.Option(help="Where pictures and the decomposition go.")] = Path("demo_output"),
 ) -> None:
     started = time.perf_counter()
@@ -94,7 +94,7 @@ def main(
         lr=2e-3,
         gate_lr=5e-3,
         lr_end=0.1,
-        lr_warmup=15,
+        lr_warmup=10,
         minimality=MINIMALITY,
         frequency=MINIMALITY / 2,
         frequency_reference=32_768,
