@@ -68,7 +68,7 @@ MENDS = (
     ),
     Mend(
         9, "core/inputs.py", "    return as_bool\n", "    return mask\n",
-        "tests/data/test_streams.py::test_all_ways_to_give_the_same_data_are_the_same",
+        "tests/data/test_batches.py::test_integers_become_int64_and_masks_of_ones_become_bool",
     ),
     Mend(
         10, "data/tokens.py", "if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable):",

@@ -22,7 +22,7 @@ TABLE = Table()
 add = TABLE.add
 
 for k, v in {
-    "readouts": ["x", [99], ["nope-word"], [], [1.5], lambda l: l],
+    "readouts": ["x y", [99], ["nope-word"], [], [1.5], lambda l: l],
     "position": [99, "x", 1.5, -99, None],
     "importance_above": ["x", -1, 2.0, float("nan")],
     "circuit": ["x", 3],
@@ -103,4 +103,3 @@ add("curve sizes number", lambda d, m, p: faithfulness_curve(SubcomponentParts(d
 add("compare_parts level", lambda d, m, p: compare_parts(d, task(), level=2.0))
 add("compare_parts level text", lambda d, m, p: compare_parts(d, task(), level="x"))
 add("compare_parts tokens", lambda d, m, p: compare_parts(d, T))
-add("compare_parts scores", lambda d, m, p: compare_parts(d, task(), scores={"x": {}}))
