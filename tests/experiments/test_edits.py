@@ -1,0 +1,32 @@
+"""The results of the edits that are in the repository have every number that they promise."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+RESULTS = sorted((Path(__file__).parents[2] / "experiments" / "results" / "edits").glob("*_*.json"))
+NUMBERS = ("effect", "generation_count_before", "generation_count_after", "kl_near", "kl_elsewhere", "parameters_changed")
+
+
+def test_there_are_results() -> None:
+    assert len(RESULTS) > 0
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_a_result_says_what_was_measured_and_with_what(path: Path) -> None:
+    result = json.loads(path.read_text(encoding="utf-8"))
+    case, _, asked = path.stem.rpartition("_")
+    assert case == result["case"]
+    assert result["n_examples"] <= int(asked)
+    assert {"components", "difference of means", "LEACE", "full fine-tuning", "random subcomponents"} <= set(
+        result["methods"]
+    )
+    for name, numbers in result["methods"].items():
+        assert all(isinstance(numbers[key], (int, float)) for key in NUMBERS), name
+        assert numbers["kl_elsewhere"] >= 0
+    assert {"torch", "transformer_lens", "peft", "concept-erasure"} <= set(result["versions"])
+    assert result["command"].startswith("python experiments/edits.py")
+    assert isinstance(result["seed"], int)
