@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 RESULTS = sorted((Path(__file__).parents[2] / "experiments" / "results" / "edits").glob("*_*.json"))
-NUMBERS = ("effect", "generation_count_before", "generation_count_after", "kl_near", "kl_elsewhere", "parameters_changed")
+COUNTS = ("generation_count_before", "generation_count_after", "parameters_changed")
+NUMBERS = ("effect", "kl_near", "kl_elsewhere", *COUNTS)
 
 
 def test_there_are_results() -> None:
