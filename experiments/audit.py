@@ -116,9 +116,10 @@ def shap_values(model: Any, asked: Asked, seed: int) -> Tensor:
         with torch.no_grad():
             return margin_of(model, tokens, asked.sign).numpy()
 
-    masker = shap.maskers.Independent(asked.controls[:, :-1].numpy(), max_samples=len(asked.controls))
+    maskers: Any = shap.maskers  # pyright: ignore[reportAttributeAccessIssue]
+    masker = maskers.Independent(asked.controls[:, :-1].numpy(), max_samples=len(asked.controls))
     explainer = shap.explainers.Permutation(margin, masker, seed=seed)
-    found = explainer(asked.tokens[None, :-1].numpy(), max_evals=4 * (2 * n_places + 1), silent=True)
+    found: Any = explainer(asked.tokens[None, :-1].numpy(), max_evals=4 * (2 * n_places + 1), silent=True)
     return torch.tensor(found.values[0], dtype=torch.float32)
 
 

@@ -278,7 +278,8 @@ def run_tiny_lm(n_rows: int, runs: int, max_share: float) -> dict[str, Any]:
         "rows": found,
         "ensemble": {"runs": runs, "agreement": consensus.agreement, "null_agreement": consensus.null_agreement,
                      "saved": consensus.saved, "null_saved": consensus.null_saved, **shape(consensus.groups),
-                     "stability_of_several": float(np.mean(stability)) if stability else None},
+                     "stability_of_several": float(np.mean([s for s in stability if s is not None])) if stability
+                     else None},
         "examples": examples(decomposition, rows[:64], components, several),
     }  # fmt: skip
 

@@ -157,9 +157,10 @@ def named_by_shap(model: Any, tokens: Tensor, seed: int) -> list[str]:
         return (logits[:, 1] - logits[:, 0]).numpy()
 
     ill = torch.from_numpy(margin(tokens[:, :-1])) > 0
-    masker = shap.maskers.Independent(tokens[:32, :-1].numpy(), max_samples=32)
+    maskers: Any = shap.maskers  # pyright: ignore[reportAttributeAccessIssue]
+    masker = maskers.Independent(tokens[:32, :-1].numpy(), max_samples=32)
     chosen = tokens[ill][:32, :-1]
-    found = shap.explainers.Permutation(margin, masker, seed=seed)(
+    found: Any = shap.explainers.Permutation(margin, masker, seed=seed)(
         chosen.numpy(), max_evals=2 * (2 * N_POS), silent=True
     )
     total, count = torch.zeros(len(VOCABULARY)), torch.zeros(len(VOCABULARY))

@@ -24,19 +24,18 @@ from torch import Tensor
 from spd_lens import Decomposition, decompose, train
 from spd_lens.hosts import open_host
 from spd_lens.models import load_tiny_lm_tokenizer, open_model
-from spd_lens.support import library_versions
-from spd_lens.support.files import write_json
+from spd_lens.support import library_versions, write_json
 
 SIZES: dict[str, Any] = {
     "vocab_size": 2048, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24,
     "max_position_embeddings": 32, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0,
 }  # fmt: skip
-GROUPED = {"num_key_value_heads": 2, "head_dim": 6}
-LLAMA_3 = {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0,
+GROUPED: dict[str, Any] = {"num_key_value_heads": 2, "head_dim": 6}
+LLAMA_3: dict[str, Any] = {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0,
            "high_freq_factor": 4.0, "original_max_position_embeddings": 16}  # fmt: skip
 FAMILIES: dict[str, Callable[[], Any]] = {
     "GPT-2": lambda: transformers.GPT2Config(**{**SIZES, "intermediate_size": None}, n_inner=24),
-    "Pythia (GPT-NeoX)": lambda: transformers.GPTNeoXConfig(**SIZES, rotary_pct=0.5),
+    "Pythia (GPT-NeoX)": lambda: transformers.GPTNeoXConfig(**{**SIZES, "rotary_pct": 0.5}),
     # Its heads have d_model / n_heads numbers, which HookedTransformer takes for granted.
     "Llama 3": lambda: transformers.LlamaConfig(**SIZES, num_key_value_heads=2, rope_parameters=LLAMA_3),
     "Mistral": lambda: transformers.MistralConfig(**SIZES, **GROUPED, sliding_window=4),
@@ -124,7 +123,7 @@ def _write(model: Any, host: str, site: str, W: Tensor) -> None:
     if host == "hooked":
         module = getattr(block, part)
         # Keys and values of grouped heads are stored once, and repeated on reading.
-        target = getattr(module, f"_{short}", None) if hasattr(module, f"_{short}") else getattr(module, short)
+        target: Any = getattr(module, f"_{short}") if hasattr(module, f"_{short}") else getattr(module, short)
         if short == "W_O":
             target.copy_(W.reshape(target.shape))
         elif part == "attn":

@@ -120,7 +120,7 @@ def written_windows(n: int, device: str, seed: int, at_once: int = 4096) -> torc
     cuda = [torch.device(device)] if device != "cpu" else []
     with torch.random.fork_rng(devices=cuda), torch.no_grad():
         torch.manual_seed(seed)
-        parts = [
+        parts: list[Any] = [
             model.generate(
                 bos.expand(min(at_once, n - start), 1),
                 max_new_tokens=CONTEXT - 1,
@@ -129,10 +129,10 @@ def written_windows(n: int, device: str, seed: int, at_once: int = 4096) -> torc
                 stop_at_eos=False,
                 prepend_bos=False,
                 verbose=False,
-            ).cpu()
+            )
             for start in range(0, n, at_once)
         ]
-    return torch.cat(parts)
+    return torch.cat([part.cpu() for part in parts])
 
 
 def train_run(args: argparse.Namespace) -> dict[str, Any]:

@@ -95,6 +95,7 @@ def _output(given: Any, n_out: int, names: Sequence[str] | None) -> int:
             f"decision is a {type(given).__name__}; expected the number or the name of an output, a pair of them "
             "(the first against the second), or a Decision"
         )
-    if not 0 <= given < n_out:
-        raise ValueError(f"decision {int(given)}; the model has outputs 0..{n_out - 1}")
-    return int(given)
+    number = int(given)
+    if not 0 <= number < n_out:
+        raise ValueError(f"decision {number}; the model has outputs 0..{n_out - 1}")
+    return number

@@ -81,7 +81,7 @@ def verify(
     checked_decomposition(decomposition, "verify")
     if not isinstance(report, AuditReport):
         report = AuditReport.load(report)
-    given = [report.inputs] if inputs is None else inputs
+    given: Any = [report.inputs] if inputs is None else inputs
     try:
         tokens = checked_tokens(
             given[None] if getattr(given, "ndim", 2) == 1 else given, decomposition.host, name="inputs"

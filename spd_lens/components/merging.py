@@ -180,7 +180,7 @@ def _check(together: Any, alpha: Any, pairs: Any, sampled: Any, temperature: Any
     for name, value, least in (("sampled", sampled, 1), ("beyond", beyond, 0)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < least):
             raise ValueError(f"{name}={value!r}; expected None or a whole number, at least {least}")
-    if isinstance(temperature, bool) or not isinstance(temperature, Real) or not 0 <= temperature < np.inf:
+    if isinstance(temperature, bool) or not isinstance(temperature, Real) or not 0 <= float(temperature) < np.inf:
         raise ValueError(f"temperature={temperature!r}; expected a number of bits, at least 0")
     if temperature and sampled is None:
         raise ValueError(f"temperature={temperature!r} chooses among sampled pairs; give sampled=32, for example")
@@ -190,7 +190,7 @@ def check_alpha(alpha: Any) -> None:
     """Raise TypeError or ValueError unless `alpha` is a finite number, zero or more."""
     if isinstance(alpha, bool) or not isinstance(alpha, Real):
         raise TypeError(f"alpha={alpha!r}; expected a number of bits per member")
-    if not 0 <= alpha < np.inf:
+    if not 0 <= float(alpha) < np.inf:
         raise ValueError(f"alpha={alpha!r}; expected a finite number of bits per member, zero or more")
 
 

@@ -75,12 +75,14 @@ def coactivation_figure(
     members = [member for group in shown for member in group]
     values = _jaccard(together, [together.number(*member) for member in members])
     size = min(12.0, max(4.5, 2.5 + 0.12 * len(members)))
+    from matplotlib.patches import Rectangle
+
     figure, axis = plt.subplots(figsize=(size + 1, size), layout="constrained")
     image = axis.imshow(values, cmap="magma_r", vmin=0, vmax=1, interpolation="nearest")
     ends = np.cumsum([0, *map(len, shown)])
     for start, end in pairwise(ends):
         if end - start > 1:
-            frame = plt.Rectangle((start - 0.5, start - 0.5), end - start, end - start, fill=False, linewidth=1.0)
+            frame = Rectangle((start - 0.5, start - 0.5), end - start, end - start, fill=False, linewidth=1.0)
             frame.set_edgecolor("tab:cyan")
             axis.add_patch(frame)
     if len(members) <= _NAMED:
@@ -153,7 +155,7 @@ def _tree(merging: Merging, leaves: Sequence[int]) -> tuple[Float[np.ndarray, "j
         parts = [node.pop(group) for group in merge if group in node]
         if len(parts) == 2:
             colour = f"C{group_of[member_below[parts[0]]] % _COLOURS}" if m < merging.n_merges else "0.75"
-            node[n + m] = join(*parts, 1 - float(merging.overlaps[m]), colour)
+            node[n + m] = join(parts[0], parts[1], 1 - float(merging.overlaps[m]), colour)
         elif parts:
             node[n + m] = parts[0]
     top, *others = node.values()

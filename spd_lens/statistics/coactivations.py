@@ -195,7 +195,15 @@ class CoActivation:
             name, own = self.member(int(other))
             pmi = float(np.log2(both * self.n_events / (counts[other] * counts[number])))
             found.append(
-                Partner(name, own, both, both / counts[other], both / counts[number], float(jaccard[other]), pmi)
+                Partner(
+                    name,
+                    own,
+                    both,
+                    float(both / counts[other]),
+                    float(both / counts[number]),
+                    float(jaccard[other]),
+                    pmi,
+                )
             )
         return found
 
@@ -223,7 +231,7 @@ class CoActivation:
         n_seen, fired = self.n_seen + other.n_seen, self.fired + other.fired
         return replace(self, **_joined(parts), n_seen=n_seen, fired=fired, max_events=most)
 
-    def between(self, min_events: int, max_share: float = 1.0) -> CoActivation:
+    def between(self, min_events: int, max_share: float | int = 1.0) -> CoActivation:
         """Without the subcomponents that fire in fewer events of the sample, or in a larger share of them.
 
         What is rare fires too seldom to tell with what; what is nearly always on meets everything by chance.

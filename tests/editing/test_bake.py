@@ -271,7 +271,7 @@ def test_a_full_disk_leaves_nothing_behind_and_says_so(baked: nn.Module, tmp_pat
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
     try:
-        with pytest.raises(OSError, match=r"no room to write .*saved .*Free some space") as caught:
+        with pytest.raises(OSError, match=r"no room to write .*saved.*Free some space") as caught:
             save_baked(baked, tmp_path / "saved")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

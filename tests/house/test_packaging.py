@@ -28,7 +28,8 @@ def test_every_library_that_the_package_imports_is_declared() -> None:
     declared = names_of(PROJECT["dependencies"])
     # Imported inside functions that say what to install.
     extras = PROJECT["optional-dependencies"]
-    declared |= names_of(extras["plots"] + extras["loggers"] + extras["components"] + extras["baselines"])
+    for name in ("plots", "loggers", "components", "baselines", "notebook"):
+        declared |= names_of(extras[name])
     # pandas and IPython come with TransformerLens; IPython is used where a notebook has loaded it.
     declared |= {"pandas", "ipython"}
     providers = packages_distributions()

@@ -363,7 +363,7 @@ def test_l4_half_precision_outputs_are_compared_in_float32(kind: Divergence, dty
 
 
 def test_an_unknown_divergence_is_an_error(without_type_checks: None) -> None:
-    with pytest.raises(ValueError, match="divergence='js'; expected 'kl' or 'mse'"):
+    with pytest.raises(ValueError, match="divergence='js'; expected 'kl', 'mse' or 'relative_mse'"):
         divergence(randn(1, 2), randn(1, 2), kind="js")  # pyright: ignore[reportArgumentType]
 
 
