@@ -16,8 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from spd_lens import TrainConfig
-from spd_lens.support import library_versions
-from spd_lens.support.files import write_json
+from spd_lens.support import library_versions, write_json
 from spd_lens.training import DEVICES, SHAPES, ModelShape, plan
 
 MODELS = {"124M": "gpt2", "1B": "llama-3.2-1b", "8B": "llama-3-8b", "70B": "llama-3-70b"}

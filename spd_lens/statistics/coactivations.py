@@ -194,17 +194,8 @@ class CoActivation:
                 break
             name, own = self.member(int(other))
             pmi = float(np.log2(both * self.n_events / (counts[other] * counts[number])))
-            found.append(
-                Partner(
-                    name,
-                    own,
-                    both,
-                    float(both / counts[other]),
-                    float(both / counts[number]),
-                    float(jaccard[other]),
-                    pmi,
-                )
-            )
+            of_other, of_own = float(both / counts[other]), float(both / counts[number])
+            found.append(Partner(name, own, both, of_other, of_own, float(jaccard[other]), pmi))
         return found
 
     def _matrix(self, dtype: Any) -> Any:
