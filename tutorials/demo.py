@@ -45,7 +45,7 @@ from spd_lens.support import library_versions
 from spd_lens.training import tune_readout
 
 CONTEXT = 64
-MINIMALITY = 1.5e-5
+MINIMALITY = 6e-6
 GATE = {"n_blocks": 1, "n_heads": 4, "causal": True}
 SENTENCE = (
     "Call me Ishmael. Some years ago, having little or no money in my purse, I thought I would sail about a little"
