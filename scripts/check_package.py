@@ -36,8 +36,12 @@ assert torch.equal(model(tokens), before)
 assert decomposition.importance(tokens)
 induction = models.load_induction_decomposition()
 assert induction.importance(models.RepeatedSequences(1).batch(0))
+shipped = models.load_tiny_lm(decomposed=True)
+assert shipped.importance(tokens)["blocks.0.mlp.W_in"].isfinite().all()
+credit = models.load_credit(decomposed=True)
+assert credit.importance(models.load_credit_applicants("held_out").tokens[:2])
 assert models.load_modular_addition()(torch.tensor([[1, 2, models.P]])).isfinite().all()
-print(f"spd_lens {spd_lens.__version__} from {where.parent}: three models, one decomposition, one text")
+print(f"spd_lens {spd_lens.__version__} from {where.parent}: four models, three decompositions, one text, one table")
 """
 
 
