@@ -15,10 +15,23 @@ from spd_lens.models import load_credit
 from tests.audit.conftest import SMALL, Audited, audited_cases
 
 
+def biases_of(decomposition: Decomposition) -> dict[str, torch.Tensor]:
+    """Biases by HookedTransformer's names; a bridge has other names, flat heads, and a buffer at the end."""
+    named = dict(decomposition.model.named_parameters())
+    own = {name.rsplit(".", 1)[-1]: p.detach() for name, p in named.items() if ".b_" in name and "gate" not in name}
+    if own:
+        return own
+    ends = {"q": "b_Q", "k": "b_K", "v": "b_V", "o": "b_O", "fc_in": "b_in", "fc_out": "b_out"}
+    tail = "._original_component.bias"
+    found = {n.removesuffix(tail).rsplit(".", 1)[-1]: p.detach() for n, p in named.items() if n.endswith(tail)}
+    found = {ends[name]: p.unflatten(0, (2, 8)) if name in "qkv" else p for name, p in found.items()}
+    return {**found, "b_U": decomposition.model.unembed.b_U.detach()}  # pyright: ignore
+
+
 def by_hand(decomposition: Decomposition, tokens: torch.Tensor, removed: dict[str, list[tuple[int, int]]]) -> float:
     """The margin of the one-block model in plain arithmetic, subcomponents `(position, c)` taken out of each matrix."""
     W = {name: weight.target_weight.detach() for name, weight in decomposition.items()}
-    b = {name.rsplit(".", 1)[-1]: p.detach() for name, p in decomposition.model.named_parameters() if ".b_" in name}
+    b = biases_of(decomposition)
 
     def times(x: torch.Tensor, name: str) -> torch.Tensor:
         y = x @ W[name]

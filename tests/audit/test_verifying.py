@@ -83,7 +83,7 @@ def test_a_model_whose_last_layer_was_changed_is_refused(audited: Audited) -> No
     other = load_credit(decomposed=True)
     with torch.no_grad():
         for name, parameter in other.model.named_parameters():
-            if name in ("unembed.W_U", "unembed.weight", "unembed.original_component.weight"):
+            if name in ("unembed.W_U", "unembed.weight", "head._original_component.weight"):
                 parameter.mul_(1.02)
     ended = verify(audited.report, other, cases=audited.cases)
     assert ended.status == 1
@@ -94,8 +94,8 @@ def test_a_model_whose_bias_was_changed_is_refused(audited: Audited) -> None:
     other = load_credit(decomposed=True)
     with torch.no_grad():
         for name, parameter in other.model.named_parameters():
-            if name.startswith("unembed") and parameter.ndim == 1:
-                parameter.add_(torch.tensor([0.0, 0.3]))
+            if name.endswith(("mlp.b_out", "fc_out._original_component.bias")):
+                parameter.add_(0.3)
     ended = verify(audited.report, other, cases=audited.cases)
     assert ended.status == 1
     assert "another model: its matrices are those of the report, other parameters are not" in str(ended)

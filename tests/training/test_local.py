@@ -16,6 +16,7 @@ from spd_lens.hosts import open_host
 from spd_lens.objective import Merged, Persistent
 from spd_lens.training import Readout, accumulate_gradients, make_learner, train_many, tune_readout
 from tests.bridge_models import CONFIGS, boot, pristine, random_tokens
+from tests.conftest import TL_MAJOR
 from tests.small_models import TiedAutoencoder, tiny_transformer, tokens
 
 N_LAYERS = 3
@@ -188,7 +189,7 @@ def test_what_cannot_stop_is_refused_by_name(tmp_path: Path) -> None:
     unembedding = decompose(tiny_transformer(), {"unembed.W_U": 4})
     with pytest.raises(ValueError, match=r"never reaches unembed\.W_U"):
         train(unembedding, _words(), out_dir=tmp_path / "d", **{**local, "stop_at": 2})
-    with pytest.raises(ValueError, match="no local training"):
+    with pytest.raises(ValueError, match="no local training" if TL_MAJOR < 4 else "cannot run a TransformerBridge"):
         train_many([late], [[_words()]], TrainConfig(**{**local, "stop_at": 2}))
     with pytest.raises(ValueError, match="where passes cannot start"):
         tune_readout(late, [_words()], 2)
