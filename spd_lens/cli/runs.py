@@ -37,13 +37,12 @@ def open_run_model(section: ModelSection) -> Any:
     dtype = getattr(torch, section.dtype)
     if section.name in SHIPPED:
         return SHIPPED[section.name](torch.device(section.device), dtype, section.host)
-    return open_model(
-        section.name, device=section.device, dtype=dtype, host=section.host, **_revision(section.revision)
-    )
-
-
-def _revision(revision: str | None) -> dict[str, str]:
-    return {} if revision is None else {"revision": revision}
+    if section.revision is not None:
+        raise ValueError(
+            f"model.revision is {section.revision!r}; models are opened at their newest revision: download this one "
+            "(`hf download NAME --revision REV --local-dir DIR`) and give the folder as model.name"
+        )
+    return open_model(section.name, device=section.device, dtype=dtype, host=section.host)
 
 
 def decompose_run(model: Any, section: DecomposeSection) -> Decomposition:
