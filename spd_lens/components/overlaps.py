@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Int64
 
-from spd_lens.statistics.coactivations import slices_of
+from spd_lens.statistics.event_sample import slices_of
 
 # Entries that are looked at in one go: bounds the memory of `shared_with`.
 _BLOCK = 1 << 22

@@ -22,19 +22,17 @@ from spd_lens.core.inputs import checked_tokens
 from spd_lens.core.interventions import (
     Factor,
     HookList,
-    ablation_hooks,
     check_site,
     hooks_for_masks,
-    keeping_hooks,
 )
 from spd_lens.core.masks import SiteMask
 from spd_lens.core.passes import BlockStarts, CleanPass, captured, given_masks, record_inputs, run
-from spd_lens.core.saving import check_same_weights, read_decomposition, upload, write_decomposition
+from spd_lens.core.saving import check_same_weights, check_tensors, read_decomposition, upload, write_decomposition
 from spd_lens.core.settings import GateMaker, Settings
 from spd_lens.core.squashings import importance_of
 from spd_lens.core.summary import Summary, summarise
 from spd_lens.core.swap import check_sites, swap_out, swap_sites
-from spd_lens.core.units import Unit, unit_hooks
+from spd_lens.core.units import Unit, hooks_of
 from spd_lens.hosts.host import Host
 from spd_lens.hosts.opening import open_host
 from spd_lens.support.files import numbers
@@ -302,22 +300,11 @@ class Decomposition(Mapping[str, DecomposedWeight]):
         Use with `model.hooks(fwd_hooks=...)`; lists compose by addition, because every hook multiplies the mask
         that it receives.
         """
-        if not isinstance(subcomponents, Mapping):
-            return unit_hooks(self, _given_units(subcomponents), keep=False)
-        return [hook for weight, ids in self._named(subcomponents) for hook in ablation_hooks(weight, ids)]
+        return hooks_of(self, subcomponents, keep=False)
 
     def keep(self, subcomponents: Mapping[str, Any] | Unit | Sequence[Unit]) -> HookList:
         """Hooks that keep only the named subcomponents, or units, of each named site: all else there is 0."""
-        if not isinstance(subcomponents, Mapping):
-            return unit_hooks(self, _given_units(subcomponents), keep=True)
-        return [hook for weight, ids in self._named(subcomponents) for hook in keeping_hooks(weight, ids)]
-
-    def _named(self, subcomponents: Mapping[str, Any]) -> list[tuple[DecomposedWeight, Any]]:
-        if not subcomponents:
-            raise ValueError("no site is named; expected {site: ids}, for example {'blocks.0.mlp.W_in': [3, 17]}")
-        for name in subcomponents:
-            check_site(self, name)
-        return [(self[name], ids) for name, ids in subcomponents.items()]
+        return hooks_of(self, subcomponents, keep=True)
 
     def mask(
         self,
@@ -356,16 +343,7 @@ class Decomposition(Mapping[str, DecomposedWeight]):
     def load_tensors(self, saved: Mapping[str, Tensor]) -> None:
         """Copy in tensors that `tensors()` gave; names and shapes are checked before anything is written."""
         own = self.tensors()
-        if not isinstance(saved, Mapping) or not all(isinstance(t, Tensor) for t in saved.values()):
-            raise TypeError(f"the saved tensors are {shown(saved)}; expected {{name: tensor}}, as tensors() gives")
-        if own.keys() != saved.keys():
-            odd = sorted(own.keys() ^ saved.keys())[:3]
-            raise ValueError(f"the saved tensors do not belong to these sites; first differences: {odd}")
-        for name, tensor in own.items():
-            if tensor.shape != saved[name].shape:
-                raise ValueError(f"{name} has shape {tuple(saved[name].shape)}; expected {tuple(tensor.shape)}")
-            if not saved[name].is_meta and not bool(saved[name].isfinite().all()):
-                raise ValueError(f"{name} is NaN or infinite in the saved tensors; nothing was loaded")
+        check_tensors(own, saved)
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(saved[name])
@@ -457,9 +435,3 @@ class Decomposition(Mapping[str, DecomposedWeight]):
         """ValueError if `remove` was called."""
         if self._removed:
             raise ValueError("this decomposition was removed from its model; decompose it again, or load a saved one")
-
-
-def _given_units(subcomponents: Any) -> Any:
-    if subcomponents is None:
-        raise TypeError("subcomponents is None; expected {site: ids}, a Unit, or a list of units")
-    return subcomponents

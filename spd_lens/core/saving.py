@@ -23,6 +23,7 @@ from spd_lens.hosts.host import Host
 from spd_lens.hosts.site import Site
 from spd_lens.support.checked_json import CheckedContent, checked_text, read_checked, read_json_object
 from spd_lens.support.files import given_directory, given_path, tensor_hash
+from spd_lens.support.given import shown
 from spd_lens.support.saved_pair import SavedPair
 from spd_lens.support.versions import library_versions
 
@@ -180,6 +181,20 @@ def _check_counts(directory: Path, config: SavedConfig, tensors: Mapping[str, Te
         or settings.gate_blocks > len(tensors)
     ):
         raise ValueError(f"{directory / CONFIG} is damaged: it names sizes that no tensor in {TENSORS} has")
+
+
+def check_tensors(own: Mapping[str, Tensor], saved: Any) -> None:
+    """Raise TypeError or ValueError unless `saved` has the names and shapes of `own`, and numbers that are finite."""
+    if not isinstance(saved, Mapping) or not all(isinstance(t, Tensor) for t in saved.values()):
+        raise TypeError(f"the saved tensors are {shown(saved)}; expected {{name: tensor}}, as tensors() gives")
+    if own.keys() != saved.keys():
+        odd = sorted(own.keys() ^ saved.keys())[:3]
+        raise ValueError(f"the saved tensors do not belong to these sites; first differences: {odd}")
+    for name, tensor in own.items():
+        if tensor.shape != saved[name].shape:
+            raise ValueError(f"{name} has shape {tuple(saved[name].shape)}; expected {tuple(tensor.shape)}")
+        if not saved[name].is_meta and not bool(saved[name].isfinite().all()):
+            raise ValueError(f"{name} is NaN or infinite in the saved tensors; nothing was loaded")
 
 
 def check_same_weights(saved: SavedDecomposition, sites: Sequence[Site]) -> None:

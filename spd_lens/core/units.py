@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from spd_lens.core.decomposed_weight import DecomposedWeight
-from spd_lens.core.interventions import HookList, check_site, checked_ids, delta_hooks
+from spd_lens.core.interventions import (
+    HookList,
+    ablation_hooks,
+    check_site,
+    checked_ids,
+    delta_hooks,
+    keeping_hooks,
+)
 from spd_lens.support.given import given_whole, shown
 
 # Importance above which a subcomponent counts as active.
@@ -180,6 +187,20 @@ def _members(decomposition: Mapping[str, DecomposedWeight], group: Mapping[str, 
 
 
 # -- masks -----------------------------------------------------------------------------------------------------------
+
+
+def hooks_of(decomposition: Mapping[str, DecomposedWeight], chosen: Any, *, keep: bool) -> HookList:
+    """Hooks that remove (`keep`: keep alone) what is named: `{site: ids}`, a unit, or a list of units."""
+    if chosen is None:
+        raise TypeError("subcomponents is None; expected {site: ids}, a Unit, or a list of units")
+    if not isinstance(chosen, Mapping):
+        return unit_hooks(decomposition, chosen, keep=keep)
+    if not chosen:
+        raise ValueError("no site is named; expected {site: ids}, for example {'blocks.0.mlp.W_in': [3, 17]}")
+    for site in chosen:
+        check_site(decomposition, site)
+    hooks = keeping_hooks if keep else ablation_hooks
+    return [hook for site, ids in chosen.items() for hook in hooks(decomposition[site], ids)]
 
 
 def unit_hooks(decomposition: Mapping[str, DecomposedWeight], units: Unit | Sequence[Unit], *, keep: bool) -> HookList:

@@ -26,6 +26,7 @@ from spd_lens.core.inputs import checked_decomposition
 from spd_lens.core.squashings import importance_of
 from spd_lens.core.units import ALIVE_ABOVE
 from spd_lens.data.streams import first_batches
+from spd_lens.statistics.event_sample import Collector, Part, chosen_events, joined, smallest_keys
 from spd_lens.support.names import near_names
 from spd_lens.support.progress import tqdm
 
@@ -94,13 +95,11 @@ class CoActivation:
         lengths = {site: len(fired) for site, fired in arrays.items()}
         if not arrays or 0 in lengths.values() or len(set(lengths.values())) > 1:
             raise ValueError(f"events per site: {lengths}; expected the same number, at least one, at every site")
-        collector = _Collector(
-            {site: fired.shape[1] for site, fired in arrays.items()},
-            _positive("max_events", max_events),
-            generator or np.random.default_rng(0),
-        )
+        sites = {site: fired.shape[1] for site, fired in arrays.items()}
+        most = _positive("max_events", max_events)
+        collector = Collector(sum(sites.values()), most, generator or np.random.default_rng(0))
         collector.add(np.concatenate(list(arrays.values()), axis=1))
-        return collector.finish(threshold, window)
+        return CoActivation(sites, **collector.found(), max_events=most, threshold=threshold, window=window)
 
     # -- sizes ---------------------------------------------------------------------------------------------------
 
@@ -198,6 +197,9 @@ class CoActivation:
             found.append(Partner(name, own, both, of_other, of_own, float(jaccard[other]), pmi))
         return found
 
+    def _part(self) -> Part:
+        return self.starts, self.ids, self.keys
+
     def _matrix(self, dtype: Any) -> Any:
         from scipy.sparse import csr_array
 
@@ -218,9 +220,9 @@ class CoActivation:
             if ours != theirs:
                 raise ValueError(f"co-activations with {name} {ours!r} and {theirs!r} cannot be added; make both alike")
         most = min(self.max_events, other.max_events)
-        parts = _smallest_keys([_part(self), _part(other)], most)
+        parts = smallest_keys([self._part(), other._part()], most)
         n_seen, fired = self.n_seen + other.n_seen, self.fired + other.fired
-        return replace(self, **_joined(parts), n_seen=n_seen, fired=fired, max_events=most)
+        return replace(self, **joined(parts), n_seen=n_seen, fired=fired, max_events=most)
 
     def between(self, min_events: int, max_share: float | int = 1.0) -> CoActivation:
         """Without the subcomponents that fire in fewer events of the sample, or in a larger share of them.
@@ -241,7 +243,7 @@ class CoActivation:
         if not 0 < share <= 1:
             raise ValueError(f"share={share!r}; expected a number above 0, at most 1")
         chosen = generator.permutation(self.n_events)[: max(1, round(share * self.n_events))]
-        starts, ids, keys = _chosen(_part(self), np.sort(chosen))
+        starts, ids, keys = chosen_events(self._part(), np.sort(chosen))
         return replace(self, starts=starts, ids=ids, keys=keys)
 
     def shuffled(self, generator: np.random.Generator) -> CoActivation:
@@ -279,7 +281,8 @@ def coactivation(
     if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
         raise ValueError(f"seed={seed!r}; expected a whole number, zero or more")
     sizes = {name: weight.n_subcomponents for name, weight in decomposition.items()}
-    collector = _Collector(sizes, _positive("max_events", max_events), np.random.default_rng(int(seed)))
+    most = _positive("max_events", max_events)
+    collector = Collector(sum(sizes.values()), most, np.random.default_rng(int(seed)))
     source = first_batches(batches, decomposition, max_batches, purpose="count co-activations in")
     with torch.no_grad():
         for batch in tqdm(source, desc="coactivation", leave=False):
@@ -289,7 +292,7 @@ def coactivation(
             n_axes = batch.inputs.ndim if batch.inputs.is_floating_point() else batch.inputs.ndim + 1
             fires = torch.cat([_fires(pre[name], threshold, n_axes) for name in sizes], dim=-1)
             collector.add(_events(fires, batch.position_mask, window).cpu().numpy())
-    found = collector.finish(float(threshold), window)
+    found = CoActivation(sizes, **collector.found(), max_events=most, threshold=float(threshold), window=window)
     if not found.fired.any():
         raise ValueError(
             f"nothing fires: no importance is above {threshold:g} in any of {found.n_seen:,} events; is the "
@@ -336,87 +339,3 @@ def _positive(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise ValueError(f"{name}={value!r}; expected a whole number, at least 1")
     return int(value)
-
-
-# -- the sample ------------------------------------------------------------------------------------------------------
-
-# Some events: where each begins, what fires, the random number of each.
-_Part: TypeAlias = tuple[np.ndarray, np.ndarray, np.ndarray]
-
-
-def _part(together: CoActivation) -> _Part:
-    return together.starts, together.ids, together.keys
-
-
-class _Collector:
-    """Keeps the `max_events` events with the smallest random numbers of all that are added."""
-
-    def __init__(self, sites: Mapping[str, int], max_events: int, generator: np.random.Generator) -> None:
-        self.sites, self.max_events, self.generator = dict(sites), max_events, generator
-        self.parts: list[_Part] = []
-        self.fired = np.zeros(sum(sites.values()), np.int64)
-        self.n_seen = self.n_held = 0
-        self.largest = np.inf
-
-    def add(self, fires: Bool[np.ndarray, "events all_C"]) -> None:
-        self.fired += fires.sum(0)
-        self.n_seen += len(fires)
-        keys = self.generator.random(len(fires))
-        stays = keys < self.largest
-        fires, keys = fires[stays], keys[stays]
-        rows, columns = np.nonzero(fires)
-        starts = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=len(fires)))]).astype(np.int64)
-        self.parts.append((starts, columns.astype(np.int32), keys))
-        self.n_held += len(keys)
-        if self.n_held >= 2 * self.max_events:
-            self._drop()
-
-    def _drop(self) -> None:
-        self.parts = _smallest_keys(self.parts, self.max_events)
-        self.n_held = sum(len(keys) for _, _, keys in self.parts)
-        if self.n_held == self.max_events:
-            self.largest = max(float(keys.max(initial=0)) for _, _, keys in self.parts)
-
-    def finish(self, threshold: float, window: Window) -> CoActivation:
-        self._drop()
-        return CoActivation(
-            self.sites,
-            **_joined(self.parts),
-            fired=self.fired,
-            n_seen=self.n_seen,
-            max_events=self.max_events,
-            threshold=threshold,
-            window=window,
-        )
-
-
-def _smallest_keys(parts: list[_Part], n: int) -> list[_Part]:
-    keys = np.concatenate([keys for _, _, keys in parts])
-    if len(keys) <= n:
-        return parts
-    stays = np.zeros(len(keys), bool)
-    stays[np.argpartition(keys, n - 1)[:n]] = True
-    ends = np.cumsum([len(keys) for _, _, keys in parts])[:-1]
-    return [_chosen(part, np.flatnonzero(own)) for part, own in zip(parts, np.split(stays, ends), strict=True)]
-
-
-def _chosen(part: _Part, events: np.ndarray) -> _Part:
-    starts, ids, keys = part
-    lengths = np.diff(starts)[events]
-    own = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    return own, ids[slices_of(starts[events], lengths)], keys[events]
-
-
-def slices_of(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Indices `starts[0]..starts[0] + lengths[0] - 1`, then those of the next, in one array."""
-    ends = np.cumsum(lengths)
-    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - ends + lengths, lengths)
-
-
-def _joined(parts: list[_Part]) -> dict[str, np.ndarray]:
-    lengths = np.concatenate([np.diff(starts) for starts, _, _ in parts])
-    return {
-        "starts": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        "ids": np.concatenate([ids for _, ids, _ in parts]),
-        "keys": np.concatenate([keys for _, _, keys in parts]),
-    }

@@ -7,7 +7,8 @@ from typing import TypeAlias
 
 import numpy as np
 
-from spd_lens.statistics.coactivations import CoActivation, slices_of
+from spd_lens.statistics.coactivations import CoActivation
+from spd_lens.statistics.event_sample import slices_of
 
 # (site, id) to the others, `(site, id, values)` with a value for each of the columns.
 Cofiring: TypeAlias = Callable[[str, int], list[tuple[str, int, list[float]]]]

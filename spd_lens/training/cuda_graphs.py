@@ -1,7 +1,7 @@
 """A training step as a CUDA graph: what the host would launch one kernel at a time is replayed as one.
 
-A step of a small model is thousands of small kernels, and launching them costs the host more than computing them costs
-the card. `GraphedStep` records the whole step (clean pass, gates, masked passes, adversaries, clipping, Adam) once and
+A step of a small model is many small kernels, and launching them costs the host more than computing them costs the
+card. `GraphedStep` records the whole step (clean pass, gates, masked passes, adversaries, clipping, Adam) once and
 replays it. What the host decides is frozen while a recording is used: learning rates, the annealing of penalties, the
 adversary's warm-up. So it is recorded anew every `steps_per_capture` steps, and schedules move in stairs of that width.
 

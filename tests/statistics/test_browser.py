@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import time
 from collections.abc import Iterator
@@ -316,17 +315,16 @@ def test_ten_thousand_are_listed_in_under_a_second(browser: Browser, tmp_path: P
     from benchmarks.browser import synthetic_harvest
 
     index = synthetic_harvest(n_subcomponents=10_000, d_vocab=2048, seed=0, n_batches=1).to_html(tmp_path, max_pages=0)
-    # Wall time on a machine that others use as well: the best of three, with their share of the cores added.
-    limit, best = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1)), float("inf")
+    best = float("inf")
     for _ in range(3):
         browser.open("about:blank")
         started = time.perf_counter()
         browser.open(index)
         shown = browser.do("document.querySelectorAll('.row').length")
         best = min(best, time.perf_counter() - started)
-    assert best < limit
+    assert best < 1.0
     assert 10 < shown < 200
     assert browser.do("$('dead').checked||!!$('dead').click()||$('count').textContent").startswith("10,000 of 10,000")
     browser.do("started=performance.now()")
     choose(browser, "sort", "importance")
-    assert browser.do("performance.now()-started") < 1000 * limit
+    assert browser.do("performance.now()-started") < 1000
