@@ -137,7 +137,7 @@ def same(one: Harvest, two: Harvest) -> None:
                 assert mine == other, (site, c, kind)
             mine, other = (h[site].examples(c, "top") for h in (one, two))
             assert [e.importance for e in mine] == pytest.approx([e.importance for e in other], abs=1e-6)
-            # Of those that are as strong as the weakest kept, rounding decides which stay; the stronger ones are the same.
+            # Of those as strong as the weakest kept, rounding decides which stay; the stronger ones are the same.
             kept = [sorted(e.tokens for e in top if e.importance > top[-1].importance + 1e-5) for top in (mine, other)]
             assert kept[0] == kept[1], (site, c)
 
