@@ -1,4 +1,4 @@
-# Two commands do everything on a fresh machine with Python 3.10+ and make:
+# Two commands do everything on a fresh machine with Python 3.11+ and make:
 #   make demo    decompose one block of SmolLM2-135M and look at it (minutes on two cores)
 #   make test    the test suite
 # and `make reproduce-quick` shows one of the paper's experiments in minutes (all: docs/reproduction.md).

@@ -153,7 +153,7 @@ def processor() -> str:
 def provenance(device: torch.device) -> dict[str, object]:
     """Where and with what numbers were made."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
-    today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
     return {"machine": name, "threads": torch.get_num_threads(), "versions": library_versions(), "date": today}
 
 

@@ -66,14 +66,14 @@ def coeffects(
     if isinstance(threshold, bool) or not isinstance(threshold, Real) or not 0 < threshold < float("inf"):
         raise ValueError(f"threshold={threshold!r}; expected a change of the output, more than 0")
     read = readout or (top_log_probabilities if decomposition.host.vocabulary_size() is not None else _all_outputs)
-    source = [
+    stream = [
         batch.to(decomposition.device)
         for batch in first_batches(batches, decomposition, max_batches, purpose="ablate subcomponents on")
     ]
-    chosen = _chosen(decomposition, source, ids)
+    chosen = _chosen(decomposition, stream, ids)
     sites = {name: weight.n_subcomponents for name, weight in decomposition.items()}
     parts = []
-    for b, batch in enumerate(source):
+    for b, batch in enumerate(stream):
         fires = _moved(decomposition, batch, chosen, float(threshold), read)
         offsets = np.cumsum([0, *sites.values()])
         by_site = {name: fires[:, o : o + n] for (name, n), o in zip(sites.items(), offsets[:-1], strict=True)}
@@ -93,7 +93,7 @@ def _all_outputs(output: Tensor, clean: Tensor) -> Tensor:
     return output
 
 
-def _chosen(decomposition: Decomposition, source: list[Batch], ids: Ids) -> dict[str, list[int]]:
+def _chosen(decomposition: Decomposition, stream: list[Batch], ids: Ids) -> dict[str, list[int]]:
     if ids is not None:
         units = units_of(decomposition, ids)
         wide = [unit for unit in units if len(unit.members) > 1 or unit.positions is not None]
@@ -105,7 +105,7 @@ def _chosen(decomposition: Decomposition, source: list[Batch], ids: Ids) -> dict
         return chosen
     alive: dict[str, Tensor] = {}
     with torch.no_grad():
-        for batch in source:
+        for batch in stream:
             clean = decomposition.clean_pass(batch.inputs, start_at=batch.start_at, attention_mask=batch.attention_mask)
             for name, pre in decomposition.pre_importances(clean.inputs).items():
                 fires = (importance_of(pre) > ALIVE_ABOVE).flatten(0, -2).any(0)

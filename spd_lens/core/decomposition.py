@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from spd_lens.core.decomposed_weight import DecomposedWeight
 from spd_lens.core.gate_sets import GateOfAll, Gates, gates_of
 from spd_lens.core.gates import GlobalGate
-from spd_lens.core.inputs import checked_tokens
+from spd_lens.core.inputs import checked_entry, checked_tokens
 from spd_lens.core.interventions import (
     Factor,
     HookList,
     check_site,
+    checked_site_masks,
     hooks_for_masks,
 )
 from spd_lens.core.masks import SiteMask
@@ -36,7 +37,7 @@ from spd_lens.core.units import Unit, hooks_of
 from spd_lens.hosts.host import Host
 from spd_lens.hosts.opening import open_host
 from spd_lens.support.files import numbers
-from spd_lens.support.given import given_whole, shown
+from spd_lens.support.given import shown
 from spd_lens.support.names import near_names
 from spd_lens.support.pages import table_html
 from spd_lens.support.shown import text_html
@@ -172,7 +173,7 @@ class Decomposition(Mapping[str, DecomposedWeight]):
         the output. `attention_mask [batch pos]` is 0 where tokens are padding.
         """
         self.require_present()
-        batch = self._entering(batch, start_at)
+        batch = checked_entry(batch, self.host, start_at)
         self.starts.require_reached(start_at)
         self.starts.require_stop(stop_at)
         starts = {self.starts.first_block([name]) for name in self} if self.host.can_start_at_blocks() else set()
@@ -204,7 +205,7 @@ class Decomposition(Mapping[str, DecomposedWeight]):
         again where the output is the same, bit for bit (`starts`). `stop_at` as for `clean_pass`.
         """
         self.require_present()
-        batch, masks = self._entering(batch, start_at), self._checked_masks(masks)
+        batch, masks = checked_entry(batch, self.host, start_at), checked_site_masks(self._weights, masks)
         first = self.starts.first_block(masks)
         entered = residuals.get(first) if residuals and first is not None and attention_mask is None else None
         if (
@@ -228,37 +229,10 @@ class Decomposition(Mapping[str, DecomposedWeight]):
     ) -> dict[str, Tensor]:
         """As `masked_forward`, but the activations of the named hook points, with gradients (L7)."""
         self.require_present()
-        batch, masks = self._entering(batch, start_at), self._checked_masks(masks)
+        batch, masks = checked_entry(batch, self.host, start_at), checked_site_masks(self._weights, masks)
         with given_masks(self._weights, masks), captured(self.host, points) as hidden:
             self._run(batch, start_at, attention_mask, stop_at)
         return hidden
-
-    def _entering(self, batch: Any, start_at: int | None) -> Tensor:
-        """What a pass is given: tokens or inputs, or a residual stream for block `start_at`, checked in words."""
-        if start_at is None:
-            return checked_tokens(batch, self.host, name="the batch", values=False)
-        given_whole("start_at", start_at, least=0, most=self.host.n_layers() - 1)
-        width = self.host.d_model()
-        if not isinstance(batch, Tensor) or not batch.is_floating_point() or batch.shape[2:] != (width,):
-            raise ValueError(
-                f"start_at={start_at} with {shown(batch)}; expected the residual stream [batch pos {width}] that "
-                "enters that block, in floating point"
-            )
-        return batch
-
-    def _checked_masks(self, masks: Any) -> Mapping[str, SiteMask]:
-        if not isinstance(masks, Mapping):
-            raise TypeError(f"masks={shown(masks)}; expected {{site: SiteMask(mask, delta)}}")
-        for name, given in masks.items():
-            check_site(self._weights, name)
-            if not isinstance(given, SiteMask):
-                raise TypeError(f"the mask of {name} is {shown(given)}; expected a SiteMask(mask [batch pos C], delta)")
-            count = self._weights[name].n_subcomponents
-            if given.mask is not None and given.mask.shape[-1] != count:
-                raise ValueError(
-                    f"the mask of {name} has shape {tuple(given.mask.shape)}; expected a last axis of C = {count}"
-                )
-        return masks
 
     def _run(
         self, batch: Tensor, start_at: int | None, attention_mask: Tensor | None = None, stop_at: int | None = None

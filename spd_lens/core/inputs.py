@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from spd_lens.hosts.host import Host
-from spd_lens.support.given import shown
+from spd_lens.support.given import given_whole, shown
 
 
 def checked_decomposition(decomposition: Any, caller: str) -> Any:
@@ -65,6 +65,20 @@ def checked_tokens(tokens: Any, host: Host, *, name: str = "tokens", values: boo
         if low < 0 or high >= d_vocab:
             raise ValueError(f"{name}: token ids run from {low} to {high}, but the vocabulary is 0..{d_vocab - 1}")
     return given
+
+
+def checked_entry(batch: Any, host: Host, start_at: int | None) -> Tensor:
+    """What a pass is given: tokens or inputs, or the residual stream `[batch pos d_model]` for block `start_at`."""
+    if start_at is None:
+        return checked_tokens(batch, host, name="the batch", values=False)
+    given_whole("start_at", start_at, least=0, most=host.n_layers() - 1)
+    width = host.d_model()
+    if not isinstance(batch, Tensor) or not batch.is_floating_point() or batch.shape[2:] != (width,):
+        raise ValueError(
+            f"start_at={start_at} with {shown(batch)}; expected the residual stream [batch pos {width}] that "
+            "enters that block, in floating point"
+        )
+    return batch
 
 
 def can_be_read(tensor: Tensor) -> bool:

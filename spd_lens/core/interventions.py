@@ -18,6 +18,7 @@ from torch import Tensor
 
 from spd_lens.core.decomposed_weight import DecomposedWeight
 from spd_lens.core.inputs import can_be_read
+from spd_lens.core.masks import SiteMask
 from spd_lens.support.given import given_number, shown
 from spd_lens.support.names import near_names
 
@@ -125,6 +126,22 @@ def check_site(weights: Mapping[str, Any], site: Any) -> None:
     """Raise ValueError, with near names, unless `site` is decomposed."""
     if site not in weights:
         raise ValueError(f"no decomposed site {site!r}; near: {near_names(str(site), weights)}")
+
+
+def checked_site_masks(weights: Mapping[str, DecomposedWeight], masks: Any) -> Mapping[str, SiteMask]:
+    """`masks`, if it is `{site: SiteMask}` of these weights with a last axis of C."""
+    if not isinstance(masks, Mapping):
+        raise TypeError(f"masks={shown(masks)}; expected {{site: SiteMask(mask, delta)}}")
+    for name, given in masks.items():
+        check_site(weights, name)
+        if not isinstance(given, SiteMask):
+            raise TypeError(f"the mask of {name} is {shown(given)}; expected a SiteMask(mask [batch pos C], delta)")
+        count = weights[name].n_subcomponents
+        if given.mask is not None and given.mask.shape[-1] != count:
+            raise ValueError(
+                f"the mask of {name} has shape {tuple(given.mask.shape)}; expected a last axis of C = {count}"
+            )
+    return masks
 
 
 def checked_ids(weight: DecomposedWeight, ids: Iterable[Any] | Integral | int) -> list[int]:

@@ -254,18 +254,18 @@ class _Tap:
 @contextmanager
 def tapped_input(weight: DecomposedWeight) -> Iterator[dict[int, Tensor]]:
     """While open, a pass leaves what the site's matmul reads in the dict, under the number of its thread."""
-    source, tap = weight.site.source, _Tap()
-    if isinstance(source, ModuleInput):
-        reader = _reader_on(source.module)
+    read_from, tap = weight.site.read_from, _Tap()
+    if isinstance(read_from, ModuleInput):
+        reader = _reader_on(read_from.module)
         assert reader is not None
-        entry: Any = (source.read, tap)
+        entry: Any = (read_from.read, tap)
         reader.readers.append(entry)
         try:
             yield tap.taken
         finally:
             reader.readers.remove(entry)
         return
-    point: Any = source.point
+    point: Any = read_from.point
     point.readers = [*point.readers, tap]
     try:
         yield tap.taken
@@ -300,18 +300,18 @@ def _swap_in(host: Host, swapped: Swapped, subcomponents: Subcomponents | None, 
 
 
 def _connect(weight: DecomposedWeight) -> None:
-    source = weight.site.source
-    if isinstance(source, ModuleInput):
-        reader = _reader_on(source.module)
+    read_from = weight.site.read_from
+    if isinstance(read_from, ModuleInput):
+        reader = _reader_on(read_from.module)
         if reader is None:
             reader = InputReader()
-            source.module.register_forward_pre_hook(reader, with_kwargs=True)
-        reader.readers.append((source.read, weight))
+            read_from.module.register_forward_pre_hook(reader, with_kwargs=True)
+        reader.readers.append((read_from.read, weight))
     else:
-        if not isinstance(source.point, ReadPoint):
-            _become(source.point, ReadPoint)
-        assert isinstance(source.point, ReadPoint)
-        source.point.readers = [*source.point.readers, weight]
+        if not isinstance(read_from.point, ReadPoint):
+            _become(read_from.point, ReadPoint)
+        assert isinstance(read_from.point, ReadPoint)
+        read_from.point.readers = [*read_from.point.readers, weight]
 
 
 def swap_out(host: Host, sites: Sequence[Site]) -> None:
@@ -355,9 +355,9 @@ def _guards_on(module: nn.Module | None) -> list[CallGuard]:
 
 
 def _disconnect(site: Site) -> None:
-    source, weight = site.source, site.output
-    if isinstance(source, PointOutput):
-        point = source.point
+    read_from, weight = site.read_from, site.output
+    if isinstance(read_from, PointOutput):
+        point = read_from.point
         if isinstance(point, ReadPoint):
             point.readers = [reader for reader in point.readers if reader is not weight]
             if not point.readers:
@@ -365,13 +365,13 @@ def _disconnect(site: Site) -> None:
                 if type(point) is ReadPoint:
                     _become(point, HookPoint)
         return
-    reader = _reader_on(source.module)
+    reader = _reader_on(read_from.module)
     if reader is None:
         return
     reader.readers = [item for item in reader.readers if item[1] is not weight]
     if not reader.readers:
         # By what it is, not by handle: a deep copy's handle still refers to the original's hooks.
-        hooks = source.module._forward_pre_hooks
+        hooks = read_from.module._forward_pre_hooks
         for key in [key for key, hook in hooks.items() if hook is reader]:
             hooks.pop(key)
-            source.module._forward_pre_hooks_with_kwargs.pop(key, None)
+            read_from.module._forward_pre_hooks_with_kwargs.pop(key, None)

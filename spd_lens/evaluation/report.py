@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -17,8 +16,8 @@ from spd_lens.evaluation.intervals import Interval, PerText
 from spd_lens.evaluation.site_report import THRESHOLDS, SiteReport
 from spd_lens.evaluation.verdict import Verdict, judge
 from spd_lens.objective.divergences import Divergence
-from spd_lens.support.checked_json import read_json
-from spd_lens.support.files import given_path, write_text
+from spd_lens.support.checked_json import read_checked_values, write_checked
+from spd_lens.support.files import given_path
 from spd_lens.support.tables import format_table
 
 FORMAT, FORMAT_VERSION = "spd_lens evaluation", 1
@@ -154,7 +153,7 @@ class EvaluationReport:
         """Undo `to_json`. Raises ValueError for anything else."""
         given = dict(content)
         own = {f.name for f in fields(EvaluationReport)}
-        if given.pop("format", FORMAT) != FORMAT or given.pop("format_version", 1) != FORMAT_VERSION:
+        if given.pop("format", FORMAT) != FORMAT or given.pop("format_version", FORMAT_VERSION) != FORMAT_VERSION:
             raise ValueError(f"this is no {FORMAT} of version {FORMAT_VERSION}")
         given.pop("verdict", None)
         if given.keys() != own:
@@ -165,15 +164,15 @@ class EvaluationReport:
             raise ValueError(f"this is no evaluation report: {error}") from error
 
     def save(self, path: str | Path) -> Path:
-        """Write JSON to a file, or to `evaluation.json` in a directory."""
+        """Write JSON with a checksum over its values to a file, or to `evaluation.json` in a directory."""
         path = _file(path)
-        write_text(path, json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n")
+        write_checked(path, self.to_json(), format_name=FORMAT, version=FORMAT_VERSION)
         return path
 
     @staticmethod
     def load(path: str | Path) -> EvaluationReport:
-        """Read what `save` wrote. Raises ValueError for a missing, damaged or foreign file."""
-        content = read_json(_file(path), format_name=FORMAT, newest_version=FORMAT_VERSION)
+        """Read what `save` wrote. Raises ValueError for a missing, damaged, altered or foreign file."""
+        content = read_checked_values(_file(path), format_name=FORMAT, version=FORMAT_VERSION)
         return EvaluationReport.from_json(content)
 
     # -- to look at -----------------------------------------------------------------------------------------------

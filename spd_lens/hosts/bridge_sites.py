@@ -103,10 +103,10 @@ def _lookup_site(name: str, model: Any, bridge: Any) -> Site:
             "leave it out"
         )
     matrix = (StoredMatrix if plain else ScaledMatrix)(module, "weight", _IN_OUT)
-    source = _called_with(bridge)
+    read_from = _called_with(bridge)
     if name == "pos_embed.W_pos":
-        source = ModuleInput(module, partial(_position_rows, bridge=bridge))
-    return _site(name, model, None, matrix, bridge.hook_out, source, is_lookup=True)
+        read_from = ModuleInput(module, partial(_position_rows, bridge=bridge))
+    return _site(name, model, None, matrix, bridge.hook_out, read_from, is_lookup=True)
 
 
 def _block_site(name: str, block: Any, layer: int, part: str, weight: str) -> Site:
@@ -137,8 +137,8 @@ def _functional_mlp_site(name: str, block: Any, layer: int, weight: str) -> Site
     # TransformerLens 3.9 multiplies with tensors of its own; a deep copy no longer shares them with the modules.
     if hasattr(mlp, f"_processed_{weight}"):
         matrix, bias = StoredMatrix(mlp, f"_processed_{weight}", _OUT_IN), (mlp, f"_processed_b_{kind}")
-    source = PointOutput(bridge.hook_in if kind == "out" else mlp.hook_in)
-    return _site(name, block, layer, matrix, bridge.hook_out, source, bias)
+    read_from = PointOutput(bridge.hook_in if kind == "out" else mlp.hook_in)
+    return _site(name, block, layer, matrix, bridge.hook_out, read_from, bias)
 
 
 def _module_weights(name: str, bridge: Any) -> tuple[StoredMatrix, tuple[nn.Module, str] | None]:
@@ -167,7 +167,7 @@ def _site(
     layer: int | None,
     matrix: StoredMatrix,
     output: HookPoint,
-    source: ModuleInput | PointOutput,
+    read_from: ModuleInput | PointOutput,
     bias: tuple[nn.Module, str] | None = None,
     is_lookup: bool = False,
 ) -> Site:
@@ -179,7 +179,7 @@ def _site(
         layer=layer,
         matrix=matrix,
         output=output,
-        source=source,
+        read_from=read_from,
         bias=bias,
         is_lookup=is_lookup,
     )

@@ -64,7 +64,7 @@ class DeclaredHost(Host):
                 "expected the name of a HookPoint"
             )
         entry = self.model.get_submodule(declared.input)
-        source = (
+        read_from = (
             PointOutput(entry)
             if isinstance(entry, HookPoint)
             else ModuleInput(entry, partial(argument, name="x", index=0))
@@ -85,7 +85,7 @@ class DeclaredHost(Host):
             layer=layer,
             matrix=StoredMatrix(self.model.get_submodule(owner), attribute, pattern),
             output=output,
-            source=source,
+            read_from=read_from,
             bias=bias,
             is_lookup=declared.is_lookup,
             tied_to=declared.tied_to,

@@ -97,7 +97,7 @@ class HookedHost(Host):
                 layer=None,
                 matrix=StoredMatrix(unembed, "W_U", _IN_OUT),
                 output=unembed.hook_out,
-                source=PointOutput(unembed.hook_in),
+                read_from=PointOutput(unembed.hook_in),
                 bias=(unembed, "b_U"),
             )
         short = name.rsplit(".", 1)[-1]
@@ -108,7 +108,7 @@ class HookedHost(Host):
             layer=None,
             matrix=StoredMatrix(module, short, _IN_OUT),
             output=output,
-            source=ModuleInput(module, read),
+            read_from=ModuleInput(module, read),
             is_lookup=True,
         )
 
@@ -125,7 +125,7 @@ class HookedHost(Host):
                 layer=layer,
                 matrix=StoredMatrix(attn, "W_O", _HEADS_IN),
                 output=block.hook_attn_out,
-                source=PointOutput(attn.hook_z),
+                read_from=PointOutput(attn.hook_z),
                 bias=(attn, "b_O"),
                 flatten_input=True,
                 by_head=attn.hook_result,
@@ -142,7 +142,7 @@ class HookedHost(Host):
             layer=layer,
             matrix=StoredMatrix(attn, f"{prefix}W_{kind}", _HEADS_OUT),
             output=getattr(attn, f"hook_{kind.lower()}"),
-            source=ModuleInput(attn, partial(argument, name=which, index=index)),
+            read_from=ModuleInput(attn, partial(argument, name=which, index=index)),
             bias=(attn, f"{prefix}b_{kind}"),
         )
 
@@ -169,14 +169,16 @@ class HookedHost(Host):
             return Site(
                 **common,
                 output=block.hook_mlp_out,
-                source=PointOutput(mlp.hook_post),
+                read_from=PointOutput(mlp.hook_post),
                 bias=(mlp, "b_out"),
                 module_output=mlp,
             )
         # A gated MLP adds b_in after the product, so hook_pre_linear sees x @ W_in alone.
         output = mlp.hook_pre_linear if gated and weight == "W_in" else mlp.hook_pre
         bias = None if gated else (mlp, "b_in")
-        return Site(**common, output=output, source=ModuleInput(mlp, partial(argument, name="x", index=0)), bias=bias)
+        return Site(
+            **common, output=output, read_from=ModuleInput(mlp, partial(argument, name="x", index=0)), bias=bias
+        )
 
     def _refuse_norm_after(self, name: str, point: str) -> None:
         from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES

@@ -98,7 +98,7 @@ class Site:
     - `parent`: the module that gets the new HookPoints (the block; the model for sites outside blocks).
     - `layer`: the block's index, or None outside blocks.
     - `output`: the HookPoint that `y0 = x @ W + b` passes, shaped `[... d_out]` or `[... heads d_head]`.
-    - `source`: where the input `x` is read.
+    - `read_from`: where the input `x` is read.
     - `bias`: the stored bias as `(module, attribute)`, broadcastable to the output, or None.
     - `is_lookup`: `x` is one-hot and given as integer indices; an index of -1 stands for the zero vector (M4).
     - `flatten_input`: `x` arrives as `[... heads d_head]` and is seen as `[... (heads d_head)]`.
@@ -114,7 +114,7 @@ class Site:
     layer: int | None
     matrix: StoredMatrix
     output: HookPoint
-    source: ModuleInput | PointOutput
+    read_from: ModuleInput | PointOutput
     bias: tuple[nn.Module, str] | None = None
     is_lookup: bool = False
     flatten_input: bool = False

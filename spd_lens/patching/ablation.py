@@ -131,8 +131,8 @@ def _replacements(
                     f"reference has shape {tuple(reference.shape)}; kind='resample' needs that of the tokens, "
                     f"{tuple(tokens.shape)}"
                 )
-            source = tokens.roll(1, dims=0) if reference is None else reference
-            return activations_of(decomposition, source, sites)
+            patched_from = tokens.roll(1, dims=0) if reference is None else reference
+            return activations_of(decomposition, patched_from, sites)
         case "importance":
             g = decomposition.importance(tokens)
             return {site: g[site] for site in sites}

@@ -283,9 +283,9 @@ def coactivation(
     sizes = {name: weight.n_subcomponents for name, weight in decomposition.items()}
     most = _positive("max_events", max_events)
     collector = Collector(sum(sizes.values()), most, np.random.default_rng(int(seed)))
-    source = first_batches(batches, decomposition, max_batches, purpose="count co-activations in")
+    stream = first_batches(batches, decomposition, max_batches, purpose="count co-activations in")
     with torch.no_grad():
-        for batch in tqdm(source, desc="coactivation", leave=False):
+        for batch in tqdm(stream, desc="coactivation", leave=False):
             batch = batch.to(decomposition.device)
             clean = decomposition.clean_pass(batch.inputs, start_at=batch.start_at, attention_mask=batch.attention_mask)
             pre = decomposition.pre_importances(clean.inputs)

@@ -82,11 +82,11 @@ def harvest(
         n_events=n_events, seed=seed,
     )  # fmt: skip
     _check_settings(settings, effect_batches=effect_batches, save_every=save_every)
-    source = first_batches(batches, decomposition, max_batches, purpose="harvest")
+    stream = first_batches(batches, decomposition, max_batches, purpose="harvest")
     sums = _nothing_yet(decomposition, settings)
     made = None if out_dir is None else made_from(decomposition)
     resumed = _Resumed(out_dir, sums, made)
-    for index, batch in enumerate(tqdm(source, desc="harvest", leave=False)):
+    for index, batch in enumerate(tqdm(stream, desc="harvest", leave=False)):
         if batch.tokens is None:
             raise ValueError("harvest needs tokens beside the inputs: give Batch(inputs, tokens=...)")
         if resumed.has(index, batch.tokens):

@@ -38,7 +38,7 @@ def random_keys(hashes: Int[Tensor, " n"], at: Int[Tensor, " n"], salt: Int[Tens
 
 
 @dataclass(frozen=True)
-class Source:
+class SeenBatch:
     """What windows are cut from: tokens `[batch pos]`, importances and activations `[batch pos C]`."""
 
     tokens: Tensor
@@ -72,8 +72,8 @@ class Reservoir:
                 raise ValueError(f"{name} are {tuple(saved[name].shape)}; expected {tuple(own.shape)}, {own.dtype}")
             setattr(self, name, saved[name])
 
-    def offer(self, group: Tensor, key: Tensor, where: tuple[Tensor, Tensor, Tensor], source: Source) -> None:
-        """Candidates: their groups, keys, and `(row, position, subcomponent)` in the source. All on the CPU."""
+    def offer(self, group: Tensor, key: Tensor, where: tuple[Tensor, Tensor, Tensor], seen: SeenBatch) -> None:
+        """Candidates: their groups, keys, and `(row, position, subcomponent)` in the batch. All on the CPU."""
         enters = key > self.keys[group, -1]
         group, key = group[enters], key[enters]
         if not len(group):
@@ -89,17 +89,17 @@ class Reservoir:
         new = Reservoir(len(groups), self.k, before=self.before, after=self.after)
         place = (index[first], rank[first])
         new.keys[place] = key[first]
-        new.tokens[place], new.importances[place], new.activations[place] = self._windows(chosen, source)
+        new.tokens[place], new.importances[place], new.activations[place] = self._windows(chosen, seen)
         self._take(groups, new)
 
-    def _windows(self, chosen: list[Tensor], source: Source) -> tuple[Tensor, Tensor, Tensor]:
-        device, length = source.tokens.device, source.tokens.shape[1]
+    def _windows(self, chosen: list[Tensor], seen: SeenBatch) -> tuple[Tensor, Tensor, Tensor]:
+        device, length = seen.tokens.device, seen.tokens.shape[1]
         row, at, c = (place.to(device) for place in chosen)
         index = at[:, None] + torch.arange(-self.before, self.after + 1, device=device)
         inside = (index >= 0) & (index < length)
         index = index.clamp(0, length - 1)
-        tokens = torch.where(inside, source.tokens[row[:, None], index], -1)
-        values = [torch.where(inside, v[row[:, None], index, c[:, None]], 0.0).float() for v in (source.g, source.a)]
+        tokens = torch.where(inside, seen.tokens[row[:, None], index], -1)
+        values = [torch.where(inside, v[row[:, None], index, c[:, None]], 0.0).float() for v in (seen.g, seen.a)]
         return tokens.int().cpu(), values[0].cpu(), values[1].cpu()
 
     def merge(self, other: Reservoir) -> None:

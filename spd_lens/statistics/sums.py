@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from spd_lens.statistics.reservoir import Reservoir, Source, random_keys
+from spd_lens.statistics.reservoir import Reservoir, SeenBatch, random_keys
 from spd_lens.statistics.token_counts import TokenCounts
 
 # Bins of the histograms: of importance in (0, 1]; of log2 |activation|, half an octave each, for either sign.
@@ -116,18 +116,18 @@ class SiteSums:
         row, at, c = fires.nonzero(as_tuple=True)
         strength, value = g[row, at, c].cpu(), a[row, at, c].cpu()
         tokens = positions.tokens[start : start + len(g)]
-        source = Source(tokens, g, a)
+        seen = SeenBatch(tokens, g, a)
         input_token = tokens[row, at].cpu()
         if positions.predicted is not None:
             self.predicted.add(c.cpu(), positions.predicted[start : start + len(g)][row, at].cpu())
         row, at, c = row.cpu(), at.cpu(), c.cpu()
         self.inputs.add(c, input_token)
         self._add_histograms(c, strength, value)
-        self._offer_strongest(g, a, fires, source)
+        self._offer_strongest(g, a, fires, seen)
         hashes = positions.hashes[start : start + len(g)].cpu()
         key = random_keys(hashes[row], at, c + self.salt * 1_000_003)
-        self.random.offer(c, key, (row, at, c), source)
-        self.banded.offer(c * self.settings.bands + self._band(strength), key, (row, at, c), source)
+        self.random.offer(c, key, (row, at, c), seen)
+        self.banded.offer(c * self.settings.bands + self._band(strength), key, (row, at, c), seen)
 
     def _band(self, strength: Tensor) -> Tensor:
         """0 for importances just above the threshold, `bands - 1` for those near 1."""
@@ -145,12 +145,12 @@ class SiteSums:
         bins = torch.where(value < 0, ACTIVATION_BINS - 1 - bins, ACTIVATION_BINS + bins)
         _count(self.activation_histogram, c, bins)
 
-    def _offer_strongest(self, g: Tensor, a: Tensor, fires: Tensor, source: Source) -> None:
+    def _offer_strongest(self, g: Tensor, a: Tensor, fires: Tensor, seen: SeenBatch) -> None:
         """The strongest position of every row."""
         score, position = (g * a.abs() * fires).max(dim=1)  # [batch C]
         score, position = score.cpu(), position.cpu()
         row, c = (score > 0).nonzero(as_tuple=True)
-        self.top.offer(c, score[row, c].double(), (row, position[row, c], c), source)
+        self.top.offer(c, score[row, c].double(), (row, position[row, c], c), seen)
 
     # -- merging and saving --------------------------------------------------------------------------------------
 

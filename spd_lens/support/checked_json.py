@@ -56,6 +56,18 @@ def read_checked(
 
     Raises ValueError, naming the file, if it is absent, foreign, damaged, of another version, or has other fields.
     """
+    whole = read_checked_values(path, format_name=format_name, version=version, free=free)
+    content = {k: v for k, v in whole.items() if k not in ("format", "format_version")}
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        raise ValueError(f"{path} is damaged: {in_words(error)}") from error
+
+
+def read_checked_values(
+    path: Path, *, format_name: str, version: int, free: Sequence[tuple[str, str]] = ()
+) -> dict[str, Any]:
+    """As `read_checked`, but the values as they stand, for content that checks its own fields."""
     whole = read_json(path, format_name=format_name, newest_version=version)
     found = whole["format_version"]
     if found < version:
@@ -66,11 +78,7 @@ def read_checked(
     expected = whole.pop("checksum", None)
     if not isinstance(expected, str) or not hmac.compare_digest(expected.encode(), _checksum(whole, free).encode()):
         raise ValueError(f"{path} is damaged or was changed by hand: its checksum does not fit its contents")
-    content = {k: v for k, v in whole.items() if k not in ("format", "format_version")}
-    try:
-        return kind.model_validate(content)
-    except ValidationError as error:
-        raise ValueError(f"{path} is damaged: {in_words(error)}") from error
+    return whole
 
 
 def read_json(path: Path, *, format_name: str, newest_version: int) -> dict[str, Any]:

@@ -238,9 +238,9 @@ def usable_words(tokenizer: Any, what: str, own: Sequence[str] | None, words: Se
             f"{what}: {bad[0]!r} is not a single token for this tokenizer but {pieces}; choose another word"
         )
     if len(good) < needed:
-        source = "you gave" if own is not None else "of the library's own that are single tokens for this tokenizer"
+        origin = "you gave" if own is not None else "of the library's own that are single tokens for this tokenizer"
         raise ValueError(
-            f"{what}: {len(good)} {source} ({good[:5]}), and the task needs {needed}; give {what}=[...] that are "
+            f"{what}: {len(good)} {origin} ({good[:5]}), and the task needs {needed}; give {what}=[...] that are "
             "single tokens"
         )
     return good

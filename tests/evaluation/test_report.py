@@ -78,6 +78,15 @@ def test_a_damaged_or_missing_file_is_refused(tmp_path: Path) -> None:
         EvaluationReport.load(tmp_path / "none.json")
 
 
+def test_an_edited_number_is_refused(tmp_path: Path) -> None:
+    saved = report().save(tmp_path / "a.json")
+    content = json.loads(saved.read_text())
+    content["divergence"]["stochastic"] /= 2
+    saved.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="changed by hand"):
+        EvaluationReport.load(saved)
+
+
 def test_ce_recovered_is_one_for_the_target_and_zero_for_token_frequencies() -> None:
     assert report().ce_recovered == {
         "stochastic": pytest.approx(0.9), "all off": pytest.approx(0.5), "PGD 20": pytest.approx(0.75)

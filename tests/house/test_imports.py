@@ -188,11 +188,12 @@ def test_no_module_imports_what_only_one_major_has_at_import_time() -> None:
 
 def test_importing_costs_little_more_than_transformer_lens() -> None:
     code = (
-        "import time, warnings; warnings.simplefilter('ignore'); import transformer_lens; "
-        "t = time.process_time(); import spd_lens; print(time.process_time() - t)"
+        "import time, warnings; warnings.simplefilter('ignore'); s = time.process_time(); import transformer_lens; "
+        "t = time.process_time(); import spd_lens; print((time.process_time() - t) / (t - s))"
     )
-    seconds = min(
+    share = min(
         float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-        for _ in range(5)
+        for _ in range(3)
     )
-    assert seconds < 0.3
+    # A share, because a busy machine slows both alike: 0.06 at a load of 19.
+    assert share < 0.1
