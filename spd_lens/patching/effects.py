@@ -1,7 +1,6 @@
 """What an experiment on subcomponents measured: one number per unit and position, with labels.
 
-A `Unit` is one subcomponent, or a group of them, that an experiment changes together. `Effects` is what ablation and
-patching return. Nothing here runs a model.
+`Effects` is what ablation and patching return. Nothing here runs a model.
 """
 
 from __future__ import annotations
@@ -21,7 +20,8 @@ from spd_lens.support.tables import format_table
 
 @dataclass(frozen=True)
 class Effect:
-    """One line of a result: the unit, where it was changed (None: everywhere), and what that did to the metric."""
+    """One line of a result: the unit, where it was changed (None: everywhere, or where the unit itself says), and what
+    that did to the metric."""
 
     unit: Unit
     position: int | None
@@ -44,8 +44,8 @@ class Effects:
     """What changing each unit did to a metric. `str(effects)` is a table of the largest.
 
     - `what`: the experiment, in words.
-    - `units`, `positions`: the labels; positions None means that every unit was changed at all positions at once,
-      and the position axis has length 1.
+    - `units`, `positions`: the labels; positions None means that every unit was changed at all positions at once (or
+      at those of its own), and the position axis has length 1.
     - `values` `[unit position example]`: the metric in each changed pass. A metric that returned a scalar gives one
       "example"; one that returned `[batch]` keeps its examples.
     - `baseline` `[example]`: the metric with nothing changed.
@@ -130,8 +130,11 @@ class Effects:
         """The effects of one site's single subcomponents as `[position C]`, for heat maps.
 
         Row i is `positions[i]`. NaN stands where a subcomponent was not measured; C ends at the largest id that was.
-        Raises ValueError if no unit is a single subcomponent of `site`.
+        Raises ValueError if no unit is a single subcomponent of `site`, and for units with positions of their own, which
+        have no row here.
         """
+        if own := [u for u in self.units if u.positions is not None]:
+            raise ValueError(f"{own[0]} has positions of its own, and a grid has one row for all units; use .effects")
         rows = {u.members[0][1]: i for i, u in enumerate(self.units) if len(u.members) == 1 and u.sites == (site,)}
         if not rows:
             known = sorted({s for u in self.units for s in u.sites})
@@ -174,7 +177,7 @@ class Effects:
         """The same as TransformerLens 4's `PatchingResult`, with its bootstrap intervals and permutation tests.
 
         `values [row example]` are flat; `index_df` has the columns `unit`, `site`, `subcomponent` (for groups: all
-        members, as text) and `position` (-1: everywhere). Raises ValueError on TransformerLens 3, which has no such
+        members, as text) and `position` (-1: everywhere; as text for a unit with several). Raises ValueError on TransformerLens 3, which has no such
         class.
         """
         try:
@@ -190,7 +193,7 @@ class Effects:
         for i, unit in enumerate(self.units):
             site, c = unit.members[0]
             single = len(unit.members) == 1
-            for position in (-1,) if self.positions is None else self.positions:
+            for position in (_place(unit),) if self.positions is None else self.positions:
                 where = {"site": site if single else " + ".join(unit.sites), "subcomponent": c if single else str(unit)}
                 rows.append({"unit": i, **where, "position": position})
         per_example = self.values.shape[-1] > 1
@@ -203,3 +206,10 @@ class Effects:
             reduced=not per_example,
             baseline=self.baseline if per_example else self.baseline[0],
         )
+
+
+def _place(unit: Unit) -> int | str:
+    """Where a unit was changed that no position of the experiment was given for; -1: everywhere."""
+    if unit.positions is None:
+        return -1
+    return unit.positions[0] if len(unit.positions) == 1 else ", ".join(map(str, unit.positions))

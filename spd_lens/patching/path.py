@@ -29,7 +29,7 @@ from torch import Tensor
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.units import Ids, Unit, units_of
 from spd_lens.patching.activation import Clean, checked_clean, clean_activations
-from spd_lens.patching.arguments import Metric, checked_input, checked_positions, metric_values
+from spd_lens.patching.arguments import Metric, checked_input, metric_values, unit_positions
 from spd_lens.patching.effects import Effects
 from spd_lens.patching.frozen import Change, Frozen, Held, frozen_given
 from spd_lens.patching.hooks import add, store
@@ -105,12 +105,12 @@ def path_patching(
 
     `clean` is the clean tokens or a cache of their run, as in `activation_patching`. `senders` and `receivers` are ids
     (see `units_of`); a sender may be a group at one site, a receiver is a single subcomponent. A position of None
-    patches (reads) all positions at once. `frozen=Frozen(attention=False)` lets attention patterns follow the sender.
+    patches (reads) all positions at once, or those that a unit names itself. `frozen=Frozen(attention=False)` lets attention patterns follow the sender.
 
     Cost: three passes over the batch, and as batched copies of it two for every sender and one for every pair.
 
-    Raises ValueError for a receiver that runs before its sender, groups over several sites, and all that
-    `activation_patching` refuses.
+    Raises ValueError for a receiver that runs before its sender, groups over several sites, units with positions of
+    their own beside `sender_position` or `receiver_position`, and all that `activation_patching` refuses.
     """
     frozen = frozen_given(frozen)
     corrupted_tokens = checked_input(decomposition, corrupted_tokens, "corrupted_tokens")
@@ -122,8 +122,8 @@ def path_patching(
     sites = list(dict.fromkeys(site for unit in sending for site in unit.sites))
     values = clean_activations(decomposition, corrupted_tokens, clean, sites)
     where, read = (
-        None if position is None else checked_positions([position], corrupted_tokens)
-        for position in (sender_position, receiver_position)
+        unit_positions(units, None if position is None else [position], corrupted_tokens)
+        for units, position in ((sending, sender_position), (receiving, receiver_position))
     )
     with torch.no_grad():
         change = direct_changes(
@@ -136,10 +136,7 @@ def path_patching(
             frozen=frozen,
             per_pass=per_pass,
         )
-        if read is not None:
-            kept = torch.zeros_like(change)
-            kept[:, :, :, read] = change[:, :, :, read]
-            change = kept
+        change = _where_read(change, receiving, read)
         measured, baseline = _onwards(decomposition, corrupted_tokens, metric, receiving, change, per_pass)
     total = effects_of(
         decomposition,
@@ -152,6 +149,19 @@ def path_patching(
         per_pass=per_pass,
     )
     return PathEffects(sending, receiving, change, measured, baseline, total, frozen)
+
+
+def _where_read(
+    change: Float[Tensor, "sender receiver *batch"], receivers: Sequence[Unit], read: Sequence[int] | None
+) -> Float[Tensor, "sender receiver *batch"]:
+    """The change at the positions that each receiver names itself, or at those in `read`; 0 at the others."""
+    kept = change.clone()
+    for r, receiver in enumerate(receivers):
+        at = read if receiver.positions is None else receiver.positions
+        if at is not None:
+            kept[:, r] = 0
+            kept[:, r, :, list(at)] = change[:, r, :, list(at)]
+    return kept
 
 
 @torch.no_grad()
@@ -169,7 +179,8 @@ def direct_changes(
     """How far each receiver's activation moves when a sender's becomes `values[site]`, all else held (step 1, C2).
 
     `values[site]` broadcasts to the site's activations `[batch pos C]`: clean activations to patch, zeros to ablate.
-    All else is held at its value on `tokens`. Result `[sender receiver batch pos]`.
+    All else is held at its value on `tokens`. Result `[sender receiver batch pos]`, at all positions whatever the
+    receivers say.
     """
     frozen = frozen_given(frozen)
     held = Held(decomposition, frozen, lambda: decomposition.host.forward(tokens))

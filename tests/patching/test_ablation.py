@@ -304,6 +304,16 @@ def test_results_become_those_of_transformer_lens_4(decomposition: Decomposition
     assert len(frame) == 4 * 5
     assert list(result.index_df["position"]) == [0, 3, 0, 3]
     assert result.index_df["subcomponent"][2] == f"{IN}[1] + {OUT}[2]"
+    own = ablation_effects(decomposition, tokens(5), metric, [Unit(((IN, 0),), (3,)), Unit(((IN, 1),), (3, 4))])
+    assert list(own.to_transformer_lens().index_df["position"]) == [3, "3, 4"]
+
+
+def test_units_at_positions_of_their_own_are_no_grid(decomposition: Decomposition) -> None:
+    """One row would show one of two effects of the same subcomponent."""
+    got = ablation_effects(decomposition, tokens(5), metric, [Unit(((IN, 0),), (3,)), Unit(((IN, 0),), (4,))])
+    assert float((got.effects[0] - got.effects[1]).abs()) > 0
+    with pytest.raises(ValueError, match=r"W_in\[0\] @3 has positions of its own, and a grid has one row"):
+        got.grid(IN)
 
 
 # -- errors ------------------------------------------------------------------------------------------------------

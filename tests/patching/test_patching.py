@@ -13,7 +13,7 @@ from torch import Tensor
 from transformer_lens import patching as tl_patching
 
 from spd_lens import Decomposition, decompose
-from spd_lens.core import units_of
+from spd_lens.core import Unit, units_of
 from spd_lens.patching import Frozen, activation_patching, attribution_patching, direct_changes, path_patching
 from tests import bridge_models, oracle
 from tests.conftest import needs_hooked
@@ -418,6 +418,21 @@ def test_positions_restrict_the_sender_and_the_receiver(decomposition: Decomposi
     read = path_patching(*arguments, senders=senders, receivers=receivers, receiver_position=-8)
     torch.testing.assert_close(read.direct_change[..., 4], everywhere.direct_change[..., 4])
     torch.testing.assert_close(read.values, got.values, rtol=0, atol=1e-6)
+
+
+def test_a_receiver_is_read_at_the_positions_that_it_names_itself(decomposition: Decomposition) -> None:
+    arguments: Any = (decomposition, CORRUPTED, CLEAN, metric)
+    site, senders = "blocks.1.mlp.W_in", {"blocks.0.mlp.W_out": [2]}
+    named = [Unit(((site, 1),), (4,)), Unit(((site, 1),), (6, -1)), Unit(((site, 1),))]
+    got = path_patching(*arguments, senders=senders, receivers=named)
+    alone = path_patching(*arguments, senders=senders, receivers={site: [1]}, receiver_position=4)
+    torch.testing.assert_close(got.direct_change[:, 0], alone.direct_change[:, 0])
+    torch.testing.assert_close(got.values[:, 0], alone.values[:, 0])
+    length = CORRUPTED.shape[1]
+    moved = got.direct_change[0].abs().amax(1) > 0
+    assert [row.nonzero().squeeze(1).tolist() for row in moved] == [[4], [6, length - 1], list(range(length))]
+    with pytest.raises(ValueError, match=r"W_in\[1\] @4 has positions of its own, and positions=\[3\] is given"):
+        path_patching(*arguments, senders=senders, receivers=named[:1], receiver_position=3)
 
 
 def test_ablating_a_sender_is_a_direct_change_too(decomposition: Decomposition) -> None:
