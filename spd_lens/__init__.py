@@ -16,8 +16,10 @@ What to call, in this order:
 - `decompose` takes patterns of sites instead of a layer; `decomposition.save_pretrained` and
   `Decomposition.from_pretrained` keep it.
 - More: `spd_lens.patching` (ablate and patch), `.circuits` (find and check a circuit), `.graphs` (attribution graphs),
-  `.tasks` (prompts), `.pictures`, `.statistics`, `.models` (small models that ship with the package), `.toys` (models
-  whose mechanisms are known), `.baselines` (APD), `.core` (the functions that all of this is made of).
+  `.components` (group subcomponents), `.editing` (find, edit, bake), `.audit` (reasons that others can check),
+  `.tasks` (prompts), `.pictures`, `.statistics`, `.models` (small models that ship with the package, one of them
+  decomposed), `.toys` (models whose mechanisms are known), `.baselines` (APD and rivals of edits), `.core` (the
+  functions that all of this is made of). The shell has `spd-lens --help`.
 
 The tutorials begin with `tutorials/01_quickstart.ipynb`.
 """
