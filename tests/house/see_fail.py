@@ -86,7 +86,7 @@ MENDS = (
     ),
     Mend(
         13, "training/processes.py", "            flat /= self.count\n", "",
-        "tests/training/test_processes.py::test_two_processes_equal_one_with_the_joined_batches",
+        "tests/training/test_processes.py::test_two_and_four_processes_train_what_one_trains[stochastic]",
     ),
     Mend(
         14, "support/checked_json.py",
@@ -97,6 +97,10 @@ MENDS = (
     ),
     Mend(
         15, "support/interrupts.py", "    if not callable(before):\n", "    if before is not None:\n",
+        "tests/core/test_interrupts.py::test_a_signal_waits_until_the_work_is_done",
+    ),
+    Mend(
+        15, "core/swap.py", "    except BaseException:\n        swap_out(host, sites)\n", "    except Exception:\n",
         "tests/core/test_interrupts.py::test_an_interrupt_at_any_line_of_the_swap_leaves_the_model_as_it_was",
     ),
     Mend(
