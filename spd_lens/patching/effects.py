@@ -130,8 +130,8 @@ class Effects:
         """The effects of one site's single subcomponents as `[position C]`, for heat maps.
 
         Row i is `positions[i]`. NaN stands where a subcomponent was not measured; C ends at the largest id that was.
-        Raises ValueError if no unit is a single subcomponent of `site`, and for units with positions of their own, which
-        have no row here.
+        Raises ValueError if no unit is a single subcomponent of `site`, and for units with positions of their own,
+        which have no row here.
         """
         if own := [u for u in self.units if u.positions is not None]:
             raise ValueError(f"{own[0]} has positions of its own, and a grid has one row for all units; use .effects")
@@ -177,8 +177,8 @@ class Effects:
         """The same as TransformerLens 4's `PatchingResult`, with its bootstrap intervals and permutation tests.
 
         `values [row example]` are flat; `index_df` has the columns `unit`, `site`, `subcomponent` (for groups: all
-        members, as text) and `position` (-1: everywhere; as text for a unit with several). Raises ValueError on TransformerLens 3, which has no such
-        class.
+        members, as text) and `position` (-1: everywhere; as text for a unit with several). Raises ValueError on
+        TransformerLens 3, which has no such class.
         """
         try:
             from transformer_lens.patching import PatchingResult  # pyright: ignore[reportAttributeAccessIssue]

@@ -105,7 +105,8 @@ def path_patching(
 
     `clean` is the clean tokens or a cache of their run, as in `activation_patching`. `senders` and `receivers` are ids
     (see `units_of`); a sender may be a group at one site, a receiver is a single subcomponent. A position of None
-    patches (reads) all positions at once, or those that a unit names itself. `frozen=Frozen(attention=False)` lets attention patterns follow the sender.
+    patches (reads) all positions at once, or those that a unit names itself. `frozen=Frozen(attention=False)` lets
+    attention patterns follow the sender.
 
     Cost: three passes over the batch, and as batched copies of it two for every sender and one for every pair.
 

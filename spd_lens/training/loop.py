@@ -137,7 +137,8 @@ def train(
             bar.update()
 
             # Read once: a Ctrl-C that comes between here and the end of this turn must not skip the checkpoint.
-            interrupted = _agreed_to_stop(stop, processes, step, decomposition.device)
+            waits = step == config.steps or (step - 1) % config.log_every == 0  # for the device, whatever is asked
+            interrupted = _agreed_to_stop(stop, processes, step, decomposition.device, waits=waits)
             is_last = step == config.steps or interrupted
             saves = is_last or (config.checkpoint_every is not None and step % config.checkpoint_every == 0)
             evaluates = evaluator is not None and evaluator.is_due(step)
@@ -187,11 +188,12 @@ def _open_everywhere(
     return opened
 
 
-def _agreed_to_stop(stop: Stop, processes: Processes, step: int, device: torch.device) -> bool:
-    """Whether the run stops here; several processes ask each other every few steps, so that all stop at the same."""
+def _agreed_to_stop(stop: Stop, processes: Processes, step: int, device: torch.device, *, waits: bool = False) -> bool:
+    """Whether the run stops here; several processes ask each other every few steps, and where the step `waits` for the
+    device anyway, so that all stop at the same."""
     if processes.count == 1:
         return stop.is_set()
-    return step % STEPS_BETWEEN_QUESTIONS == 0 and processes.any(stop.is_set(), device)
+    return (waits or step % STEPS_BETWEEN_QUESTIONS == 0) and processes.any(stop.is_set(), device)
 
 
 def _is_run(resume_from: str | Path) -> bool:

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from spd_lens import PGD, Batch, Decomposition, Reconstruction, TokenBatches, Tr
 from spd_lens.core import RowsGenerator, integers, sample_masks, sample_routing, uniform
 from spd_lens.objective import Merged, Persistent
 from spd_lens.training import Processes
+from spd_lens.training.loop import STEPS_BETWEEN_QUESTIONS
 from tests.small_models import tokens
 from tests.training.forked import errors_of, run_processes, start_processes, wait_for
 from tests.training.test_loop import _fresh
@@ -222,6 +224,24 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path: Path) -> N
     first, second = ((tmp_path / f"steps-{rank}").read_text() for rank in range(2))
     assert first == second
     assert first.endswith("True")
+
+
+def test_a_signal_between_two_questions_is_seen_at_the_end(tmp_path: Path) -> None:
+    config = _config("stochastic", steps=STEPS_BETWEEN_QUESTIONS + 2, log_every=100)
+
+    def act(rank: int) -> None:
+        class Data:
+            def __iter__(self) -> Iterator[Tensor]:
+                for i, batch in enumerate(2 * _batches()):
+                    if i == STEPS_BETWEEN_QUESTIONS + 1 and rank == 1:
+                        signal.raise_signal(signal.SIGINT)
+                    yield batch
+
+        result = train(_fresh(), Data(), config, out_dir=tmp_path / "run")
+        (tmp_path / f"interrupted-{rank}").write_text(str(result.interrupted))
+
+    run_processes(2, act, tmp_path / "errors")
+    assert [(tmp_path / f"interrupted-{rank}").read_text() for rank in range(2)] == ["True", "True"]
 
 
 def test_a_loss_that_is_not_finite_in_one_process_ends_all(tmp_path: Path) -> None:
