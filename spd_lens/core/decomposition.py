@@ -27,7 +27,7 @@ from spd_lens.core.interventions import (
     hooks_for_masks,
 )
 from spd_lens.core.masks import SiteMask
-from spd_lens.core.passes import BlockStarts, CleanPass, captured, given_masks, record_inputs, run
+from spd_lens.core.passes import BlockStarts, CleanPass, captured, given_masks, record_inputs, run, run_in_pieces
 from spd_lens.core.saving import check_same_weights, check_tensors, read_decomposition, upload, write_decomposition
 from spd_lens.core.settings import GateMaker, Settings
 from spd_lens.core.squashings import importance_of
@@ -198,11 +198,14 @@ class Decomposition(Mapping[str, DecomposedWeight]):
         stop_at: int | None = None,
         residuals: Mapping[int, Tensor] | None = None,
         attention_mask: Tensor | None = None,
+        recompute: bool = False,
     ) -> Tensor:
         """The model's output with the given masks at the named sites and the target everywhere else.
 
         With the `residuals` of a clean pass over the same batch, blocks before the first masked site are not run
-        again where the output is the same, bit for bit (`starts`). `stop_at` as for `clean_pass`.
+        again where the output is the same, bit for bit (`starts`). `stop_at` as for `clean_pass`. With `recompute` a
+        backward pass computes block by block again instead of keeping what is inside them (not with an
+        `attention_mask`, which blocks entered in the middle would miss).
         """
         self.require_present()
         batch, masks = checked_entry(batch, self.host, start_at), checked_site_masks(self._weights, masks)
@@ -214,6 +217,9 @@ class Decomposition(Mapping[str, DecomposedWeight]):
             and self.starts.is_exact(first, entered, batch, start_at=start_at, stop_at=stop_at)
         ):
             batch, start_at = entered, first
+        if recompute and attention_mask is None and torch.is_grad_enabled():
+            cuts = self.starts.between(batch, start_at, stop_at)
+            return run_in_pieces(self.host, self._weights, masks, batch, cuts, start_at=start_at, stop_at=stop_at)
         with given_masks(self._weights, masks):
             return self._run(batch, start_at, attention_mask, stop_at)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from spd_lens.core.decomposed_weight import DecomposedWeight
 from spd_lens.core.masks import SiteMask
@@ -85,6 +86,7 @@ class BlockStarts:
     def __init__(self, host: Host, weights: Mapping[str, DecomposedWeight]) -> None:
         self._host, self._weights = host, weights
         self._exact: dict[tuple[Any, ...], bool] = {}
+        self._cuts: dict[tuple[Any, ...], bool] = {}
 
     def first_block(self, sites: Iterable[str]) -> int | None:
         """The first block that a change at these sites can reach; None if that is before the blocks, or if there are
@@ -145,6 +147,26 @@ class BlockStarts:
         return self._exact[key]
 
     @torch.no_grad()
+    def between(self, batch: Tensor, start_at: int | None, stop_at: int | None) -> list[int]:
+        """The blocks inside a pass over `batch` (from block `start_at` on, to before `stop_at`) at which it may be cut.
+
+        Tried once for a kind of pass: for each of these blocks with two more passes.
+        """
+        count = self._host.n_layers()
+        if count == 0 or not self._host.can_start_at_blocks():
+            return []
+        found = []
+        for layer in range((start_at or 0) + 1, count if stop_at is None else stop_at):
+            key = (layer, start_at, stop_at, batch.dtype, batch.device, self._host.model.training)
+            if key not in self._cuts:
+                with record_inputs(self._weights):
+                    residual = self._host.forward_until(layer, batch, start_at=start_at)
+                self._cuts[key] = self.is_exact(layer, residual, batch, start_at=start_at, stop_at=stop_at)
+            if self._cuts[key]:
+                found.append(layer)
+        return found
+
+    @torch.no_grad()
     def residual_before(self, layer: int, tokens: Tensor) -> Tensor | None:
         """What enters block `layer`; None where passes may not start there."""
         if not self._host.can_start_at_blocks():
@@ -190,6 +212,40 @@ def run(
     if start_at is not None:
         return host.forward_from(start_at, batch)
     return host.forward(batch, attention_mask)
+
+
+def run_in_pieces(
+    host: Host,
+    weights: Mapping[str, DecomposedWeight],
+    masks: Mapping[str, SiteMask],
+    batch: Tensor,
+    cuts: Sequence[int],
+    *,
+    start_at: int | None,
+    stop_at: int | None,
+) -> Tensor:
+    """`run` under masks, cut before these blocks; the backward pass computes every piece again.
+
+    Only what goes from piece to piece is kept. The backward pass may run in another thread, so pieces bring their masks
+    with them.
+    """
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return given_masks(weights, masks), given_masks(weights, masks)
+
+    def piece(x: Tensor, start: int | None, stop: int | None) -> Tensor:
+        return checkpoint(
+            partial(run, host, start_at=start, stop_at=stop),
+            x,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=contexts,
+        )  # pyright: ignore[reportReturnType]
+
+    starts = [start_at, *cuts]
+    for start, stop in zip(starts, [*cuts, stop_at], strict=True):
+        batch = piece(batch, start, stop)
+    return batch
 
 
 @dataclass(frozen=True)

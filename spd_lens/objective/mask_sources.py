@@ -102,6 +102,8 @@ class MaskSource(ABC):
     by_rows = False
     # Set where several processes share a batch: makes gradients of this process's rows those of the whole batch.
     whole_batch: WholeBatch | None = None
+    # Which part of the batch masks are for, and of how many: part k of m has rows k, k + m, ...
+    part: tuple[int, int] = (0, 1)
 
     @abstractmethod
     def masks(self, importances: Importances, *, delta: bool, generator: torch.Generator) -> Masks:
@@ -155,7 +157,7 @@ class AdversarialMasks(MaskSource):
         self._sources = ascend(on.of, start, self.pgd, self.whole_batch)
 
     def masks(self, importances: Importances, *, delta: bool, generator: torch.Generator) -> Masks:
-        return masks_from_sources(importances, self._sources, delta=delta)
+        return masks_from_sources(importances, of_part(self._sources, self.part), delta=delta)
 
 
 class PersistentMasks(MaskSource):
@@ -185,7 +187,7 @@ class PersistentMasks(MaskSource):
     def masks(self, importances: Importances, *, delta: bool, generator: torch.Generator) -> Masks:
         if not self._active or self.sources is None:
             return sample_masks(importances, delta=delta, generator=generator)
-        return masks_from_sources(importances, self.sources.tensors(), delta=delta)
+        return masks_from_sources(importances, of_part(self.sources.tensors(), self.part), delta=delta)
 
     def after_backward(self) -> None:
         if self._active and self.sources is not None:
@@ -212,22 +214,30 @@ class MergedMasks(PersistentMasks):
         super().__init__(merged.persistent)
         self.share = merged.share
 
-    def _rows(self, importances: Importances) -> int:
-        n_rows = next(iter(importances.values())).shape[0]
-        if n_rows < 2:
+    def _rows(self, n_rows: int) -> int:
+        """How many of the first rows are adversarial, of `n_rows` rows of the batch's part."""
+        n_parts = self.part[1]
+        whole = n_rows * n_parts
+        if whole < 2:
             raise ValueError("merged masks need at least two rows in a batch: one adversarial, one stochastic")
-        return min(n_rows - 1, max(1, round(self.share * n_rows)))
+        rows = min(whole - 1, max(1, round(self.share * whole)))
+        if rows % n_parts:
+            raise ValueError(
+                f"merged masks with share={self.share} of {whole} rows do not divide into {n_parts} parts; expected a "
+                "batch and a share of which every part gets as many adversarial rows"
+            )
+        return rows // n_parts
 
     def climb(self, on: Climb) -> None:
-        rows = self._rows(on.importances)
+        rows = self._rows(_n_rows(on.importances))
         if isinstance(on.generator, RowsGenerator):
-            self._check_shared(on.generator.count, next(iter(on.importances.values())).shape[0], rows)
+            self._check_shared(on.generator.count, _n_rows(on.importances), rows)
         super().climb(on.in_first(rows))
 
     def masks(self, importances: Importances, *, delta: bool, generator: torch.Generator) -> Masks:
         if not self._active:
             return sample_masks(importances, delta=delta, generator=generator)
-        rows = self._rows(importances)
+        rows = self._rows(_n_rows(importances))
         chosen = super().masks({n: g[:rows] for n, g in importances.items()}, delta=delta, generator=generator)
         drawn = sample_masks({n: g[rows:] for n, g in importances.items()}, delta=delta, generator=generator)
         return {name: _stacked(mask, drawn[name]) for name, mask in chosen.items()}
@@ -246,10 +256,19 @@ class MergedMasks(PersistentMasks):
             )
 
     def _all_first(self, where: Bool[Tensor, "*batch"]) -> Bool[Tensor, "*batch"]:
-        rows = min(len(where) - 1, max(1, round(self.share * len(where))))
         where = where.clone()
-        where[:rows] = True
+        where[: self._rows(len(where))] = True
         return where
+
+
+def of_part(sources: Mapping[str, Tensor], part: tuple[int, int]) -> dict[str, Tensor]:
+    """Sources of part k of m of the batch's rows; those that all rows share are everywhere the same."""
+    k, count = part
+    return {name: s if count == 1 or s.shape[0] == 1 else s[k::count] for name, s in sources.items()}
+
+
+def _n_rows(importances: Importances) -> int:
+    return next(iter(importances.values())).shape[0]
 
 
 def _stacked(first: SiteMask, second: SiteMask) -> SiteMask:

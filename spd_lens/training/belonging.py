@@ -23,8 +23,9 @@ from spd_lens.data.batches import Batch, as_batch, is_one_batch
 from spd_lens.support.files import plain
 from spd_lens.training.config import TrainConfig
 
-# Fields of the configuration that no number depends on: they may be changed by hand in a run's config.json.
-FREE = ("checkpoint_every", "keep_checkpoints")
+# Fields of the configuration that no number depends on, but for the rounding of sums: they may be changed by hand in a
+# run's config.json, or when it goes on.
+FREE = ("checkpoint_every", "keep_checkpoints", "accumulate", "recompute")
 _UNSEEDED = "shuffled by the global random state"
 
 

@@ -101,6 +101,14 @@ class TrainConfig:
     - `faithfulness_warmup`: steps on L1 alone with a throw-away Adam at `faithfulness_warmup_lr` (L8).
     - `precision`: `"bf16"` runs the forward passes under autocast; losses and master weights stay float32.
 
+    Memory (numbers stay the same to the rounding of sums, so a run may go on with other choices)
+    - `accumulate`: every batch is gone through in so many parts (rows k, k + m, ...), one optimiser step for all.
+      Activations are then those of one part. Cost: a clean pass and the gates again for the frequency term, and for
+      every ascent of an adversary. Terms of one's own see one part at a time and are averaged over them.
+    - `recompute`: what is computed again in the backward pass instead of being kept. `"gates"`: the inside of gates,
+      for one site at a time; `"passes"`: the inside of blocks in masked passes, one block at a time; `"all"`; `"none"`.
+      Costs one more forward pass of what is named.
+
     Losses
     - `faithfulness` (L1; with `relative_faithfulness` L1r, the mean over sites of relative errors).
     - `minimality` (L2), the sum of a penalty: `penalty="power"` is `g^p` with p from `p_start` linearly to `p_end`
@@ -140,6 +148,8 @@ class TrainConfig:
     faithfulness_warmup: CountOrZero = 0
     faithfulness_warmup_lr: Positive = 1e-2
     precision: Literal["fp32", "bf16"] = "fp32"
+    accumulate: Count = 1
+    recompute: Literal["none", "gates", "passes", "all"] = "none"
 
     faithfulness: NonNegative = 1.0
     relative_faithfulness: Flag = False

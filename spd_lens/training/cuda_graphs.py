@@ -38,6 +38,8 @@ class GraphedStep:
         device = learner.decomposition.device
         if device.type != "cuda":
             raise ValueError(f"the decomposition is on {device}; CUDA graphs need a CUDA device (use `train`)")
+        if learner.config.accumulate > 1:
+            raise ValueError(f"accumulate={learner.config.accumulate}; a recorded step takes a batch in one part")
         if steps_per_capture < 1:
             raise ValueError(f"steps_per_capture={steps_per_capture}; expected at least 1")
         self.learner, self.steps_per_capture = learner, steps_per_capture
@@ -50,7 +52,7 @@ class GraphedStep:
         self._results: tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]] | None = None
 
     def __call__(self, batch: Batch, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-        """One step on `batch`: losses by name (unweighted), importances `g`, and gradient norms before clipping."""
+        """One step on `batch`: losses by name (unweighted), L0 by site, and gradient norms before clipping."""
         held = self._hold(batch)
         if self._ordinary_left > 0:
             self._ordinary_left -= 1

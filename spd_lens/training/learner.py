@@ -14,7 +14,7 @@ from torch import Tensor
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.draws import RowsGenerator
 from spd_lens.hosts.site import match_sites
-from spd_lens.objective.mask_sources import MaskSource, mask_source
+from spd_lens.objective.mask_sources import AdversarialMasks, MaskSource, PersistentMasks, mask_source
 from spd_lens.support.shown import short_repr
 from spd_lens.training.checkpoint import load_optimizer_tensors, optimizer_tensors
 from spd_lens.training.config import TrainConfig
@@ -79,12 +79,14 @@ def make_learner(decomposition: Decomposition, config: TrainConfig, processes: P
     decomposition.starts.require_stop(config.stop_at)
     groups = [{"params": decomposition.subcomponent_parameters()}, {"params": decomposition.gate_parameters()}]
     device = decomposition.device
+    _check_accumulated(config)
     seed = config.seed * 1_000_003
+    shares = processes.count > 1 or config.accumulate > 1
     generators: dict[str, torch.Generator] = {
-        "masks": _generator(device, seed + 1, processes),
-        "adversary": _generator(device, seed + 2, processes),
+        "masks": _generator(device, seed + 1, processes, shares),
+        "adversary": _generator(device, seed + 2, processes, shares),
         # On the CPU, so that which rows are routed is known without waiting for the device.
-        "routing": _generator(torch.device("cpu"), seed + 3, processes),
+        "routing": _generator(torch.device("cpu"), seed + 3, processes, shares),
     }
     adam = torch.optim.Adam(groups, lr=config.lr, fused=True, capturable=device.type == "cuda")
     learner = Learner(decomposition, config, adam, generators, processes=processes)
@@ -97,7 +99,18 @@ def make_learner(decomposition: Decomposition, config: TrainConfig, processes: P
     return learner
 
 
-def _generator(device: torch.device, seed: int, processes: Processes) -> torch.Generator:
-    if processes.count == 1:
+def _generator(device: torch.device, seed: int, processes: Processes, shares: bool) -> torch.Generator:
+    if not shares:
         return torch.Generator(device).manual_seed(seed)
     return RowsGenerator.of(device, seed, rank=processes.rank, count=processes.count)
+
+
+def _check_accumulated(config: TrainConfig) -> None:
+    """ValueError for a climbing mask source of one's own with a batch in parts: it would want masks of all rows."""
+    for term in config.reconstructions:
+        source = mask_source(term.masks)
+        if config.accumulate > 1 and source.climbs and not isinstance(source, (AdversarialMasks, PersistentMasks)):
+            raise ValueError(
+                f"accumulate={config.accumulate} with the climbing mask source {source.name!r} of your own, which asks "
+                "for masks of a whole batch; expected accumulate=1, or PGD, Persistent or Merged"
+            )

@@ -22,9 +22,7 @@ from torch import Tensor
 
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.inputs import checked_decomposition
-from spd_lens.core.units import ALIVE_ABOVE
 from spd_lens.data.streams import endless_batches
-from spd_lens.objective.divergences import mean_over_positions
 from spd_lens.support.files import given_path, plain
 from spd_lens.support.given import given_function, given_instance, given_list
 from spd_lens.support.progress import tqdm
@@ -128,7 +126,7 @@ def train(
             whole = seen.note(next(stream))
             batch = (whole if shares else processes.own_rows(whole)).to(decomposition.device)
             set_learning_rates(learner, step)
-            losses, importances = accumulate_gradients(learner, batch, step)
+            losses, active = accumulate_gradients(learner, batch, step)
             total = torch.stack([coefficient(config, name) * loss for name, loss in losses.items()]).sum()
             processes.average(p for group in learner.optimizer.param_groups for p in group["params"])
             norms = apply_gradients(learner)
@@ -147,7 +145,7 @@ def train(
                     bar.close()
                     good.give_up(f"the loss became NaN or infinite at step {failed}", losses)
                 rate = (step - first_step) * batch.n_positions * processes.count / (time.perf_counter() - began)
-                values = _log_values(total, losses, importances, norms, learner, step - 1, rate, batch.position_mask)
+                values = _log_values(total, losses, active, norms, learner, step - 1, rate, batch.position_mask)
                 if processes.is_main:
                     files.log(step - 1, values | (evaluator.values(step) if evaluator is not None else {}))
                 bar.set_postfix({k: f"{values[k]:.3g}" for k in ("loss", "L0") if k in values}, refresh=False)
@@ -251,7 +249,7 @@ def _resolve_config(config: TrainConfig | None, changes: Mapping[str, Any], resu
 def _log_values(
     total: Tensor,
     losses: Mapping[str, Tensor],
-    importances: Mapping[str, Tensor],
+    active: Mapping[str, Tensor],
     norms: Mapping[str, Tensor],
     learner: Learner,
     step: int,
@@ -260,7 +258,7 @@ def _log_values(
 ) -> dict[str, float]:
     """One line of the log; the only place of the loop that waits for the device."""
     tensors = {"loss": total, **losses, **norms}
-    per_site = {f"L0/{n}": _mean_active(g, position_mask) for n, g in importances.items()}
+    per_site = {f"L0/{n}": mean for n, mean in active.items()}
     names = [*tensors, *per_site]
     values = torch.stack([v.detach().float() for v in (*tensors.values(), *per_site.values())])
     if (weight := learner.processes.weight(position_mask)) is not None:
@@ -271,12 +269,3 @@ def _log_values(
     line["p"] = learner.config.p_at(step)
     line["positions_per_second"] = round(rate, 1)
     return line
-
-
-def _mean_active(g: Tensor, position_mask: Tensor | None) -> Tensor:
-    """Mean number of active subcomponents over the positions that count (and over heads, where there are any)."""
-    active = (g.detach() > ALIVE_ABOVE).float().sum(-1)
-    if position_mask is None:
-        return active.mean()
-    counts = position_mask.reshape(*position_mask.shape, *[1] * (active.ndim - position_mask.ndim))
-    return mean_over_positions(active, counts.expand_as(active))

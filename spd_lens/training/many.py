@@ -196,6 +196,8 @@ def _checked_configs(
             )
     if first.stop_at is not None:
         raise ValueError("train_many supports no local training (stop_at); use train")
+    if first.accumulate > 1 or first.recompute != "none":
+        raise ValueError("train_many supports neither accumulate nor recompute; use train, or fewer members at once")
     if first.extra_terms:
         raise ValueError("train_many supports no terms of one's own (extra_terms); use train")
     if first.hidden > 0 or first.precision != "fp32" or not decompositions[0].gates.is_by_site:

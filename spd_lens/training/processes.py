@@ -55,8 +55,7 @@ class Processes:
                 f"a batch has {n_rows} rows for {self.count} processes; expected a batch size that is a multiple of "
                 f"{self.count} (and drop the last, smaller batch)"
             )
-        rows = {name: v[self.rank :: self.count] for name, v in vars(batch).items() if isinstance(v, Tensor)}
-        return replace(batch, **rows)
+        return every(batch, self.rank, self.count)
 
     def weight(self, position_mask: Tensor | None) -> Tensor | None:
         """What the mean over this process's positions counts in the mean over processes (None: 1).
@@ -161,6 +160,12 @@ class Processes:
         if len(whole) % self.count:
             raise ValueError(f"the checkpoint has adversaries of {len(whole)} rows, which {self.count} cannot share")
         return whole[self.rank :: self.count].contiguous()
+
+
+def every(batch: Batch, rank: int, count: int) -> Batch:
+    """Rows `rank, rank + count, ...` of a batch."""
+    rows = {name: v[rank::count] for name, v in vars(batch).items() if isinstance(v, Tensor)}
+    return replace(batch, **rows)
 
 
 class _Sum(torch.autograd.Function):

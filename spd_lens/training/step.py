@@ -5,201 +5,127 @@ Nothing in here waits for the device.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
-from spd_lens.core.masks import SiteMask, sample_masks
-from spd_lens.core.passes import CleanPass
-from spd_lens.core.routing import sample_routing
-from spd_lens.core.squashings import lower_squash, upper_squash
+from spd_lens.core.units import ALIVE_ABOVE
 from spd_lens.data.batches import Batch
-from spd_lens.objective.divergences import log_probs
-from spd_lens.objective.losses import hidden_reconstruction_loss
-from spd_lens.objective.mask_sources import Climb, SampledMasks
-from spd_lens.objective.reconstruction import reconstruction_passes
-from spd_lens.training.config import Reconstruction
+from spd_lens.objective.divergences import mean_over_positions
 from spd_lens.training.learner import Learner
+from spd_lens.training.masked_terms import Passes, climbed, masked_terms, weighed
+from spd_lens.training.parts import Part, Parts
 from spd_lens.training.terms import IMPORTANCE_TERMS, StepView, coefficient
 from spd_lens.training.terms import faithfulness as faithfulness_term
+from spd_lens.training.totals import Totals
 
 
 def accumulate_gradients(learner: Learner, batch: Batch, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """All terms of the loss at a step, by name and unweighted, and the importances `g`; gradients of the weighted sum
-    are added to the parameters.
+    """All terms of the loss at a step, by name and unweighted, and the L0 of every site (mean number of subcomponents
+    with importance above 0.01 per position); gradients of the weighted sum are added to the parameters.
 
     Every masked pass is differentiated before the next one is computed, down to the importances, and the gates once
-    at the end: one pass's graph is alive at a time instead of those of all terms.
+    at the end: one pass's graph is alive at a time instead of those of all terms. With `accumulate` neither are those
+    of the batch's parts alive together.
     """
     config = learner.config
-    clean, lower, upper = _clean_importances(learner, batch)
+    parts = Parts(learner, batch)
     weight = learner.processes.weight(batch.position_mask)
-    reached = {name: g.detach().requires_grad_() for name, g in lower.items()}
+    totals = _frequency_totals(learner, parts, step)
+    passes = climbed(learner, parts, step)
     losses: dict[str, Tensor] = {}
-    for name, part in _reconstructions(learner, batch, clean, reached, step):
-        _weighed(coefficient(config, name) * part, weight).backward()
-        losses[name] = losses[name] + part.detach() if name in losses else part.detach()
-    del clean
+    active: dict[str, Tensor] = {}
+    shares = parts.shares()
+    for k, part in parts.trained():
+        found, own = _train_part(learner, part, k, parts.count, passes, totals, (shares[k], weight), step)
+        for name, value in found.items():
+            # The frequency term is that of all rows in every part.
+            losses[name] = losses[name] + value if name in losses and name != "frequency" else value
+        for name, value in own.items():
+            active[name] = active[name] + value if name in active else value
+    if config.faithfulness > 0:
+        loss = faithfulness(learner)
+        (config.faithfulness * loss).backward()
+        losses["faithfulness"] = loss.detach()
+    return losses, active
+
+
+def _train_part(
+    learner: Learner,
+    part: Part,
+    k: int,
+    count: int,
+    passes: Mapping[str, Passes],
+    totals: Totals | None,
+    weights: tuple[Tensor | float | None, Tensor | None],
+    step: int,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Gradients of part k of `count`; its summands of the losses and of every site's L0.
+
+    `weights`: what its mean counts in that of this process, and that in the mean over processes.
+    """
+    config, (share, weight) = learner.config, weights
+    losses: dict[str, Tensor] = {}
+    reached = {name: g.detach().requires_grad_() for name, g in part.lower.items()}
+    for name, loss in masked_terms(learner, part, reached, passes, k, count):
+        weighed(coefficient(config, name) * loss, share, weight).backward()
+        value = weighed(loss.detach(), share)
+        losses[name] = losses[name] + value if name in losses else value
     total: Tensor | None = None
-    for name, loss in _losses_without_passes(learner, batch, upper, step):
-        # What is summed over the processes already, or is no mean over positions, weighs the same everywhere.
-        weighted = _weighed(coefficient(config, name) * loss, weight if name == "minimality" else None)
+    for name, loss in _losses_without_passes(learner, part, totals, step):
+        # What is summed over everything already weighs 1; of terms of one's own every part and process weighs the same.
+        own = {"minimality": share, "frequency": None}.get(name, None if count == 1 else 1 / count)
+        weighted = weighed(coefficient(config, name) * loss, own, weight if name == "minimality" else None)
         total = weighted if total is None else total + weighted
-        losses[name] = loss.detach()
-    roots = [g for name, g in lower.items() if reached[name].grad is not None]
+        losses[name] = weighed(loss.detach(), own)
+    roots = [g for name, g in part.lower.items() if reached[name].grad is not None]
     gradients: list[Tensor | None] = [r.grad for r in reached.values() if r.grad is not None]
     if total is not None:
         roots, gradients = [*roots, total], [*gradients, None]
     if roots:
         torch.autograd.backward(roots, gradients)
-    if config.faithfulness > 0:
-        loss = faithfulness(learner)
-        (config.faithfulness * loss).backward()
-        losses["faithfulness"] = loss.detach()
-    return losses, {name: g.detach() for name, g in lower.items()}
+    mask = part.batch.position_mask
+    return losses, {name: weighed(_mean_active(g, mask), share) for name, g in part.lower.items()}
 
 
-def _weighed(loss: Tensor, weight: Tensor | None) -> Tensor:
-    """A mean over this process's positions, as its part of the mean over all."""
-    return loss if weight is None else weight * loss
+def _mean_active(g: Tensor, position_mask: Tensor | None) -> Tensor:
+    """Mean number of active subcomponents over the positions that count (and over heads, where there are any)."""
+    active = (g.detach() > ALIVE_ABOVE).float().sum(-1)
+    if position_mask is None:
+        return active.mean()
+    counts = position_mask.reshape(*position_mask.shape, *[1] * (active.ndim - position_mask.ndim))
+    return mean_over_positions(active, counts.expand_as(active))
 
 
-def _clean_importances(learner: Learner, batch: Batch) -> tuple[CleanPass, dict[str, Tensor], dict[str, Tensor]]:
-    """The clean pass, and the importances on it under both squashings."""
-    decomposition, config = learner.decomposition, learner.config
-    with learner.autocast():
-        clean = decomposition.clean_pass(
-            batch.inputs,
-            start_at=batch.start_at,
-            stop_at=config.stop_at,
-            hidden_points=config.hidden_points,
-            attention_mask=batch.attention_mask,
-        )
-        pre = decomposition.pre_importances(clean.inputs)
-    pre = {name: p if p.dtype == torch.float64 else p.float() for name, p in pre.items()}
-    lower = {name: lower_squash(p, variant=config.squash) for name, p in pre.items()}
-    upper = {name: upper_squash(p) for name, p in pre.items()}
-    return clean, lower, upper
+def _frequency_totals(learner: Learner, parts: Parts, step: int) -> Totals | None:
+    """The frequency term's sums over all parts; None where there is one part, or no such term."""
+    if parts.count == 1 or learner.config.frequency == 0:
+        return None
+    totals = Totals(learner.sum_over_processes, learner.processes.count)
+    for k in range(parts.count):
+        totals.start()
+        with torch.no_grad():
+            IMPORTANCE_TERMS["frequency"](_view(learner, parts.prepared(k), step, totals.collect))
+    totals.close()
+    return totals
+
+
+def _view(learner: Learner, part: Part, step: int, add: Callable[[Tensor], Tensor] | None) -> StepView:
+    return StepView(learner.config, step, part.upper, part.batch.position_mask, learner.minimality_factors, add)
 
 
 def _losses_without_passes(
-    learner: Learner, batch: Batch, upper: Mapping[str, Tensor], step: int
+    learner: Learner, part: Part, totals: Totals | None, step: int
 ) -> Iterator[tuple[str, Tensor]]:
-    config = learner.config
-    view = StepView(config, step, upper, batch.position_mask, learner.minimality_factors, learner.sum_over_processes)
+    if totals is not None:
+        totals.start()
+    view = _view(learner, part, step, learner.sum_over_processes if totals is None else totals.of_all)
     for name, term in IMPORTANCE_TERMS.items():
-        if coefficient(config, name) > 0:
+        if coefficient(learner.config, name) > 0:
             yield name, term(view)
-    for extra in config.extra_terms:
+    for extra in learner.config.extra_terms:
         yield extra.name, extra(view, learner.decomposition)
-
-
-def _reconstructions(
-    learner: Learner, batch: Batch, clean: CleanPass, lower: Mapping[str, Tensor], step: int
-) -> Iterator[tuple[str, Tensor]]:
-    """Every pass under masks as (term, its summand of the term); each is computed when it is asked for."""
-    config = learner.config
-    # Shared by all terms.
-    clean_output = log_probs(clean.output) if config.divergence == "kl" else clean.output
-    sizes = None
-    if config.readout is not None:
-        sizes = config.readout.sizes(clean.output)
-        clean_output = config.readout.read(clean.output, sizes)
-    for term in config.reconstructions:
-        for summand in _reconstruction(learner, term, batch, clean_output, sizes, clean.residuals, lower, step):
-            yield term.name, summand
-    if config.hidden > 0:
-        masks = sample_masks(lower, delta=config.delta, generator=learner.generators["masks"])
-        with learner.autocast():
-            hidden = learner.decomposition.masked_hidden(
-                batch.inputs,
-                masks,
-                config.hidden_points,
-                start_at=batch.start_at,
-                stop_at=config.stop_at,
-                attention_mask=batch.attention_mask,
-            )
-        yield "hidden", hidden_reconstruction_loss(clean.hidden, hidden, position_mask=batch.position_mask)
-
-
-def _reconstruction(
-    learner: Learner,
-    term: Reconstruction,
-    batch: Batch,
-    clean_output: Tensor,
-    sizes: Tensor | None,
-    residuals: Mapping[int, Tensor],
-    lower: Mapping[str, Tensor],
-    step: int,
-) -> Iterator[Tensor]:
-    """The summands of one reconstruction term; adversaries climb the very passes that the loss then uses."""
-    config, generators, source = learner.config, learner.generators, learner.sources[term.name]
-
-    def summands(g: Mapping[str, Tensor], masks: Any, routing: Any, rows: int | None, draws: int) -> Iterator[Tensor]:
-        first = slice(rows)
-
-        def forward(given: Mapping[str, Any]) -> Tensor:
-            with learner.autocast():
-                output = learner.decomposition.masked_forward(
-                    batch.inputs[first],
-                    given,
-                    start_at=batch.start_at,
-                    stop_at=config.stop_at,
-                    residuals={layer: residual[first] for layer, residual in residuals.items()},
-                    attention_mask=None if batch.attention_mask is None else batch.attention_mask[first],
-                )
-            return output if sizes is None else config.readout.read(output, sizes[first])
-
-        return reconstruction_passes(
-            forward,
-            clean_output[first],
-            g,
-            masks=masks,
-            routing=routing,
-            kind=config.divergence,
-            delta=config.delta,
-            draws=draws,
-            position_mask=None if batch.position_mask is None else batch.position_mask[first],
-            clean_is_log_probs=config.divergence == "kl",
-            generator=generators["masks"],
-            routing_generator=generators["routing"],
-        )
-
-    if not source.climbs:
-        return summands(lower, source, term.routing, None, term.draws)
-    shapes = {name: g.shape[:-1] for name, g in lower.items()}
-    passes = sample_routing(shapes, term.routing, generator=generators["routing"])
-
-    def objective(masks: Mapping[str, Any], rows: int | None) -> Tensor:
-        routed = passes if rows is None else [dict.fromkeys(one) for one in passes]
-        counted = None if batch.position_mask is None else batch.position_mask[:rows]
-        found = torch.stack(list(summands(lower, _Given(masks), routed, rows, 1))).sum()
-        return _weighed(found, learner.processes.weight(counted))
-
-    on = Climb(
-        objective,
-        {name: g.detach() for name, g in lower.items()},
-        generators["adversary"],
-        delta=config.delta,
-        progress=step / config.steps,
-    )
-    source.climb(on)
-    return summands(lower, source, passes, None, 1)
-
-
-class _Given(SampledMasks):
-    """Masks that are there already."""
-
-    def __init__(self, given: Mapping[str, SiteMask]) -> None:
-        super().__init__("stochastic")
-        self._given = given
-
-    def masks(
-        self, importances: Mapping[str, Tensor], *, delta: bool, generator: torch.Generator
-    ) -> dict[str, SiteMask]:
-        return {name: self._given[name] for name in importances}
 
 
 def faithfulness(learner: Learner) -> Tensor:
@@ -214,11 +140,11 @@ def take_step(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
     """One whole step of a single process: learning rates, gradients, clipping, Adam, persistent adversaries.
 
-    Returns the losses by name (unweighted), the importances `g`, and gradient norms before clipping.
+    Returns the losses by name (unweighted), the L0 of every site, and gradient norms before clipping.
     """
     set_learning_rates(learner, step)
-    losses, importances = accumulate_gradients(learner, batch, step)
-    return losses, importances, apply_gradients(learner)
+    losses, active = accumulate_gradients(learner, batch, step)
+    return losses, active, apply_gradients(learner)
 
 
 def set_learning_rates(learner: Learner, step: int) -> None:
