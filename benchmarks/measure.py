@@ -19,7 +19,7 @@ from spd_lens.core import Decomposition
 from spd_lens.data import Batch
 from spd_lens.objective import AdversarialMasks, PersistentMasks
 from spd_lens.support import workspace as blocks
-from spd_lens.training import step
+from spd_lens.training import masked_terms, parts, step
 
 Step = Callable[[], object]
 
@@ -132,7 +132,8 @@ class _Marks:
     @contextmanager
     def placed(self) -> Iterator[None]:
         """While open, the step's functions are marked."""
-        passes, one_term, faithfulness = step._reconstructions, step._reconstruction, step.faithfulness
+        passes, one_term, faithfulness = step.masked_terms, masked_terms._summands, step.faithfulness
+        climb = masked_terms._climb
 
         def marked_passes(*args: Any) -> Iterator[Any]:
             # Each is differentiated before the next is asked for.
@@ -140,8 +141,14 @@ class _Marks:
             self.enter(GATES)
 
         def marked_term(learner: Any, term: Any, *args: Any) -> Any:
-            self.enter(term.name)
+            # An adversary asks for the same passes.
+            if self.running != ascents(term.name):
+                self.enter(term.name)
             return one_term(learner, term, *args)
+
+        def marked_climb(learner: Any, parts: Any, term: Any, *args: Any) -> Any:
+            self.enter(term.name)
+            return climb(learner, parts, term, *args)
 
         def marked_faithfulness(learner: Any) -> Any:
             self.enter(FAITHFULNESS)
@@ -151,11 +158,12 @@ class _Marks:
             return ascents(self.running)
 
         places: list[tuple[Any, str, Callable[..., Any]]] = [
-            (step, "_reconstructions", marked_passes),
-            (step, "_reconstruction", marked_term),
+            (step, "masked_terms", marked_passes),
+            (masked_terms, "_summands", marked_term),
+            (masked_terms, "_climb", marked_climb),
             (step, "faithfulness", marked_faithfulness),
             (AdversarialMasks, "climb", self.within(AdversarialMasks.climb, climbing)),
-            (step, "_clean_importances", self.within(step._clean_importances, lambda *_: GATES)),
+            (parts, "_importances", self.within(parts._importances, lambda *_: GATES)),
             (Decomposition, "clean_pass", self.within(Decomposition.clean_pass, lambda *_: CLEAN)),
             (PersistentMasks, "climb", self.within(PersistentMasks.climb, climbing)),
         ]

@@ -175,10 +175,10 @@ def train_graphed(
     began = time.perf_counter()
     with (out / "log.jsonl").open("w") as log:
         for step, batch in zip(trange(config.steps), batches, strict=False):
-            losses, importances, norms = graphed(batch.to(decomposition.device), step)
+            losses, active, norms = graphed(batch.to(decomposition.device), step)
             if step % 100 == 0 or step == config.steps - 1:
                 line = {name: float(value) for name, value in {**losses, **norms}.items()}
-                line |= {f"L0/{name}": float((g > 0.01).float().sum(-1).mean()) for name, g in importances.items()}
+                line |= {f"L0/{name}": float(mean) for name, mean in active.items()}
                 line["L0"] = sum(v for k, v in line.items() if k.startswith("L0/"))
                 line |= {"step": step, "seconds": round(time.perf_counter() - began, 1)}
                 if not all(map(math.isfinite, line.values())):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -31,7 +31,7 @@ Examples:
 
     spd-lens plan --model llama-3-8b --sites "blocks.16.mlp.W_*" --gpus 8 --batch-size 64 --context 512 --device h100
 
-    spd-lens plan config.yaml --device cpu --json
+    spd-lens plan config.yaml --device cpu --json --set train.accumulate=4 --set train.recompute=all
 
     spd-lens plan config.yaml --split blocks --streams --out jobs
 """
@@ -50,6 +50,8 @@ def command(
     context: Annotated[int, typer.Option(min=2, help="Tokens of a row.")] = 128,
     gpus: Annotated[int, typer.Option(min=1, help="Ranks.")] = 1,
     precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    accumulate: Annotated[int, typer.Option(min=1, help="Parts of a batch, one after the other.")] = 1,
+    recompute: Annotated[str, typer.Option(help="none, gates, passes or all.")] = "none",
     cached: Annotated[bool, typer.Option("--cached", help="On cached residual streams.")] = False,
     device: Annotated[str | None, typer.Option(help=f"One of {', '.join(DEVICES)}.")] = None,
     utilisation: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the rated rate.")] = 0.3,
@@ -86,12 +88,10 @@ def command(
     else:
         if model is None or not sites:
             raise ConfigError("give CONFIG, or --model and --sites: --model gpt2 --sites 'blocks.5.mlp.W_*'")
-        if precision not in ("fp32", "bf16"):
-            raise ConfigError(f"--precision {precision!r}; expected fp32 or bf16")
         found = plan(
             ModelShape.of(model),
             dict.fromkeys(sites, C),
-            TrainConfig(precision=_precision(precision)),
+            TrainConfig().changed(precision=precision, accumulate=accumulate, recompute=recompute),
             batch_size=batch_size,
             context=context,
             gate=gate,  # pyright: ignore[reportArgumentType]
@@ -103,10 +103,6 @@ def command(
             utilisation=utilisation,
         )
     show(str(found), found.to_json(), as_json=json)
-
-
-def _precision(given: str) -> Literal["fp32", "bf16"]:
-    return "bf16" if given == "bf16" else "fp32"
 
 
 @dataclass(frozen=True)

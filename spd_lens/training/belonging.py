@@ -25,7 +25,7 @@ from spd_lens.training.config import TrainConfig
 
 # Fields of the configuration that no number depends on, but for the rounding of sums: they may be changed by hand in a
 # run's config.json, or when it goes on.
-FREE = ("checkpoint_every", "keep_checkpoints", "accumulate", "recompute")
+FREE = ("checkpoint_every", "keep_checkpoints", "accumulate", "recompute", "offload")
 _UNSEEDED = "shuffled by the global random state"
 
 

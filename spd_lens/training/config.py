@@ -108,6 +108,8 @@ class TrainConfig:
     - `recompute`: what is computed again in the backward pass instead of being kept. `"gates"`: the inside of gates,
       for one site at a time; `"passes"`: the inside of blocks in masked passes, one block at a time; `"all"`; `"none"`.
       Costs one more forward pass of what is named.
+    - `offload`: blocks of the target that no pass enters (before cached residual streams, behind `stop_at`) lie in main
+      memory while the run lasts.
 
     Losses
     - `faithfulness` (L1; with `relative_faithfulness` L1r, the mean over sites of relative errors).
@@ -150,6 +152,7 @@ class TrainConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     accumulate: Count = 1
     recompute: Literal["none", "gates", "passes", "all"] = "none"
+    offload: Flag = False
 
     faithfulness: NonNegative = 1.0
     relative_faithfulness: Flag = False

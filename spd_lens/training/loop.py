@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.inputs import checked_decomposition
+from spd_lens.data.batches import Batch
 from spd_lens.data.streams import endless_batches
 from spd_lens.support.files import given_path, plain
 from spd_lens.support.given import given_function, given_instance, given_list
@@ -34,6 +36,7 @@ from spd_lens.training.evaluations import Evaluations, Evaluator
 from spd_lens.training.last_good import LastGood
 from spd_lens.training.learner import Learner, make_learner
 from spd_lens.training.loggers import Logger
+from spd_lens.training.offloading import only_entered_blocks
 from spd_lens.training.processes import Processes, join_processes
 from spd_lens.training.run_files import RunFiles, open_run
 from spd_lens.training.step import accumulate_gradients, apply_gradients, faithfulness, set_learning_rates
@@ -84,6 +87,8 @@ def train(
     processes = join_processes(decomposition.device)
     files, checkpoint = _open_everywhere(processes, out_dir, resume_from, loggers)
     config = _resolve_config(config, changes, files if resume_from is not None else None)
+    if config.offload and evaluations is not None:
+        raise ValueError("offload=True with evaluations, which run the whole model; evaluate when the run is done")
 
     with stop_on_signals() as stop, training_conditions(decomposition), ExitStack() as running:
         learner = make_learner(decomposition, config, processes)
@@ -109,6 +114,9 @@ def train(
                 files.begin(config, belongs)
             else:
                 files.continue_from(checkpoint, newest=_is_run(resume_from))
+        if config.offload and step < config.steps:
+            stream, start_at = _first_start(stream)
+            running.enter_context(only_entered_blocks(decomposition, start_at, config.stop_at))
         # In every process, because all have to log at the same steps; only the first one evaluates.
         evaluator = Evaluator.of(decomposition, evaluations, config.steps)
         good = LastGood(learner, checkpoint)
@@ -128,7 +136,6 @@ def train(
             set_learning_rates(learner, step)
             losses, active = accumulate_gradients(learner, batch, step)
             total = torch.stack([coefficient(config, name) * loss for name, loss in losses.items()]).sum()
-            processes.average(p for group in learner.optimizer.param_groups for p in group["params"])
             norms = apply_gradients(learner)
             bad_step = torch.where((bad_step < -config.steps) & ~total.detach().isfinite(), -step, bad_step)
             step += 1
@@ -192,6 +199,12 @@ def _agreed_to_stop(stop: Stop, processes: Processes, step: int, device: torch.d
     if processes.count == 1:
         return stop.is_set()
     return (waits or step % STEPS_BETWEEN_QUESTIONS == 0) and processes.any(stop.is_set(), device)
+
+
+def _first_start(stream: Iterator[Batch]) -> tuple[Iterator[Batch], int | None]:
+    """The stream, and the block that its batches enter."""
+    first = next(stream)
+    return chain([first], stream), first.start_at
 
 
 def _is_run(resume_from: str | Path) -> bool:

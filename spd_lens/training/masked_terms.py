@@ -82,9 +82,7 @@ def _climb(learner: Learner, parts: Parts, term: Reconstruction, passes: Passes,
             part = parts.prepared(k)
             yield part.lower, objective(part, k, share, rows)
 
-    like = {
-        name: g.new_empty(()).expand(g.shape[0] * parts.count, *g.shape[1:]) for name, g in first.lower.items()
-    }
+    like = {name: g.new_empty(()).expand(g.shape[0] * parts.count, *g.shape[1:]) for name, g in first.lower.items()}
     return ClimbOverParts(_no_whole, like, generator, parts=in_turn, count=parts.count, **given)
 
 

@@ -142,9 +142,7 @@ def _importances(learner: Learner, inputs: dict[str, Tensor]) -> tuple[dict[str,
     groups = [[name] for name in names] if decomposition.gates.is_by_site else [names]
     lower, upper = {}, {}
     for group in groups:
-        found = checkpoint(
-            of(*group), *(inputs[name] for name in group), use_reentrant=False, preserve_rng_state=False
-        )
+        found = checkpoint(of(*group), *(inputs[name] for name in group), use_reentrant=False, preserve_rng_state=False)
         lower |= dict(zip(group, found[: len(group)], strict=True))
         upper |= dict(zip(group, found[len(group) :], strict=True))
     return lower, upper

@@ -32,6 +32,8 @@ DEFAULT_WIDTHS = {kind: DEFAULT_WIDTH[kind] for kind in get_args(KnownGate)}
 # their graphs), masks of a pass, attention scores, heads, logits (clean, masked, their gradient). Per step: matrices as
 # large as the largest decomposed weight. Layer-wise routing holds less than is planned.
 PER_IMPORTANCE, PER_MASK, PER_SCORE, PER_HEAD, PER_LOGIT, PER_WEIGHT = 5.0, 1.4, 2.0, 5.0, 5.5, 4.0
+# With gates computed again.
+PER_IMPORTANCE_AGAIN = 4.0
 
 
 @dataclass(frozen=True)
@@ -214,24 +216,31 @@ class _Step:
         """Of one rank's step."""
         tokens, config = rows * self.context, self.config
         found = {"clean pass": self._host(tokens, self._first() if self.cached else 0), "gates": 0.0}
+        forward_gates = 0.0
         for site in self.counts:
             d_in, _, C = self._size(site)
             w = self.width
-            found["gates"] += (
-                2
-                * tokens
-                * {
-                    "shared": 2 * d_in * w + 3 * w * C,
-                    "vector": 2 * d_in * C * w,
-                    "scalar": 2 * d_in * C + 2 * C * w,
-                }[self.gate]
-            )
+            forward, both = {
+                "shared": (d_in * w + w * C, 2 * d_in * w + 3 * w * C),
+                "vector": (d_in * C * w, 2 * d_in * C * w),
+                "scalar": (d_in * C, 2 * d_in * C + 2 * C * w),
+            }[self.gate]
+            forward_gates += 2 * tokens * forward
+            found["gates"] += 2 * tokens * both
+        if config.recompute in ("gates", "all"):
+            found["gates again"] = forward_gates
         for term in config.reconstructions:
             forward, backward, by_factors = self._masked(tokens, term)
-            found[term.name] = term.draws * (forward + backward)
+            again = forward if config.recompute in ("passes", "all") else 0.0
+            found[term.name] = term.draws * (forward + again + backward)
             if (n := _ascents(term)) > 0:
                 share = term.masks.share if isinstance(term.masks, Merged) else 1.0
-                found[f"{term.name} ascents"] = share * n * (forward + backward - by_factors)
+                found[f"{term.name} ascents"] = share * n * (forward + again + backward - by_factors)
+        if config.accumulate > 1:
+            # Of every part: for the frequency term, and for every ascent; of the first, for shapes.
+            asked = any(_ascents(t) > 0 or t.routing not in ("all", "layerwise") for t in config.reconstructions)
+            times = (config.frequency > 0) + sum(map(_ascents, config.reconstructions)) + asked / config.accumulate
+            found["clean passes and gates for parts"] = times * (found["clean pass"] + forward_gates)
         if config.hidden > 0:
             forward, backward, _ = self._masked(tokens, Reconstruction())
             found["hidden"] = forward + backward
@@ -307,9 +316,9 @@ class _Step:
             "gradients": 4.0 * trained,
             "Adam": 8.0 * trained,
         }
-        return found | self._activations(rows * self.context)
+        return found | self._activations(rows * self.context / self.config.accumulate)
 
-    def _activations(self, tokens: int) -> dict[str, float]:
+    def _activations(self, tokens: float) -> dict[str, float]:
         """What a step makes and drops again, when most of it is alive: in the backward pass of a masked pass."""
         shape, half = self.shape, self.config.precision == "bf16"
         numbers = 2 if half else 4
@@ -317,9 +326,15 @@ class _Step:
         masked = [C for _, _, C in sizes]
         if all(term.routing == "layerwise" for term in self.config.reconstructions):
             masked = [max(masked)]
-        hidden = {"shared": 2 * self.width * len(sizes), "scalar": 0, "vector": 2 * self.width * sum(masked)}
-        of_blocks = sum(self._block(block) for block in range(self._first(), shape.n_layers))
-        importances = PER_IMPORTANCE * sum(C for _, _, C in sizes) + PER_MASK * sum(masked) + hidden[self.gate]
+        hidden = {"shared": 2 * self.width * len(sizes), "scalar": 0, "vector": 2 * self.width * sum(masked)}[self.gate]
+        blocks = [self._block(block) for block in range(self._first(), shape.n_layers)]
+        per_importance, of_blocks = PER_IMPORTANCE, float(sum(blocks))
+        if self.config.recompute in ("gates", "all"):
+            hidden = {"shared": 2 * self.width, "scalar": 0, "vector": 2 * self.width * max(masked)}[self.gate]
+            per_importance = PER_IMPORTANCE_AGAIN
+        if self.config.recompute in ("passes", "all"):
+            of_blocks = max(blocks) + len(blocks) * shape.d_model
+        importances = per_importance * sum(C for _, _, C in sizes) + PER_MASK * sum(masked) + hidden
         return {
             "importances and masks": 4.0 * tokens * importances,
             "blocks' activations": float(numbers * tokens * of_blocks),
@@ -341,7 +356,8 @@ class _Step:
     def largest(self, memory: float) -> int:
         """Rows that fit into `memory` bytes on a rank."""
         fixed, one = sum(self.bytes_by_kind(0).values()), sum(self.bytes_by_kind(1).values())
-        return max(0, int((memory - fixed) // (one - fixed)))
+        rows, parts = max(0, int((memory - fixed) // (one - fixed))), self.config.accumulate
+        return rows // parts * parts
 
 
 def _ascents(term: Reconstruction) -> int:

@@ -14,7 +14,7 @@ opened here, a process that dies ends the others at their next exchange, and one
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
@@ -71,29 +71,40 @@ class Processes:
 
     # -- sums ------------------------------------------------------------------------------------------------------
 
-    def average(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Replace every gradient by its mean over the processes; a missing one counts as zeros."""
+    def send_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> Callable[[], None]:
+        """`send` the gradients of these parameters; a missing one counts as zeros."""
         if self.count == 1:
-            return
+            return _nothing
         parameters = list(parameters)
         for p in parameters:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-        self.average_tensors([p.grad for p in parameters if p.grad is not None])
+        return self.send([p.grad for p in parameters if p.grad is not None])
 
     def average_tensors(self, tensors: Sequence[Tensor]) -> None:
         """Replace tensors by their means over the processes, in buckets that are sent while the next is gathered."""
+        self.send(tensors)()
+
+    def send(self, tensors: Sequence[Tensor]) -> Callable[[], None]:
+        """Begin to average tensors, which must not change until what this returns was called: it puts the means there.
+
+        Whatever is computed in between is computed while they are under way.
+        """
         if self.count == 1:
-            return
+            return _nothing
         sent = []
         for bucket in _buckets(tensors):
             flat = torch.cat([t.flatten() for t in bucket])
             sent.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
-        for bucket, flat, work in sent:
-            work.wait()
-            flat /= self.count
-            for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
-                tensor.copy_(part.view_as(tensor))
+
+        def receive() -> None:
+            for bucket, flat, work in sent:
+                work.wait()
+                flat /= self.count
+                for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+                    tensor.copy_(part.view_as(tensor))
+
+        return receive
 
     def whole_batch(self, gradients: Sequence[Tensor], shared: bool) -> None:
         """Make of gradients of this process's rows those of the whole batch, for sources that all rows share or not."""
@@ -160,6 +171,10 @@ class Processes:
         if len(whole) % self.count:
             raise ValueError(f"the checkpoint has adversaries of {len(whole)} rows, which {self.count} cannot share")
         return whole[self.rank :: self.count].contiguous()
+
+
+def _nothing() -> None:
+    """There is nobody to average with."""
 
 
 def every(batch: Batch, rank: int, count: int) -> Batch:

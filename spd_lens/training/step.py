@@ -23,7 +23,8 @@ from spd_lens.training.totals import Totals
 
 def accumulate_gradients(learner: Learner, batch: Batch, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """All terms of the loss at a step, by name and unweighted, and the L0 of every site (mean number of subcomponents
-    with importance above 0.01 per position); gradients of the weighted sum are added to the parameters.
+    with importance above 0.01 per position); gradients of the weighted sum are added to the parameters, and averaged
+    over processes.
 
     Every masked pass is differentiated before the next one is computed, down to the importances, and the gates once
     at the end: one pass's graph is alive at a time instead of those of all terms. With `accumulate` neither are those
@@ -44,10 +45,15 @@ def accumulate_gradients(learner: Learner, batch: Batch, step: int) -> tuple[dic
             losses[name] = losses[name] + value if name in losses and name != "frequency" else value
         for name, value in own.items():
             active[name] = active[name] + value if name in active else value
+    # Gates are done: their gradients are under way while those of faithfulness are computed.
+    receive = learner.processes.send_gradients(learner.decomposition.gate_parameters())
     if config.faithfulness > 0:
         loss = faithfulness(learner)
         (config.faithfulness * loss).backward()
         losses["faithfulness"] = loss.detach()
+    receive_others = learner.processes.send_gradients(learner.decomposition.subcomponent_parameters())
+    receive()
+    receive_others()
     return losses, active
 
 
@@ -138,7 +144,7 @@ def faithfulness(learner: Learner) -> Tensor:
 def take_step(
     learner: Learner, batch: Batch, step: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """One whole step of a single process: learning rates, gradients, clipping, Adam, persistent adversaries.
+    """One whole step: learning rates, gradients, clipping, Adam, persistent adversaries.
 
     Returns the losses by name (unweighted), the L0 of every site, and gradient norms before clipping.
     """

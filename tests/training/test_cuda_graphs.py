@@ -52,10 +52,10 @@ def test_steps_taken_one_by_one_are_those_of_train(tmp_path: Path) -> None:
     train(trained, TokenBatches(tokens(8, 6), batch_size=4, seed=1), CONFIG, out_dir=tmp_path / "run")
     stepped, learner = _learner("cpu")
     for step, batch in enumerate(_batches("cpu", CONFIG.steps)):
-        losses, importances, norms = take_step(learner, batch, step)
+        losses, active, norms = take_step(learner, batch, step)
     assert all(torch.equal(t, _parameters(trained)[name]) for name, t in _parameters(stepped).items())
     assert losses.keys() == {"persistent_all", "minimality", "frequency", "faithfulness"}
-    assert importances.keys() == set(stepped)
+    assert active.keys() == set(stepped)
     assert norms.keys() == {"grad_norm_subcomponents", "grad_norm_gates"}
 
 

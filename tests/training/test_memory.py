@@ -8,14 +8,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from spd_lens import PGD, Batch, Decomposition, Reconstruction, TokenBatches, TrainConfig, train
+from spd_lens import PGD, Batch, Decomposition, Reconstruction, TokenBatches, TrainConfig, decompose, train
+from spd_lens.data import cache_residuals
 from spd_lens.objective import MaskSource, Merged, Persistent
-from spd_lens.training import Learner, make_learner, take_step
+from spd_lens.training import Evaluations, Learner, make_learner, take_step
+from spd_lens.training.offloading import only_entered_blocks
 from tests.conftest import TL_MAJOR
-from tests.small_models import tokens
+from tests.small_models import tiny_transformer, tokens
 from tests.training.counting import peak_bytes
 from tests.training.test_loop import _fresh
+from tests.training.test_processes import _assert_close, _assert_same_run, _batches, _config, _train
 
 # In float64, so that a rounding that Adam makes a whole step of (where a gradient is 0) stays small.
 CLOSE = {"rtol": 1e-5, "atol": 1e-7}
@@ -73,7 +77,10 @@ def _trained(config: TrainConfig, batch: Batch, **settings: Any) -> tuple[list[d
 
 
 def _assert_same(config: TrainConfig, other: TrainConfig, batch: Batch, **settings: Any) -> None:
-    (losses, tensors), (others, others_tensors) = _trained(config, batch, **settings), _trained(other, batch, **settings)
+    (losses, tensors), (others, others_tensors) = (
+        _trained(config, batch, **settings),
+        _trained(other, batch, **settings),
+    )
     for one, two in zip(losses, others, strict=True):
         assert one.keys() == two.keys()
         for name in one:
@@ -90,3 +97,103 @@ def test_a_batch_in_parts_trains_what_it_trains_whole(config: TrainConfig, maske
 
 def test_what_is_computed_again_has_the_same_gradients() -> None:
     _assert_same(EVERYTHING, EVERYTHING.changed(recompute="all"), _batch(masked=True), gate="vector")
+
+
+def _peak(**options: Any) -> int:
+    config = TrainConfig(reconstructions=(Reconstruction(), Reconstruction(0.5, Persistent())), **options)
+    _, learner = _learner(config, gate="vector")
+    batch = _batch(n=32)
+    take_step(learner, batch, 0)
+    return peak_bytes(lambda: take_step(learner, batch, 1))
+
+
+def test_each_option_saves_memory() -> None:
+    plain, parts = _peak(), _peak(accumulate=8)
+    assert parts < 0.5 * plain
+    assert _peak(recompute="gates") < 0.9 * plain
+    assert _peak(recompute="passes") < 0.95 * plain
+
+
+def test_parts_share_the_rows_of_processes_and_a_run_goes_on_in_other_parts(tmp_path: Path) -> None:
+    config = _config("persistent", accumulate=2)
+    alone = _train(1, tmp_path / "1", config.changed(accumulate=1), _batches(masked=True))
+    _assert_close(_train(2, tmp_path / "2", config, _batches(masked=True)), alone)
+    _assert_same_run(tmp_path / "2", tmp_path / "1")
+    decomposition = _fresh()
+    train(decomposition, _batches(masked=True), resume_from=tmp_path / "2/run/checkpoints/step-00000002", accumulate=4)
+    _assert_close({name: t.detach() for name, t in decomposition.tensors().items()}, alone)
+
+
+class _Climbing(MaskSource):
+    name, climbs = "climbing", True
+
+    def masks(self, importances: Any, *, delta: bool, generator: torch.Generator) -> Any:
+        raise AssertionError
+
+
+def test_what_cannot_be_in_parts_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"accumulate=2 with the climbing mask source 'climbing' of your own"):
+        _learner(TrainConfig(accumulate=2, reconstructions=(Reconstruction(1.0, _Climbing()),)))
+    _, learner = _learner(TrainConfig(accumulate=3))
+    with pytest.raises(ValueError, match=r"4 rows on each process, for accumulate=3"):
+        take_step(learner, _batch(), 0)
+    _, learner = _learner(TrainConfig(accumulate=4, reconstructions=(Reconstruction(1.0, Merged(0.5)),)))
+    with pytest.raises(ValueError, match=r"first 2 rows of a batch in 4 parts"):
+        take_step(learner, _batch(), 0)
+    with pytest.raises(ValueError, match="accumulate"):
+        TrainConfig(accumulate=0)
+    with pytest.raises(ValueError, match="recompute"):
+        TrainConfig(recompute="gate")  # pyright: ignore[reportArgumentType]
+
+
+def test_blocks_that_no_pass_enters_lie_elsewhere_meanwhile() -> None:
+    decomposition = decompose(tiny_transformer(n_layers=4), {"blocks.1.mlp.W_*": 8}, gate="shared", gate_width=4)
+    cached = cache_residuals(decomposition, TokenBatches(tokens(8), 4))
+    config = TrainConfig(steps=2, stop_at=2, divergence="relative_mse", recompute="passes")
+    # From the meta device nothing comes back: what is asked here is that no pass touches these blocks.
+    with (
+        pytest.raises(NotImplementedError, match="meta tensor"),
+        only_entered_blocks(decomposition, 1, 2, "meta") as moved,
+    ):
+        assert moved == [0, 2, 3]
+        devices = {p.device.type for i in moved for p in decomposition.host.block(i).parameters()}
+        assert devices == {"meta"}
+        learner = make_learner(decomposition, config)
+        take_step(learner, next(iter(cached)), 0)
+
+
+def test_offloading_changes_nothing_and_is_refused_where_all_blocks_are_entered(tmp_path: Path) -> None:
+    found = []
+    for offload in (False, True):
+        decomposition = _fresh()
+        where = [p.device for p in decomposition.model.parameters()]
+        config = TrainConfig(steps=2, offload=offload)
+        train(
+            decomposition,
+            cache_residuals(decomposition, TokenBatches(tokens(8), 4)),
+            config,
+            out_dir=tmp_path / str(offload),
+        )
+        assert [p.device for p in decomposition.model.parameters()] == where
+        found.append({name: t.detach().clone() for name, t in decomposition.tensors().items()})
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    with pytest.raises(ValueError, match="every block is entered"):
+        train(decomposition, _batches(), steps=1, offload=True, out_dir=tmp_path / "all")
+    with pytest.raises(ValueError, match="offload=True with evaluations"):
+        train(decomposition, _batches(), steps=1, offload=True, evaluations=Evaluations(_batches(), fast_every=1))
+
+
+class _NoSync(TorchDispatchMode):
+    """Refuses what makes a host wait for a device: a value read from a tensor."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default), func
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_in_parts_reads_no_value() -> None:
+    _, learner = _learner(EVERYTHING.changed(accumulate=2, recompute="all"))
+    with _NoSync():
+        take_step(learner, _batch(), 0)
+        with pytest.raises(AssertionError, match="_local_scalar_dense"):
+            torch.ones(()).item()

@@ -73,6 +73,19 @@ def test_flops_and_bytes_are_within_15_percent_of_what_is_counted(name: str) -> 
     assert found.n_trained == sum(p.numel() for p in trained)
 
 
+@needs_hooked
+def test_parts_and_what_is_computed_again_are_planned() -> None:
+    """Bytes to 20 %: measured .83 to 1.14 on this model, for every choice."""
+    shape, sites = ModelShape(4, 64, 4, 16, 256, 300), {"blocks.*.mlp.W_*": 128}
+    config = TrainConfig(frequency=1e-3, accumulate=4, recompute="all")
+    decomposition = decompose(_model(shape), sites, gate="shared", gate_width=64)
+    found = plan(shape, sites, config, batch_size=ROWS, context=CONTEXT, gate_width=64)
+    flops, peak = _measured(decomposition, config)
+    assert found.flops == pytest.approx(flops, rel=0.05)
+    assert found.bytes == pytest.approx(peak, rel=0.2)
+    assert found.bytes < plan(shape, sites, batch_size=ROWS, context=CONTEXT, gate_width=64).bytes
+
+
 def test_ranks_share_rows_and_the_largest_batch_fits_exactly() -> None:
     shape, sites = SHAPES["gpt2"], {"blocks.5.mlp.W_*": 1152}
     one = plan(shape, sites, batch_size=64, device="a100")
