@@ -88,10 +88,14 @@ def command(
     else:
         if model is None or not sites:
             raise ConfigError("give CONFIG, or --model and --sites: --model gpt2 --sites 'blocks.5.mlp.W_*'")
+        try:
+            train = TrainConfig().changed(precision=precision, accumulate=accumulate, recompute=recompute)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
         found = plan(
             ModelShape.of(model),
             dict.fromkeys(sites, C),
-            TrainConfig().changed(precision=precision, accumulate=accumulate, recompute=recompute),
+            train,
             batch_size=batch_size,
             context=context,
             gate=gate,  # pyright: ignore[reportArgumentType]

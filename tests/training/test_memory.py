@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -151,15 +152,15 @@ def test_blocks_that_no_pass_enters_lie_elsewhere_meanwhile() -> None:
     cached = cache_residuals(decomposition, TokenBatches(tokens(8), 4))
     config = TrainConfig(steps=2, stop_at=2, divergence="relative_mse", recompute="passes")
     # From the meta device nothing comes back: what is asked here is that no pass touches these blocks.
-    with (
-        pytest.raises(NotImplementedError, match="meta tensor"),
-        only_entered_blocks(decomposition, 1, 2, "meta") as moved,
-    ):
+    taken = False
+    with suppress(NotImplementedError), only_entered_blocks(decomposition, 1, 2, "meta") as moved:
         assert moved == [0, 2, 3]
         devices = {p.device.type for i in moved for p in decomposition.host.block(i).parameters()}
         assert devices == {"meta"}
         learner = make_learner(decomposition, config)
         take_step(learner, next(iter(cached)), 0)
+        taken = True
+    assert taken
 
 
 def test_offloading_changes_nothing_and_is_refused_where_all_blocks_are_entered(tmp_path: Path) -> None:
