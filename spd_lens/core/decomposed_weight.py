@@ -267,12 +267,13 @@ class DecomposedWeight(ReadPoint):
         """M2 at the routed rows alone; the others keep `y0`."""
         rows = routed.flatten().nonzero().squeeze(1).to(x.device, non_blocking=True)
 
-        def at_rows(value: Tensor) -> Tensor:
-            lead = value.shape[routed.ndim :]
-            return value.expand(*routed.shape, *lead).reshape(-1, *lead).index_select(0, rows)
+        def at_rows(value: Tensor, n_trailing: int) -> Tensor:
+            trailing = value.shape[value.ndim - n_trailing :]
+            return value.expand(*routed.shape, *trailing).reshape(-1, *trailing).index_select(0, rows)
 
-        x_rows, y_rows = at_rows(x), at_rows(y0)
-        mask, delta = (None if value is None else at_rows(value) for value in (given.mask, given.delta))
+        x_rows, y_rows = at_rows(x, x.ndim - routed.ndim), at_rows(y0, y0.ndim - routed.ndim)
+        mask = None if given.mask is None else at_rows(given.mask, 1)
+        delta = None if given.delta is None else at_rows(given.delta, 0)
         a = self.activations(x_rows)
         mask, delta = self._as_factor(mask, a), self._as_factor(delta, a)
         change = self._change(y_rows, a, a, mask, delta).to(y0.dtype)

@@ -75,6 +75,12 @@ class GateOfAll(Gates):
         self.gate = gate
 
     def pre_activations(self, inputs: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "*batch _"]]:
+        missing = [name for name in self.weights if name not in inputs]
+        if missing:
+            raise ValueError(
+                f"the global gate reads the inputs of all sites, and {missing[0]} is not among those given "
+                f"({', '.join(inputs)}); give all of them, as clean_pass(tokens).inputs has them"
+            )
         split = [name for name, x in inputs.items() if x.ndim == 4]
         if split:
             raise ValueError(

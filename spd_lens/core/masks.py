@@ -24,15 +24,16 @@ from spd_lens.support.shown import short_repr
 class SiteMask:
     """Masks of one site for one forward pass.
 
-    - `mask` `[... C]` and `delta` `[...]` are multiplied in as in M1; None stands for ones.
+    - `mask` `[... C]` and `delta` `[...]` are multiplied in as in M1; None stands for ones. Axes that all positions
+      share may be 1 or left out.
     - `routed` `[...]`: where False, the site stays with the target whatever the masks say (K5); None: everywhere
       routed. On the CPU, whatever the device of the rest, it tells without waiting how many rows are routed, and
       only these are computed; elsewhere, and at sites with a head axis, the others are computed and selected away.
     """
 
-    mask: Float[Tensor, "*batch C"] | None = None
-    delta: Float[Tensor, "*batch"] | None = None
-    routed: Bool[Tensor, "*batch"] | None = None
+    mask: Float[Tensor, "*#batch C"] | None = None
+    delta: Float[Tensor, "*#batch"] | None = None
+    routed: Bool[Tensor, "*#batch"] | None = None
 
     __repr__ = short_repr
 
@@ -94,16 +95,14 @@ def _uniform(like: Tensor, shape: torch.Size, generator: Generators) -> Tensor:
     return uniform(shape, generator, dtype=dtype).to(like.device)
 
 
-def _sources(
-    kind: MaskKind, importance: Tensor, delta: bool, generator: Generators
-) -> tuple[Tensor | None, Tensor | None]:
-    """Source of the mask and the delta mask, `([... C], [...])`; a None delta leaves the delta as it is."""
+def _sources(kind: MaskKind, importance: Tensor, delta: bool, generator: Generators) -> tuple[Tensor, Tensor]:
+    """Source of the mask and the delta mask, `([... C], [...])`; the latter is 0, and not drawn, without `delta`."""
     positions = importance.shape[:-1]
     source = _uniform(importance, importance.shape, generator)
-    delta_mask = _uniform(importance, positions, generator) if delta else None
+    delta_mask = _uniform(importance, positions, generator) if delta else importance.new_zeros(positions)
     if kind == "bernoulli":
         source = (source >= 0.5).to(source.dtype)
-        delta_mask = None if delta_mask is None else (delta_mask >= 0.5).to(source.dtype)
+        delta_mask = (delta_mask >= 0.5).to(delta_mask.dtype)
     return source, delta_mask
 
 
@@ -133,11 +132,10 @@ def sample_masks(
         match kind:
             case "stochastic" | "bernoulli":
                 source, delta_mask = _sources(kind, g, delta, generator)
-                assert source is not None
-                masks[name] = SiteMask(mask_from_source(g, source), zero if delta_mask is None else delta_mask)
+                masks[name] = SiteMask(mask_from_source(g, source), delta_mask)
             case "random":
                 source, delta_mask = _sources(kind, g, delta, generator)
-                masks[name] = SiteMask(source, zero if delta_mask is None else delta_mask)
+                masks[name] = SiteMask(source, delta_mask)
             case "importance":
                 masks[name] = SiteMask(g, zero)
             case "rounded":

@@ -26,6 +26,11 @@ class GateMaker(Protocol):
 InitMaker: TypeAlias = Callable[[Tensor, int, torch.Generator], tuple[Tensor, Tensor]]
 
 
+def filled_later(W: Tensor, n_subcomponents: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A start that costs nothing, for V and U whose values come from a file."""
+    return torch.zeros(W.shape[0], n_subcomponents), torch.zeros(n_subcomponents, W.shape[1])
+
+
 def _counts(value: Any) -> Any:
     if not isinstance(value, Mapping) or not value:
         raise ValueError("expected {site: C} with at least one site")
@@ -37,6 +42,7 @@ class Settings:
     """The arguments of `decompose`, sites by name.
 
     - `gate`, `init`: a kind by name, or `"own"` for an object that was passed; what rebuilds it is then with the user.
+    - `own_gate`, `own_init`: these objects, for this process alone; a start that is there is used whatever `init` says.
     - `gate_blocks`, `gate_heads`, `gate_causal`: of the global gate.
     """
 
@@ -52,13 +58,14 @@ class Settings:
     own_init: Any = field(default=None, repr=False, compare=False)
 
     def with_own(self, gate: GateMaker | None) -> Settings:
-        """The same with a gate of one's own. Raises ValueError if one is missing, or was given and is not needed."""
+        """The same, to rebuild modules for saved values: with a gate of one's own, and a start that is not computed.
+
+        Raises ValueError if a gate of one's own is missing, or was given and is not needed.
+        """
         if (self.gate == "own") != (gate is not None):
             need = "a gate of one's own; give it as gate=" if gate is None else f"gate={self.gate!r}; leave gate= away"
             raise ValueError(f"this decomposition was made with {need}")
-        # Values of V and U come from the file.
-        init = "normal" if self.init == "own" else self.init
-        return dataclasses.replace(self, own_gate=gate, init=init)
+        return dataclasses.replace(self, own_gate=gate, own_init=filled_later)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for files; objects of one's own are not among them."""

@@ -171,7 +171,7 @@ def _start(
     name: str, target: Tensor, count: int, settings: Settings, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """`V` and `U` at the start, checked if they come from an object of the user's."""
-    if settings.init != "own":
+    if settings.own_init is None:
         return initial_factors(target, count, settings.init, generator)
     made = settings.own_init(target.detach(), count, generator)
     expected = ((target.shape[0], count), (count, target.shape[1]))

@@ -118,9 +118,10 @@ def checked_batch(item: Any, decomposition: Decomposition, name: str = "the batc
         batch = replace(batch, attention_mask=None)
     if batch.attention_mask is not None and decomposition.gates.looks_across_positions:
         raise ValueError(
-            f"{name}: its attention_mask leaves out positions before others that count (padding on the left), and this "
-            "decomposition's gates look across positions, where they would see the padding; pad on the right "
-            "(tokenizer.padding_side = 'right'), or use a scalar, vector or shared gate"
+            f"{name}: its attention_mask leaves out positions that others may see (padding on the left, or any where a "
+            "model is not causal or the mask is not on the CPU), and this decomposition's gates look across positions, "
+            "where they would see the padding; pad a causal model's texts on the right (tokenizer.padding_side = "
+            "'right') and keep the mask on the CPU, or use a scalar, vector or shared gate"
         )
     return batch
 

@@ -145,7 +145,7 @@ class WorstMasks(MaskSource):
     """This adversary as a mask source, so that training and the circuit search can use it, too.
 
     `Reconstruction(masks=WorstMasks(Attack(steps=(20,))))` trains against masks of the longest budget, which are looked
-    for anew in every step. `evaluate` calls `search` on whole spans of batches.
+    for anew in every step, by one process. `evaluate` calls `search` on whole spans of batches.
     """
 
     climbs = True
@@ -158,6 +158,11 @@ class WorstMasks(MaskSource):
         self.found = WorstCase({}, {})
 
     def climb(self, on: Climb) -> None:
+        if self.whole_batch is not None:
+            raise ValueError(
+                "WorstMasks with several processes: each would look for masks that hurt its own rows; use PGD or "
+                "Persistent, which climb on the whole batch, or one process"
+            )
         self.search([_OneBatch(on)], on.generator)
 
     def masks(

@@ -25,8 +25,8 @@ from spd_lens.core.inputs import checked_decomposition
 from spd_lens.core.units import ALIVE_ABOVE
 from spd_lens.data.batches import Batch
 from spd_lens.data.streams import first_batches
-from spd_lens.evaluation.deletion import needed_at
 from spd_lens.evaluation.held import hold
+from spd_lens.evaluation.site_report import SiteSums
 from spd_lens.support.given import given_seed
 from spd_lens.support.names import near_names
 from spd_lens.support.tables import format_table
@@ -153,13 +153,13 @@ def _common_sites(a: Decomposition, b: Decomposition) -> list[str]:
 
 
 def _alive_on(decomposition: Decomposition, batches: Iterable[Batch]) -> dict[str, Bool[Tensor, " _"]]:
-    alive: dict[str, Tensor] = {}
+    """As in `evaluate`: by the positions that count."""
+    sums = {name: SiteSums(w.n_subcomponents, decomposition.device) for name, w in decomposition.items()}
     for batch in batches:
         held = hold(decomposition, batch, "mse")
         for name, g in held.importances.items():
-            own = needed_at(g).flatten(0, 1).any(0)
-            alive[name] = alive[name] | own if name in alive else own
-    return alive
+            sums[name].add(g, held.counted)
+    return {name: own.alive for name, own in sums.items()}
 
 
 def _compare_site(

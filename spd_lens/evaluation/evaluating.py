@@ -42,7 +42,7 @@ from spd_lens.evaluation.report import AttackReport, EvaluationReport
 from spd_lens.evaluation.site_report import SiteSums, failure_modes
 from spd_lens.objective.divergences import Divergence
 from spd_lens.objective.mask_sources import mask_source
-from spd_lens.support.given import given_flag, given_list, given_seed, shown
+from spd_lens.support.given import given_flag, given_list, given_seed, given_whole, shown
 from spd_lens.support.progress import tqdm
 
 # E5, in the order of the table: name, and kind of `sample_masks`.
@@ -61,7 +61,7 @@ def evaluate(
     decomposition: Decomposition,
     batches: Any,
     *,
-    max_batches: int = 8,
+    max_batches: int | None = 8,
     adversary_steps: Sequence[int] = (20,),
     adversary_step_size: float = 0.1,
     starts: int = 2,
@@ -73,7 +73,7 @@ def evaluate(
     quick: bool = False,
     seed: int = 0,
 ) -> EvaluationReport:
-    """Measure a decomposition on the first `max_batches` of `batches` (what `train` accepts is accepted here).
+    """Measure a decomposition on the first `max_batches` of `batches` (None: all), which are what `train` accepts.
 
     - `adversary_steps`: budgets of the adversary, read off one climb of the longest; `()` leaves it out, `LADDER` is
       20, 40, 80, 160. `starts`: independent climbs, of which the worst counts.
@@ -94,7 +94,8 @@ def evaluate(
     quick, deletion, seed = given_flag("quick", quick), given_flag("deletion", deletion), given_seed(seed)
     token_counts = None if token_counts is None else _checked_counts(token_counts)
     if quick:
-        attack, deletion, max_batches = Attack(()), False, min(max_batches, QUICK_BATCHES)
+        most = QUICK_BATCHES if max_batches is None else given_whole("max_batches", max_batches, least=1)
+        attack, deletion, max_batches = Attack(()), False, min(most, QUICK_BATCHES)
     with torch.inference_mode(False), torch.no_grad(), _in_eval_mode(decomposition):
         chosen = list(first_batches(batches, decomposition, max_batches, purpose="evaluate on"))
         sample: Iterable[Batch] = ()

@@ -48,6 +48,11 @@ class SiteSums:
         self.count += where.sum()
         self.largest = torch.maximum(self.largest, g.flatten(0, -2).amax(0).to(self.largest.dtype))
 
+    @property
+    def alive(self) -> Bool[Tensor, " _"]:
+        """Which subcomponents have an importance above 0.01 at some position that counts."""
+        return self.largest > ALIVE_ABOVE
+
     def report(self, weight: DecomposedWeight) -> SiteReport:
         per_threshold = (self.above / self.count.clamp_min(1)).tolist()
         W = weight.target_weight
@@ -57,7 +62,7 @@ class SiteSums:
             relative_faithfulness=float(relative_faithfulness(W, weight.V, weight.U)),
             smallest_possible=smallest_relative_error(W, weight.n_subcomponents),
             l0=dict(zip(THRESHOLDS, per_threshold, strict=True)),
-            alive=int((self.largest > ALIVE_ABOVE).sum()),
+            alive=int(self.alive.sum()),
         )
 
 

@@ -65,6 +65,8 @@ def judge(
         nothing = "Not judged: switching all decomposed sites off changes nothing on this data."
         return Verdict(holds=False, judged=False, sentences=(nothing,))
     name = kind.upper()
+    # Sources that no step has moved are a draw at random, and no adversary.
+    adversarial = {steps: value for steps, value in adversarial.items() if steps > 0}
     checks = [_stochastic(stochastic, off, name)]
     if adversarial:
         checks.append(_adversary(adversarial, stochastic, off, name))

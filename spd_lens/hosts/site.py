@@ -1,6 +1,6 @@
 """A site: one weight matrix of a host model, with the places where its input and output can be reached.
 
-This file holds the vocabulary that the host modules (`hooked`, `bridge`, `root`) fill in and that the rest of
+This file holds the vocabulary that the host modules (`hooked`, `bridge_sites`, `declared`) fill in and that the rest of
 the library works with. Nothing here imports TransformerLens apart from its `HookPoint`.
 
 Every object here may be deep-copied together with the model it points into: places refer to modules of the

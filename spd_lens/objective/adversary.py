@@ -104,7 +104,7 @@ class Persistent:
 
     - `warm_steps`: ascents before the loss of a step is computed; one more uses the gradients of the loss itself.
     - `lr`, `betas`: Adam's. The published rule of thumb: ascents times `lr` over a source's life is about 2.
-    - `lr_warmup`: share of the run over which `lr` rises from 0 (published: 0.025).
+    - `lr_warmup`: share of the run from `start` on over which `lr` rises from 0 (published: 0.025).
     - `scope`: as for `PGD`; with `"position"` every row of the batch and position has sources of its own, and batches
       must keep their shape.
     - `start`: share of the run before which masks are drawn at random instead.

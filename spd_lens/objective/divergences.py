@@ -17,11 +17,16 @@ Divergence = Literal["kl", "mse", "relative_mse"]
 def mean_over_positions(
     per_position: Float[Tensor, "*batch"], position_mask: Bool[Tensor, "*batch"] | None
 ) -> Float[Tensor, ""]:
-    """Mean over the positions that count (M5)."""
+    """Mean over the positions that count (M5); of the others not even infinity or NaN enters."""
     if position_mask is None:
         return per_position.mean()
-    kept = position_mask.to(per_position.dtype)
-    return (per_position * kept).sum() / kept.sum().clamp_min(1)
+    if position_mask.shape != per_position.shape:
+        raise ValueError(
+            f"a position mask of shape {tuple(position_mask.shape)} for values at {tuple(per_position.shape)}; "
+            "expected one entry for each"
+        )
+    counted = position_mask.bool()
+    return per_position.masked_fill(~counted, 0.0).sum() / counted.sum().clamp_min(1).to(per_position.dtype)
 
 
 def log_probs(logits: Float[Tensor, "*batch d_vocab"]) -> Float[Tensor, "*batch d_vocab"]:

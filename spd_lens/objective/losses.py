@@ -136,7 +136,11 @@ def hidden_reconstruction_loss(
     *,
     position_mask: Bool[Tensor, ...] | None = None,
 ) -> Float[Tensor, ""]:
-    """L7: mean over the named hook points of the MSE between clean and masked activations."""
+    """L7: mean over the named hook points of the MSE between clean and masked activations.
+
+    Their axes are batch, position and whatever else there is. With a position mask ValueError for other ones, such as
+    attention patterns, whose second axis is the head.
+    """
     if not clean:
         raise ValueError("hidden_reconstruction_loss was given no hook point")
     losses = []

@@ -1,7 +1,7 @@
 """Arguments that users give, checked in words: each function returns the value as it is used from there on.
 
 TypeError for a value of the wrong kind, ValueError for one that is out of range; both name the argument, what was given
-and what was expected. Booleans and texts are no numbers, numpy's numbers and tensors of one element are.
+and what was expected. Booleans and texts are no numbers, numpy's numbers and tensors without axes are.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def given_list(name: str, value: Any, of: str) -> list[Any]:
     """The items of a list; a text, a mapping and a single value are none. `of` says of what, with an example."""
     if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
         raise TypeError(f"{name}={shown(value)}; expected a list of {of}")
-    if isinstance(value, Tensor) and value.ndim == 0:
+    if getattr(value, "ndim", None) == 0:
         raise TypeError(f"{name}={shown(value)}; expected a list of {of}")
     return list(value)
 

@@ -163,7 +163,7 @@ class TrainConfig:
     p_end: Positive | None = None
     gamma_start: Positive = 1.0
     gamma_end: Positive = 0.01
-    gamma_until: Annotated[float, Positive] = 0.9
+    gamma_until: Positive = 0.9
     frequency: NonNegative = 0.0
     frequency_reference: Count | None = None
     reconstructions: Annotated[tuple[Any, ...], as_tuple] = (Reconstruction(),)

@@ -180,10 +180,9 @@ def _checked_configs(
     first = members[0]
     for i, member in enumerate(members):
         same = {name: getattr(first, name) for name in MAY_DIFFER}
-        terms = tuple(
-            dataclasses.replace(term, coefficient=own.coefficient)
-            for term, own in zip(member.reconstructions, first.reconstructions, strict=False)
-        )
+        both = zip(member.reconstructions, first.reconstructions, strict=False)
+        terms = tuple(dataclasses.replace(term, coefficient=own.coefficient) for term, own in both)
+        terms += member.reconstructions[len(terms) :]
         if dataclasses.replace(member, **same, reconstructions=terms) != first:
             raise ValueError(
                 f"the configuration of member {i} differs from the first in more than {', '.join(MAY_DIFFER)} and "

@@ -76,11 +76,11 @@ class ModelShape:
 
     def block_matrices(self) -> dict[str, tuple[int, int]]:
         """`(d_in, d_out)` of every matrix of a block, in the order in which they act."""
-        width, stored = self.n_heads * self.d_head, "_" if self.key_value_width < self.n_heads * self.d_head else ""
+        width = self.n_heads * self.d_head
         matrices = {
             "attn.W_Q": (self.d_model, width),
-            f"attn.{stored}W_K": (self.d_model, self.key_value_width),
-            f"attn.{stored}W_V": (self.d_model, self.key_value_width),
+            "attn.W_K": (self.d_model, self.key_value_width),
+            "attn.W_V": (self.d_model, self.key_value_width),
             "attn.W_O": (width, self.d_model),
         }
         if self.gated:

@@ -11,7 +11,6 @@ Left out: how F differs between positions, and what errors at several positions 
 from __future__ import annotations
 
 import hashlib
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +22,9 @@ from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.inputs import checked_decomposition
 from spd_lens.core.passes import record_inputs
 from spd_lens.core.subcomponents import at_least_float32
+from spd_lens.data.batches import Batch
 from spd_lens.data.streams import first_batches
+from spd_lens.support.given import given_number, given_seed, given_whole
 from spd_lens.support.progress import tqdm
 
 
@@ -79,19 +80,21 @@ def tune_readout(
     `batches`; each costs a backward pass of the blocks from `stop_at` on. `ridge`: the share of the mean over all
     directions that is added to each, for directions that these positions have not shown.
 
-    Raises ValueError where passes cannot start at that block, and for choices that make no sense.
+    Raises ValueError where passes cannot start at that block, for padding on the left, of which such passes know
+    nothing, and for choices that make no sense.
     """
     checked_decomposition(decomposition, "tune_readout")
-    decomposition.starts.require_stop(stop_at)
-    if samples < 1 or not 0 <= ridge < math.inf:
-        raise ValueError(f"samples={samples}, ridge={ridge}; expected at least 1 sample and a share of at least 0")
-    generator = torch.Generator(decomposition.device).manual_seed(seed)
+    _check_stop(decomposition, stop_at)
+    samples = given_whole("samples", samples, least=1, of=" token drawn at a position")
+    ridge = given_number("ridge", ridge, least=0)
+    generator = torch.Generator(decomposition.device).manual_seed(given_seed(seed))
     fisher, positions = None, 0
     chosen = list(first_batches(batches, decomposition, max_batches, purpose="tune a read-out on"))
     for batch in tqdm(chosen, desc="tuning the read-out", leave=False):
         batch = batch.to(decomposition.device)
         with torch.no_grad():
             clean = decomposition.clean_pass(batch.inputs, start_at=batch.start_at, stop_at=stop_at).output
+        _check_start(decomposition, batch, clean, stop_at)
         counted = torch.ones(clean.shape[:-1], dtype=torch.bool) if batch.position_mask is None else batch.position_mask
         gradients = _gradients(decomposition, clean, counted.to(clean.device), stop_at, samples, generator)
         rows = gradients[:, counted.to(clean.device)].flatten(0, 1).double()
@@ -110,14 +113,11 @@ def _gradients(
     decomposition: Decomposition, clean: Tensor, counted: Tensor, stop_at: int, samples: int, generator: torch.Generator
 ) -> Float[Tensor, "samples batch pos d_model"]:
     """By the stream in units of its size: the gradient of the log-probability of tokens drawn at all positions."""
-    host = decomposition.host
-    if not host.can_start_at_blocks():
-        raise ValueError(f"passes of this model cannot start at block {stop_at}, so no read-out can be tuned there")
     sizes = clean.float().square().mean(-1, keepdim=True).sqrt()
     found = []
     with torch.inference_mode(False), torch.enable_grad(), record_inputs(decomposition):
         stream = clean.clone().requires_grad_()
-        log_p = _output(decomposition, stream, stop_at).float().log_softmax(-1)
+        log_p = decomposition.host.forward_from(stop_at, stream).float().log_softmax(-1)
         for i in range(samples):
             p = log_p.detach().exp().flatten(0, -2)
             drawn = torch.multinomial(p, 1, generator=generator).view(*log_p.shape[:-1], 1)
@@ -127,12 +127,25 @@ def _gradients(
     return torch.stack(found)
 
 
-def _output(decomposition: Decomposition, stream: Tensor, stop_at: int) -> Tensor:
-    """The logits from what enters block `stop_at`, or leaves the last."""
-    host = decomposition.host
-    if stop_at < host.n_layers():
-        return host.forward_from(stop_at, stream)
-    raise ValueError(
-        f"stop_at={stop_at} is behind the last block, where passes cannot start; train on the logits there: a pass "
-        "costs hardly more"
-    )
+def _check_stop(decomposition: Decomposition, stop_at: int) -> None:
+    """ValueError for a block at which passes over decomposed sites cannot end, or from which none can start."""
+    decomposition.starts.require_stop(given_whole("stop_at", stop_at))
+    if stop_at >= decomposition.host.n_layers():
+        raise ValueError(
+            f"stop_at={stop_at} is behind the last block, where passes cannot start; train on the logits there: a pass "
+            "costs hardly more"
+        )
+
+
+def _check_start(decomposition: Decomposition, batch: Batch, clean: Tensor, stop_at: int) -> None:
+    """ValueError unless the logits are a function of what enters block `stop_at`, and of nothing else."""
+    if batch.attention_mask is not None:
+        raise ValueError(
+            f"a batch has an attention_mask, which passes from block {stop_at} on have lost; pad on the right, or "
+            "leave such rows out"
+        )
+    if not decomposition.starts.is_exact(stop_at, clean, batch.inputs, start_at=batch.start_at):
+        raise ValueError(
+            f"passes of this model cannot start at block {stop_at} (its blocks read more than the residual stream), so "
+            "no read-out can be tuned there"
+        )

@@ -119,6 +119,24 @@ def test_k5_unrouted_rows_that_are_never_computed_equal_masks_of_one(which: int)
     both_ways(decomposition, batch, masks, routed)
 
 
+def test_k5_masks_that_all_positions_share_may_leave_out_their_axes() -> None:
+    decomposition = decompose(tiny_transformer(), {"blocks.0.mlp.W_in": 6})
+    words, mask = tokens(2), rand(6)
+    routed = rand(*words.shape, seed=4) < 0.5
+    shared = SiteMask(mask, torch.tensor(0.25), routed)
+    whole = SiteMask(mask.expand(*words.shape, 6), torch.full(words.shape, 0.25), routed)
+    got, expected = (decomposition.masked_forward(words, {"blocks.0.mlp.W_in": one}) for one in (shared, whole))
+    assert torch.equal(got, expected)
+
+
+def test_the_global_gate_names_a_site_that_it_misses() -> None:
+    decomposition = decompose(tiny_transformer(), {"blocks.*.mlp.W_in": 6}, gate="global", gate_width=8)
+    inputs = decomposition.clean_pass(tokens(2)).inputs
+    del inputs["blocks.1.mlp.W_in"]
+    with pytest.raises(ValueError, match=r"reads the inputs of all sites, and blocks\.1\.mlp\.W_in is not among"):
+        decomposition.pre_importances(inputs)
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_k5_on_a_bridge(family: str) -> None:
     model = boot(family).double()

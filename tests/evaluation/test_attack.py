@@ -197,6 +197,13 @@ def test_as_a_mask_source_it_finds_what_worst_case_finds_and_training_uses_it(tm
     assert result.final["worst_all"] > 0
 
 
+def test_several_processes_are_refused_each_would_climb_on_rows_of_its_own() -> None:
+    source = WorstMasks(Attack(steps=(2,)))
+    source.whole_batch = lambda gradients, shared: None
+    with pytest.raises(ValueError, match=r"WorstMasks with several processes: .* use PGD or Persistent"):
+        source.climb(Climb(lambda masks, rows: torch.zeros(()), {"W": torch.zeros(2, 3)}, generator()))
+
+
 def test_masks_without_a_budget_are_refused() -> None:
     with pytest.raises(ValueError, match="without a budget"):
         WorstMasks(Attack(()))

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from spd_lens import Decomposition, decompose
+from spd_lens import Batch, Decomposition, decompose
 from spd_lens.evaluation import compare
 from tests.small_models import TiedAutoencoder, tiny_transformer, tokens
 
@@ -72,6 +72,16 @@ def test_only_what_is_alive_on_the_data_is_compared() -> None:
     assert found.sites[SITE].alive == (4, alive)
     assert {pair.a for pair in found.sites[SITE].pairs} == {3, 4, 5, 6}
     assert "importance above 0.01 somewhere in the data" in str(found)
+
+
+def test_positions_that_do_not_count_keep_nothing_alive() -> None:
+    """M5, as in `evaluate`: what is on at BOS alone is not alive."""
+    a, b = _decomposition(1), _decomposition(2)
+    words, counts = tokens(4), torch.zeros(tokens(4).shape, dtype=torch.bool)
+    counts[1, 2] = True
+    found = compare(a, b, [Batch(words, position_mask=counts)]).sites[SITE].alive
+    assert found == tuple(int((d.importance(words)[SITE][1, 2] > 0.01).sum()) for d in (a, b))
+    assert found != compare(a, b, [words]).sites[SITE].alive
 
 
 def test_tied_sites_count_once_and_the_comparison_is_plain_data() -> None:

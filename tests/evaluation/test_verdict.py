@@ -72,6 +72,12 @@ def test_without_an_adversary_nothing_holds() -> None:
     assert "no adversary was tried" in str(verdict)
 
 
+def test_an_adversary_of_no_steps_is_none() -> None:
+    assert not _judge(adversarial={0: 0.05}).judged
+    assert not _judge(adversarial={0: 0.05, 20: 0.9}).holds
+    assert _judge(adversarial={0: 0.05, 20: 0.12}) == _judge(adversarial={20: 0.12})
+
+
 def test_sites_that_do_not_matter_are_not_judged() -> None:
     verdict = _judge(divergence={"stochastic": 0.0, "all off": 0.0})
     assert not verdict.judged

@@ -415,6 +415,16 @@ def test_m5_masked_positions_have_no_influence_on_value_or_gradient(
     assert torch.equal(changed.grad, x.grad)
 
 
+def test_m5_infinity_at_a_masked_position_has_no_influence(without_type_checks: None) -> None:
+    """An output that excludes what the target may say there."""
+    clean, masked, kept = torch.zeros(1, 2, 3), torch.zeros(1, 2, 3), torch.tensor([[False, True]])
+    masked[0, 0, 0], masked[0, 1, 0] = float("nan"), 1.0
+    expected = value(divergence(clean[:, 1:], masked[:, 1:]))
+    assert value(divergence(clean, masked, position_mask=kept)) == expected > 0
+    with pytest.raises(ValueError, match=r"a position mask of shape \(1, 2\) for values at \(1, 3\)"):
+        divergence(torch.zeros(1, 3, 3), torch.zeros(1, 3, 3), position_mask=kept)
+
+
 @pytest.mark.parametrize("name", MASKED_LOSSES)
 def test_m5_a_mask_that_keeps_everything_changes_nothing(name: str) -> None:
     x = randn(2, 3, 4)

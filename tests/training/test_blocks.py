@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,6 +34,25 @@ def test_streams_on_disk_are_those_in_memory(tmp_path: Path) -> None:
         assert torch.equal(mapped.tensors()[name], expected), name
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_streams_on_disk_have_every_bit_of_the_models_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
+    decomposition = decompose(tiny_transformer().to(dtype), {"blocks.1.mlp.W_*": 4})
+    rows = tokens(6)
+    directory = write_residuals(decomposition, TokenBatches(rows, 4), [1], tmp_path / "streams")
+    read = torch.cat([batch.inputs for batch in open_residuals(directory, 1, batch_size=4).once()])
+    assert read.dtype == dtype
+    assert torch.equal(read, decomposition.host.residual_before(1, rows))
+
+
+@pytest.mark.parametrize("blocks", [[2], [99], [-1], [1, 1], [], 1, ["1"]])
+def test_streams_are_written_of_blocks_that_there_are(blocks: Any, tmp_path: Path, without_type_checks: None) -> None:
+    with pytest.raises((ValueError, TypeError), match=r"blocks.*; expected"):
+        write_residuals(_part(1), TokenBatches(tokens(4), 4), blocks, tmp_path / "streams")
+    assert not (tmp_path / "streams").exists()
+    with pytest.raises(TypeError, match=r"batches is .*; expected a TokenBatches"):
+        write_residuals(_part(1), tokens(4), [1], tmp_path / "streams")  # pyright: ignore[reportArgumentType]
+
+
 def test_streams_that_were_changed_or_are_of_another_model_are_refused(tmp_path: Path) -> None:
     data = TokenBatches(tokens(16), 4)
     directory = write_residuals(_part(1), data, [1], tmp_path / "streams")
@@ -47,6 +67,9 @@ def test_streams_that_were_changed_or_are_of_another_model_are_refused(tmp_path:
     values[0, 0, 0] += 1
     values.flush()
     with pytest.raises(ValueError, match=r"block-00001\.npy is damaged"):
+        open_residuals(directory, 1, batch_size=4)
+    (directory / "block-00001.npy").unlink()
+    with pytest.raises(ValueError, match=r"block-00001\.npy is missing"):
         open_residuals(directory, 1, batch_size=4)
 
 

@@ -195,6 +195,31 @@ def test_what_cannot_stop_is_refused_by_name(tmp_path: Path) -> None:
         tune_readout(late, [_words()], 2)
 
 
+def test_a_readout_is_refused_where_the_logits_depend_on_more_than_the_stream(without_type_checks: None) -> None:
+    decomposition, words = _decomposed(tiny_transformer()), _words()
+    padded = torch.ones_like(words, dtype=torch.bool)
+    padded[:, 0] = False
+    with pytest.raises(ValueError, match="an attention_mask, which passes from block 1 on have lost"):
+        tune_readout(decomposition, [Batch(words, position_mask=padded, attention_mask=padded)], 1)
+    embedded: list[Tensor] = []
+
+    def keep(value: Tensor, hook: Any) -> None:
+        embedded[:] = [value]
+
+    def add(value: Tensor, hook: Any) -> Tensor:
+        return value + embedded.pop() if embedded else value
+
+    with (
+        decomposition.model.hooks(fwd_hooks=[("hook_embed", keep), ("blocks.1.hook_mlp_out", add)]),
+        pytest.raises(ValueError, match="its blocks read more than the residual stream"),
+    ):
+        tune_readout(decomposition, [words], 1)
+    for wrong in ({"seed": "a"}, {"samples": 1.5}, {"stop_at": "1"}):
+        arguments: Any = {"stop_at": 1, **wrong}
+        with pytest.raises(TypeError, match=f"{next(iter(wrong))}=.*; expected"):
+            tune_readout(decomposition, [words], **arguments)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -147,6 +147,10 @@ def test_what_does_not_fit_together_is_refused(without_type_checks: None) -> Non
         train_many(ok, batches[:1], CONFIG)
     with pytest.raises(ValueError, match=r"member 1 differs from the first in more than seed, lr"):
         train_many(ok, batches, [CONFIG, CONFIG.changed(steps=7)])
+    more = CONFIG.changed(reconstructions=(*BOTH, Reconstruction(masks="rounded")))
+    for pair in ([CONFIG, more], [more, CONFIG]):
+        with pytest.raises(ValueError, match="member 1 differs from the first in more than seed, lr"):
+            train_many(ok, batches, pair)
     with pytest.raises(ValueError, match="pgd_all: train_many supports random masks"):
         train_many(ok, batches, CONFIG.changed(reconstructions=(Reconstruction(masks="pgd"),)))
     with pytest.raises(ValueError, match="stochastic_subset: train_many supports"):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from spd_lens import Decomposition, Reconstruction, TrainConfig, decompose, train
-from spd_lens.core import Gate, SiteMask, sample_masks
+from spd_lens.core import Gate, SiteMask, sample_masks, swap
 from spd_lens.objective import MaskSource
 from spd_lens.training import StepView
 from tests.small_models import tiny_transformer, tokens
@@ -99,6 +99,22 @@ def test_a_start_of_ones_own_is_where_training_starts() -> None:
         assert torch.equal(weight.U.detach(), torch.eye(*weight.U.shape))
     with pytest.raises(ValueError, match=r"init gave V \(3, 3\) .* expected finite values of shape"):
         decompose(tiny_transformer(), SITES, init=lambda W, C, generator: (torch.eye(3), torch.eye(3)))
+
+
+def test_a_loaded_decomposition_says_how_it_started_and_computes_no_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pseudo-inverse or singular values of every matrix, to be overwritten at once."""
+    saved = {
+        kind: decompose(tiny_transformer(), SITES, init=init).save_pretrained(tmp_path / kind)
+        for kind, init in (("own", half_identity), ("exact", "exact"), ("singular", "singular"))
+    }
+    monkeypatch.setattr(swap, "initial_factors", None)
+    for kind, directory in saved.items():
+        loaded = Decomposition.from_pretrained(directory, tiny_transformer())
+        again = Decomposition.from_pretrained(loaded.save_pretrained(tmp_path / f"{kind} again"), tiny_transformer())
+        assert loaded.settings.init == again.settings.init == kind
+        assert all(bool(weight.V.any()) for weight in again.values())
 
 
 def test_masks_of_ones_own_are_what_the_loss_is_computed_with(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ SUBSET = Reconstruction(1.0, "stochastic", "subset")
 CASES: dict[str, tuple[ModelShape, dict[str, int | None], str, int, tuple[Reconstruction, ...]]] = {
     "an MLP": (PLAIN, {"blocks.1.mlp.W_*": 200}, "shared", 32, (Reconstruction(),)),
     "all sites, two terms": (PLAIN, {"blocks.*": 96}, "shared", 64, (Reconstruction(), SUBSET)),
-    "gated": (GATED, {"blocks.*.mlp.W_*": 64, "blocks.*.attn.*W_V": 32}, "shared", 24, (Reconstruction(),)),
+    "gated": (GATED, {"blocks.*.mlp.W_*": 64, "blocks.*.attn.W_V": 32}, "shared", 24, (Reconstruction(),)),
     "attention, an adversary": (PLAIN, {"blocks.0.attn.W_[QKVO]": 48}, "vector", 4,
                                 (Reconstruction(1.0, PGD(steps=4)),)),
     "a large vocabulary": (WIDE, {"blocks.0.mlp.W_*": 64}, "scalar", 8, (Reconstruction(),)),
@@ -101,6 +101,13 @@ def test_ranks_share_rows_and_the_largest_batch_fits_exactly() -> None:
     assert plan(shape, sites, batch_size=one.largest_batch + 1).bytes > DEVICES["a100"].memory
     with pytest.raises(ValueError, match="batch_size=64 for 3 ranks; expected a multiple"):
         plan(shape, sites, batch_size=64, gpus=3)
+
+
+@needs_hooked
+def test_a_plan_has_the_sites_that_a_decomposition_has() -> None:
+    """Also with grouped keys and values, which TransformerLens stores under other names."""
+    decomposition = decompose(_model(GATED), {"blocks.*": None})
+    assert GATED.sites({"blocks.*": None}) == {name: w.n_subcomponents for name, w in decomposition.items()}
 
 
 def test_what_is_not_known_is_refused_with_near_names() -> None:

@@ -23,7 +23,7 @@ C = {
     "minimality_factors": [[], "x", {"blocks.*": "x"}, {3: 1.0}, {"blocks.*": -1}],
     "penalty": ["l1"],
     "p_start": [0],
-    "gamma_until": [2.0],
+    "gamma_until": [2.0, -0.5, 0.0, True, "0.5", float("nan")],
     "frequency_reference": [0],
     "reconstructions": [
         (),
