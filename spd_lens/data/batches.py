@@ -85,6 +85,10 @@ class Batch:
         return rows.numel() if not rows.is_floating_point() else rows.shape[:-1].numel()
 
 
+# Masks that a dict may hold; the last one, which tokenizers give on request, is left alone.
+_MASKS = ("attention_mask", "position_mask", "special_tokens_mask")
+
+
 def is_one_batch(value: Any) -> bool:
     """Whether `value` is a batch rather than a collection of batches."""
     if isinstance(value, (Batch, Tensor, np.ndarray)):
@@ -99,7 +103,8 @@ def as_batch(item: Any) -> Batch:
     """A `Batch` from whatever a user's iterable yields.
 
     - A tensor, array or nested list: the tokens or inputs.
-    - A dict with `"tokens"` or `"input_ids"`; its `"attention_mask"` says what is padding and what counts.
+    - A dict with `"tokens"` or `"input_ids"`; its `"attention_mask"` says what is padding and what counts, its
+      `"position_mask"` what counts.
     - `(tokens,)`, as a `TensorDataset` yields it, or `(tokens, mask)`; the mask says what counts.
 
     Raises TypeError or ValueError for anything else.
@@ -123,12 +128,22 @@ def _from_mapping(item: Mapping[str, Any]) -> Batch:
     if key is None:
         raise ValueError(f"a batch has keys {sorted(map(str, item))}; expected 'tokens' or 'input_ids' among them")
     inputs = as_tensor(item[key], f"batch[{key!r}]")
-    if item.get("attention_mask") is None:
-        return Batch(inputs)
-    mask = as_mask(item["attention_mask"], inputs.shape, "attention_mask")
-    if mask.device.type == "cpu" and bool(mask.all()):
-        return Batch(inputs)
-    return Batch(inputs, position_mask=mask, attention_mask=mask)
+    odd = [k for k in item if str(k).endswith("mask") and k not in _MASKS]
+    if odd:
+        raise ValueError(
+            f"a batch has a key {odd[0]!r}; say what that mask means: 'position_mask' is True where a position counts "
+            "in losses and metrics, 'attention_mask' also says what is padding"
+        )
+    attention, counts = item.get("attention_mask"), item.get("position_mask")
+    if attention is not None:
+        attention = as_mask(attention, inputs.shape, "attention_mask")
+        if attention.device.type == "cpu" and bool(attention.all()):
+            attention = None
+    if counts is None:
+        counts = attention
+    elif attention is not None:
+        counts = as_mask(counts, inputs.shape, "position_mask").to(attention.device) & attention
+    return Batch(inputs, position_mask=counts, attention_mask=attention)
 
 
 def _from_tuple(item: list[Any] | tuple[Any, ...]) -> Batch:

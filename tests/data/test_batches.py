@@ -174,3 +174,19 @@ def test_arguments_of_token_batches_are_checked(without_type_checks: None) -> No
         TokenBatches(tokens(4), 2, exclude=0)  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match="exclude holds None; expected token ids"):
         TokenBatches(tokens(4), 2, exclude=[None])  # pyright: ignore[reportArgumentType]
+
+
+def test_a_dict_says_which_positions_count() -> None:
+    rows, counts, padding = tokens(2), torch.zeros_like(tokens(2)), torch.ones_like(tokens(2))
+    counts[:, 3:6], padding[0, :4] = 1, 0
+    alone = as_batch({"tokens": rows, "position_mask": counts})
+    assert alone.position_mask is not None
+    assert alone.attention_mask is None
+    assert torch.equal(alone.position_mask, counts.bool())
+    both = as_batch({"input_ids": rows, "position_mask": counts, "attention_mask": padding})
+    assert both.position_mask is not None
+    assert both.attention_mask is not None
+    assert torch.equal(both.position_mask, counts.bool() & padding.bool())
+    assert torch.equal(both.attention_mask, padding.bool())
+    with pytest.raises(ValueError, match="a batch has a key 'loss_mask'; say what that mask means"):
+        as_batch({"tokens": rows, "loss_mask": counts})

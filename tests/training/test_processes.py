@@ -18,8 +18,7 @@ from torch import Tensor
 from spd_lens import PGD, Batch, Decomposition, Reconstruction, TokenBatches, TrainConfig, evaluate, harvest, train
 from spd_lens.core import RowsGenerator, integers, sample_masks, sample_routing, uniform
 from spd_lens.objective import Merged, Persistent
-from spd_lens.training import Processes
-from spd_lens.training.loop import STEPS_BETWEEN_QUESTIONS
+from spd_lens.training import Processes, loop
 from tests.small_models import tokens
 from tests.training.forked import errors_of, run_processes, start_processes, wait_for
 from tests.training.test_loop import _fresh
@@ -227,13 +226,13 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path: Path) -> N
 
 
 def test_a_signal_between_two_questions_is_seen_at_the_end(tmp_path: Path) -> None:
-    config = _config("stochastic", steps=STEPS_BETWEEN_QUESTIONS + 2, log_every=100)
+    config = _config("stochastic", steps=loop.STEPS_BETWEEN_QUESTIONS + 2, log_every=100)
 
     def act(rank: int) -> None:
         class Data:
             def __iter__(self) -> Iterator[Tensor]:
                 for i, batch in enumerate(2 * _batches()):
-                    if i == STEPS_BETWEEN_QUESTIONS + 1 and rank == 1:
+                    if i == loop.STEPS_BETWEEN_QUESTIONS + 1 and rank == 1:
                         signal.raise_signal(signal.SIGINT)
                     yield batch
 
