@@ -14,8 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from spd_lens import PGD, Batch, Decomposition, Reconstruction, TokenBatches, TrainConfig, decompose, train
 from spd_lens.data import cache_residuals
 from spd_lens.objective import MaskSource, Merged, Persistent
-from spd_lens.training import Evaluations, Learner, make_learner, take_step
-from spd_lens.training.offloading import only_entered_blocks
+from spd_lens.training import Evaluations, Learner, make_learner, offloading, take_step
 from tests.conftest import TL_MAJOR
 from tests.small_models import tiny_transformer, tokens
 from tests.training.counting import peak_bytes
@@ -153,7 +152,7 @@ def test_blocks_that_no_pass_enters_lie_elsewhere_meanwhile() -> None:
     config = TrainConfig(steps=2, stop_at=2, divergence="relative_mse", recompute="passes")
     # From the meta device nothing comes back: what is asked here is that no pass touches these blocks.
     taken = False
-    with suppress(NotImplementedError), only_entered_blocks(decomposition, 1, 2, "meta") as moved:
+    with suppress(NotImplementedError), offloading.only_entered_blocks(decomposition, 1, 2, "meta") as moved:
         assert moved == [0, 2, 3]
         devices = {p.device.type for i in moved for p in decomposition.host.block(i).parameters()}
         assert devices == {"meta"}
