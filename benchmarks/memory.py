@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 python benchmarks/memory.py
 
 Prints a table: for every option the bytes by which memory rises during a step above parameters and Adam's moments
-(torch's profiler), and the CPU seconds of a step (the least of three). A random transformer of 6 blocks (width 128,
-vocabulary 2,048), its MLPs decomposed (C 192), 8 rows of 128 tokens, a stochastic and a persistent term, the frequency
-term; shared gates of width 256, then vector gates of width 8. Seed 0.
+(torch's profiler), and the CPU seconds of a step (the least of three). A random transformer of 4 blocks (width 64,
+vocabulary 1,024), its MLPs decomposed (C 128), rows of 64 tokens, a stochastic and a persistent term, the frequency
+term; shared gates of width 128, then vector gates of width 8. Seed 0.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def measured(gate: str, width: int, options: dict[str, Any], rows: int) -> tuple[int, float]:
     """Peak bytes and CPU seconds of a step."""
     model = build_transformer(
-        {"n_layers": 6, "d_model": 128, "n_heads": 4, "d_head": 32, "d_mlp": 512, "d_vocab": 2048, "n_ctx": 128,
+        {"n_layers": 4, "d_model": 64, "n_heads": 4, "d_head": 16, "d_mlp": 256, "d_vocab": 1024, "n_ctx": 64,
          "act_fn": "gelu", "normalization_type": "LN", "seed": 0}
     )  # fmt: skip
-    decomposition = decompose(model, {"blocks.*.mlp.W_*": 192}, gate=gate, gate_width=width)  # pyright: ignore[reportArgumentType]
+    decomposition = decompose(model, {"blocks.*.mlp.W_*": 128}, gate=gate, gate_width=width)  # pyright: ignore[reportArgumentType]
     product = ProductStep(decomposition, TrainConfig(frequency=1e-3, reconstructions=TERMS, **options))
-    batch = Batch(torch.randint(0, 2048, (rows, 128), generator=torch.Generator().manual_seed(0)))
+    batch = Batch(torch.randint(0, 1024, (rows, 64), generator=torch.Generator().manual_seed(0)))
     peak = peak_memory(lambda: take_step(product.learner, batch, 0), torch.device("cpu"))
     seconds = []
     for _ in range(3):
@@ -59,15 +59,16 @@ def measured(gate: str, width: int, options: dict[str, Any], rows: int) -> tuple
     return peak, min(seconds)
 
 
-def main(rows: Annotated[int, typer.Option(help="rows of 128 tokens in a batch")] = 8) -> None:
+def main(rows: Annotated[int, typer.Option(help="rows of 64 tokens in a batch")] = 8) -> None:
     """Measure every option with both kinds of gates."""
     table = []
-    for gate, width in (("shared", 256), ("vector", 8)):
+    for gate, width in (("shared", 128), ("vector", 8)):
         plain: tuple[int, float] | None = None
         for name, options in OPTIONS.items():
             peak, seconds = found = measured(gate, width, options, rows)
             plain = plain or found
             ratios = (f"{peak / plain[0]:.2f}", f"{seconds:.2f}", f"{seconds / plain[1]:.2f}")
+            print(gate, name, file=sys.stderr)
             table.append((gate, name, f"{peak / 1e6:.0f}", *ratios))
     print(format_table(("gates", "option", "peak MB", "of plain", "CPU s", "of plain"), table))
     print(library_versions())

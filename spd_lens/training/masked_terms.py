@@ -19,7 +19,7 @@ from spd_lens.training.part_climb import ClimbOverParts, PartObjective
 from spd_lens.training.parts import Part, Parts
 
 # Routing of every pass of a term: where each of its sites is routed.
-Passes = list[Mapping[str, Tensor | None]]
+Passes = list[dict[str, Tensor | None]]
 
 
 def weighed(loss: Tensor, *weights: Tensor | float | None) -> Tensor:
