@@ -209,6 +209,7 @@ class Decomposition(Mapping[str, DecomposedWeight]):
         """
         self.require_present()
         batch, masks = checked_entry(batch, self.host, start_at), checked_site_masks(self._weights, masks)
+        self.starts.require_end(stop_at)
         first = self.starts.first_block(masks)
         entered = residuals.get(first) if residuals and first is not None and attention_mask is None else None
         if (
@@ -236,6 +237,7 @@ class Decomposition(Mapping[str, DecomposedWeight]):
         """As `masked_forward`, but the activations of the named hook points, with gradients (L7)."""
         self.require_present()
         batch, masks = checked_entry(batch, self.host, start_at), checked_site_masks(self._weights, masks)
+        self.starts.require_end(stop_at)
         with given_masks(self._weights, masks), captured(self.host, points) as hidden:
             self._run(batch, start_at, attention_mask, stop_at)
         return hidden

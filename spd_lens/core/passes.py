@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from spd_lens.core.decomposed_weight import DecomposedWeight
 from spd_lens.core.masks import SiteMask
 from spd_lens.hosts.host import Host
-from spd_lens.support.given import given_list
+from spd_lens.support.given import given_list, given_whole
 from spd_lens.support.names import near_names
 from spd_lens.support.shown import short_repr
 
@@ -93,10 +93,11 @@ class BlockStarts:
         none."""
         return self._host.first_block(self._weights[name].site for name in sites)
 
-    def require_stop(self, stop_at: int | None) -> None:
-        """ValueError unless passes can end before block `stop_at`, with every decomposed site behind them."""
+    def require_end(self, stop_at: int | None) -> None:
+        """ValueError unless passes can end before block `stop_at`; None: at the output."""
         if stop_at is None:
             return
+        given_whole("stop_at", stop_at, or_none=True)
         count = self._host.n_layers()
         if count == 0:
             raise ValueError(
@@ -105,6 +106,12 @@ class BlockStarts:
             )
         if not 1 <= stop_at <= count:
             raise ValueError(f"stop_at={stop_at}; this model has blocks 0..{count - 1}, expected 1 to {count}")
+
+    def require_stop(self, stop_at: int | None) -> None:
+        """ValueError unless passes can end before block `stop_at`, with every decomposed site behind them."""
+        self.require_end(stop_at)
+        if stop_at is None:
+            return
         late = [
             n
             for n, w in self._weights.items()

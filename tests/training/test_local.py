@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from spd_lens import Decomposition, Reconstruction, TrainConfig, decompose, evaluate, train
+from spd_lens.core import SiteMask
 from spd_lens.data import Batch, TokenBatches, cache_residuals
 from spd_lens.hosts import open_host
 from spd_lens.objective import Merged, Persistent
@@ -112,6 +113,20 @@ def test_a_pass_that_stops_gives_the_stream_there_and_runs_no_block_behind(famil
         ran.clear()
         assert torch.equal(found.double(), expected)
         assert torch.equal(from_the_stream, found)
+
+
+@pytest.mark.parametrize("stop_at", [-1, 0, 99, True, "1", 1.5])
+def test_a_pass_that_stops_where_no_block_is_is_refused(stop_at: Any, without_type_checks: None) -> None:
+    """TransformerLens takes such numbers for slices of its list of blocks."""
+    decomposition, words = _decomposed(tiny_transformer(n_layers=N_LAYERS)), _words()
+    masks = {SITES[0]: SiteMask()}
+    for run in (
+        lambda: decomposition.clean_pass(words, stop_at=stop_at),
+        lambda: decomposition.masked_forward(words, masks, stop_at=stop_at),
+        lambda: decomposition.masked_hidden(words, masks, ["blocks.0.hook_resid_post"], stop_at=stop_at),
+    ):
+        with pytest.raises((TypeError, ValueError), match=r"stop_at=.*expected"):
+            run()
 
 
 @pytest.mark.parametrize("make", _hosts())
