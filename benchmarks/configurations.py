@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.reference import ReferenceStep, replace_linears, weighted_sum
+from benchmarks.reference_gate import ReferenceGlobalGate
 from benchmarks.reference_models import HuggingFaceLogits, ReferenceTMS, ReferenceTransformer
 from spd_lens import Decomposition, TrainConfig, decompose
 from spd_lens.data import Batch, TokenBatches, cache_residuals
-from spd_lens.objective import PGD
+from spd_lens.objective import PGD, Merged, Persistent
 from spd_lens.training import Reconstruction, accumulate_gradients, make_learner
 
 
@@ -55,6 +56,23 @@ class TransformerSizes:
     n_subcomponents: int = 256
     gate: str = "shared"
     gate_width: int = 550
+
+
+@dataclass(frozen=True)
+class RecipeSizes(TransformerSizes):
+    """The tiny language model and the gate of all its sites; C comes from `RECIPE_C`, not from `n_subcomponents`."""
+
+    n_subcomponents: int = 0
+    d_vocab: int = 2048
+    pos: int = 128
+    gate: str = "global"
+    gate_width: int = 128
+    gate_blocks: int = 2
+    gate_heads: int = 4
+
+
+# C as a multiple of `d_model` or `d_mlp`, as `experiments/language_model.py` has it.
+RECIPE_C = {"attn.W_[QK]": 1.5, "attn.W_V": 2.0, "attn.W_O": 2.5, "mlp.W_in": 1.5, "mlp.W_out": 1.25}
 
 
 @dataclass(frozen=True)
@@ -127,6 +145,20 @@ TRANSFORMER_CONFIG = TrainConfig(
     ),
 )
 
+# `experiments/language_model.py` at the end of its anneal and of its adversary's warm-up, without clipping.
+RECIPE_CONFIG = TrainConfig(
+    schedule="constant",
+    lr=1e-3,
+    faithfulness=1e3,
+    relative_faithfulness=True,
+    minimality=6e-4,
+    penalty="smooth_l0",
+    gamma_start=0.01,
+    frequency=3e-4,
+    frequency_reference=32_768,
+    reconstructions=(Reconstruction(masks=Merged(0.5, Persistent(scope="position")), routing="subset"),),
+)
+
 
 def tms(name: str, sizes: TMSSizes, config: TrainConfig, dtype: torch.dtype) -> Configuration:
     """TMS with all its sites; features are active with probability 0.05, of value U(0, 1)."""
@@ -152,6 +184,18 @@ def transformer(name: str, sizes: TransformerSizes, config: TrainConfig, dtype: 
     reference_model = ReferenceTransformer(model)
     configuration = Configuration(name, _decompose(model, sizes.sites, sizes), config, _token_batches(sizes)[0])
     return _with_reference(configuration, reference_model, {site: site for site in configuration.decomposition})
+
+
+def recipe(name: str, sizes: RecipeSizes, config: TrainConfig, dtype: torch.dtype) -> Configuration:
+    """All matrices of a model as large as the tiny language model, with one gate over all sites."""
+    model = _hooked_transformer(sizes, dtype)
+    reference_model = ReferenceTransformer(model)
+    width = {"attn": sizes.d_model, "mlp": sizes.d_mlp}
+    counts = {f"blocks.*.{site}": round(c * width[site.split(".")[0]]) for site, c in RECIPE_C.items()}
+    options = {"n_blocks": sizes.gate_blocks, "n_heads": sizes.gate_heads, "causal": False}
+    decomposition = decompose(model, counts, gate="global", gate_width=sizes.gate_width, gate_options=options)
+    configuration = Configuration(name, decomposition, config, _token_batches(sizes)[0])
+    return _with_reference(configuration, reference_model, {site: site for site in decomposition})
 
 
 # Of Starcoder2: no fused matrices, no gated MLP, and unlike OPT it keeps `[batch pos]` in its MLP.
@@ -213,6 +257,7 @@ CONFIGURATIONS: dict[str, tuple[Builder, TMSSizes | TransformerSizes, TrainConfi
         ),
         TRANSFORMER_CONFIG,
     ),
+    "recipe": (recipe, RecipeSizes(), RECIPE_CONFIG),
 }
 
 
@@ -241,7 +286,9 @@ def _with_reference(configuration: Configuration, reference_model: nn.Module, pa
     decomposition = configuration.decomposition
     order = decomposition.clean_pass(configuration.batch.inputs).inputs
     sites = replace_linears(reference_model, {site: paths[site] for site in order}, decomposition)
-    return dataclasses.replace(configuration, reference=ReferenceStep(reference_model, sites, configuration.config))
+    gate = None if decomposition.global_gate is None else ReferenceGlobalGate(decomposition.global_gate)
+    reference = ReferenceStep(reference_model, sites, configuration.config, gate)
+    return dataclasses.replace(configuration, reference=reference)
 
 
 def _hooked_transformer(sizes: TransformerSizes, dtype: torch.dtype) -> Any:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spd_lens.objective import PGD
+from spd_lens.objective import PGD, Merged, Persistent
 
 
 class ReferenceGate(nn.Module):
@@ -68,7 +68,9 @@ class ReferenceLinear(nn.Module):
     W: Tensor
     bias: Tensor | None
 
-    def __init__(self, linear: nn.Linear, V: nn.Parameter, U: nn.Parameter, gate: ReferenceGate, *, tied: bool) -> None:
+    def __init__(
+        self, linear: nn.Linear, V: nn.Parameter, U: nn.Parameter, gate: ReferenceGate | None, *, tied: bool
+    ) -> None:
         super().__init__()
         self.register_buffer("W", linear.weight.detach().T.contiguous())
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().clone())
@@ -138,12 +140,15 @@ class ReferenceStep:
     `sites` are named in the order in which the library draws masks: that of the forward pass.
     """
 
-    def __init__(self, model: nn.Module, sites: Mapping[str, ReferenceLinear], config: Any) -> None:
+    def __init__(
+        self, model: nn.Module, sites: Mapping[str, ReferenceLinear], config: Any, gate: Any | None = None
+    ) -> None:
         _check(config)
-        self.model, self.sites, self.config = model, dict(sites), config
+        self.model, self.sites, self.config, self.gate = model, dict(sites), config, gate
         for p in model.parameters():
             p.requires_grad_(False)
-        gates = [p for site in sites.values() for p in site.gate.parameters()]
+        gates = [p for site in sites.values() if site.gate is not None for p in site.gate.parameters()]
+        gates += [] if gate is None else list(gate.parameters())
         factors = [p for site in sites.values() if not site.tied for p in (site.V, site.U)]
         for p in gates + factors:
             p.requires_grad_(True)
@@ -151,6 +156,9 @@ class ReferenceStep:
         self.optimizer = torch.optim.Adam([{"params": factors}, {"params": gates, "lr": gate_lr}], lr=config.lr)
         seed = config.seed * 1_000_003
         self.masks, self.adversary, self.routing = (torch.Generator().manual_seed(seed + i) for i in (1, 2, 3))
+        # Kept from step to step by a merged term (K4b, L9): one source for every row, position and channel.
+        self.sources: dict[str, Tensor] = {}
+        self.climbing: torch.optim.Optimizer | None = None
 
     def step(self, batch: Any) -> Tensor:
         """One training step; returns the total loss."""
@@ -163,6 +171,8 @@ class ReferenceStep:
         """What follows the backward pass."""
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.climbing is not None:
+            self._ascend()
 
     def total(self, losses: Mapping[str, Tensor]) -> Tensor:
         """The weighted sum."""
@@ -174,7 +184,12 @@ class ReferenceStep:
         if batch.start_at is not None or batch.position_mask is not None:
             raise ValueError("the reference runs whole passes and counts every position")
         clean, inputs = self._clean_pass(batch.inputs)
-        pre = {name: site.gate(inputs[name], site.factors()[0]) for name, site in self.sites.items()}
+        if self.gate is not None:
+            pre = self.gate(inputs)
+        else:
+            pre = {
+                n: site.gate(inputs[n], site.factors()[0]) for n, site in self.sites.items() if site.gate is not None
+            }
         lower = {name: _Lower.apply(p) for name, p in pre.items()}
         upper = {name: _upper(p) for name, p in pre.items()}
         if config.delta or config.faithfulness > 0:
@@ -184,8 +199,11 @@ class ReferenceStep:
         if config.faithfulness > 0:
             losses["faithfulness"] = self._faithfulness()
         if config.minimality > 0:
-            penalties = [(g + 1e-12).pow(config.p_start).sum(-1).mean() for g in upper.values()]
-            losses["minimality"] = torch.stack(penalties).sum()
+            losses["minimality"] = torch.stack([self._penalty(g).sum(-1).mean() for g in upper.values()]).sum()
+        if config.frequency > 0:
+            means = [self._penalty(g).flatten(0, -2).mean(0) for g in upper.values()]
+            terms = [(m * (1 + config.frequency_reference * m).log2()).sum() for m in means]
+            losses["frequency"] = torch.stack(terms).sum()
         for term in config.reconstructions:
             losses[term.name] = self._reconstruction(term, batch.inputs, clean, lower)
         return losses
@@ -196,8 +214,15 @@ class ReferenceStep:
         for name, site in self.sites.items():
             if not site.tied:
                 found |= {f"{name}.V": site.V.grad, f"{name}.U": site.U.grad}
-            found |= {f"{name}.gate.{key}": p.grad for key, p in site.gate.named_parameters()}
-        return found
+            if site.gate is not None:
+                found |= {f"{name}.gate.{key}": p.grad for key, p in site.gate.named_parameters()}
+        return found if self.gate is None else found | self.gate.gradients()
+
+    def _penalty(self, g: Tensor) -> Tensor:
+        """L2's power, or S5 with its width at the start."""
+        if self.config.penalty == "power":
+            return (g + 1e-12).pow(self.config.p_start)
+        return g**2 / (g**2 + self.config.gamma_start**2)
 
     @torch.no_grad()
     def _clean_pass(self, inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -215,11 +240,17 @@ class ReferenceStep:
             site.masks = masks.get(name)
 
     def _faithfulness(self) -> Tensor:
-        deltas = [site.delta for site in self.sites.values() if not site.tied and site.delta is not None]
+        own = [site for site in self.sites.values() if not site.tied and site.delta is not None]
+        deltas = [site.delta for site in own if site.delta is not None]
+        if self.config.relative_faithfulness:
+            errors = [d.square().sum() / site.W.square().sum() for d, site in zip(deltas, own, strict=True)]
+            return torch.stack(errors).mean()
         return torch.stack([delta.square().sum() for delta in deltas]).sum() / sum(delta.numel() for delta in deltas)
 
     def _reconstruction(self, term: Any, inputs: Tensor, clean: Tensor, lower: Mapping[str, Tensor]) -> Tensor:
         passes = self._passes(term.routing, lower)
+        if isinstance(term.masks, Merged):
+            return self._merged(term.masks, inputs, clean, lower, passes[0])
         if term.masks == "stochastic":
             masks = [self._stochastic_masks(lower, routed) for routed in passes]
             return self._mean_loss(inputs, clean, masks)
@@ -239,6 +270,46 @@ class ReferenceStep:
                 for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True)
             }
         return self._mean_loss(inputs, clean, [self._adversarial_masks(lower, sources, routed) for routed in passes])
+
+    def _merged(
+        self, merged: Merged, inputs: Tensor, clean: Tensor, lower: Mapping[str, Tensor], routed: Mapping[str, Any]
+    ) -> Tensor:
+        """L9: the first rows under kept sources at all sites, the others under stochastic masks, as routed."""
+        rows = round(merged.share * len(inputs))
+        everywhere = dict.fromkeys(lower)
+        if self.climbing is None:
+            for name, g in lower.items():
+                drawn = torch.rand((rows, *g.shape[1:-1], g.shape[-1] + 1), generator=self.adversary)
+                self.sources[name] = drawn.to(g.dtype).requires_grad_()
+            spec = merged.persistent
+            self.climbing = torch.optim.Adam(self.sources.values(), lr=spec.lr, betas=spec.betas, maximize=True)
+        detached = {name: g[:rows].detach() for name, g in lower.items()}
+        for _ in range(merged.persistent.warm_steps):
+            loss = self._mean_loss(
+                inputs[:rows], clean[:rows], [self._adversarial_masks(detached, self.sources, everywhere)]
+            )
+            gradients = torch.autograd.grad(loss, list(self.sources.values()))
+            for source, gradient in zip(self.sources.values(), gradients, strict=True):
+                source.grad = gradient
+            self._ascend()
+        chosen = self._adversarial_masks({n: g[:rows] for n, g in lower.items()}, self.sources, everywhere)
+        others = self._stochastic_masks({n: g[rows:] for n, g in lower.items()}, everywhere)
+        both = {}
+        for name, where in routed.items():
+            a, b = chosen[name], others[name]
+            delta = None if a.delta is None or b.delta is None else torch.cat([a.delta, b.delta])
+            at = torch.cat([torch.ones_like(where[:rows]), where[rows:]])
+            both[name] = PassMasks(torch.cat([a.mask, b.mask]), delta, at)
+        return self._mean_loss(inputs, clean, [both])
+
+    def _ascend(self) -> None:
+        """One step of the kept sources on the gradients that they have."""
+        assert self.climbing is not None
+        self.climbing.step()
+        self.climbing.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for source in self.sources.values():
+                source.clamp_(0, 1)
 
     def _mean_loss(self, inputs: Tensor, clean: Tensor, masks: Iterable[Mapping[str, PassMasks]]) -> Tensor:
         losses = []
@@ -293,14 +364,15 @@ def _divergence(clean: Tensor, masked: Tensor, kind: str) -> Tensor:
 
 def weighted_sum(losses: Mapping[str, Tensor], config: Any) -> Tensor:
     """The total loss."""
-    weights = {"faithfulness": config.faithfulness, "minimality": config.minimality}
+    weights = {name: getattr(config, name) for name in ("faithfulness", "minimality", "frequency")}
     weights |= {term.name: term.coefficient for term in config.reconstructions}
     return torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
 
 
 def _check(config: Any) -> None:
     """Refuse every choice that is not written here."""
-    plain = {"squash": "straight", "precision": "fp32", "frequency": 0.0, "hidden": 0.0, "p_end": None}
+    plain = {"squash": "straight", "precision": "fp32", "hidden": 0.0, "p_end": None, "tolerance": None}
+    plain |= {"relative_reconstruction": False, "frequency_reference": None if config.frequency == 0 else 32_768}
     plain |= {"clip_subcomponents": None, "clip_gates": None, "schedule": "constant", "lr_warmup": 0}
     for name, only in plain.items():
         if getattr(config, name) != only:
@@ -308,8 +380,16 @@ def _check(config: Any) -> None:
     for term in config.reconstructions:
         pgd = isinstance(term.masks, PGD) and term.masks.scope == "batch"
         known = (term.masks == "stochastic" or pgd) and term.routing in ("all", "layerwise", "subset")
-        if not known or term.draws != 1:
-            raise ValueError(f"{term}; the reference knows stochastic and PGD(...), one draw, scope 'batch'")
+        merged = isinstance(term.masks, Merged) and term.routing == "subset" and _plain(term.masks.persistent)
+        if not (known or merged) or term.draws != 1:
+            raise ValueError(
+                f"{term}; the reference knows stochastic and PGD(...), one draw, scope 'batch', and Merged with plain "
+                "sources by position and subset routing"
+            )
+
+
+def _plain(spec: Persistent) -> bool:
+    return spec.scope == "position" and spec.lr_warmup == spec.start == spec.first_steps == 0
 
 
 def replace_linears(model: nn.Module, paths: Mapping[str, str], decomposition: Any) -> dict[str, ReferenceLinear]:
@@ -321,7 +401,7 @@ def replace_linears(model: nn.Module, paths: Mapping[str, str], decomposition: A
     sites: dict[str, ReferenceLinear] = {}
     for name, path in paths.items():
         of_gate = {k.removeprefix(f"{name}.gate."): v for k, v in start.items() if k.startswith(f"{name}.gate.")}
-        gate = ReferenceGate(decomposition.settings.gate, of_gate)
+        gate = ReferenceGate(decomposition.settings.gate, of_gate) if of_gate else None
         tied_to = decomposition[name].site.tied_to
         if tied_to is None:
             V, U = nn.Parameter(start[f"{name}.V"].clone()), nn.Parameter(start[f"{name}.U"].clone())

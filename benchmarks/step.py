@@ -38,7 +38,7 @@ from spd_lens.data import Batch
 from spd_lens.objective import PGD
 from spd_lens.training import Reconstruction
 
-LETTERS = dict(zip("abcdef", CONFIGURATIONS, strict=True))
+LETTERS = dict(zip("abcdefg", CONFIGURATIONS, strict=True))
 # Blocks before the decomposed one at which configuration f is measured besides its own.
 DEPTHS = (1, 3, 7, 11)
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -283,7 +283,7 @@ def main(
         **{key: result.pop(key) for key in HEADLINE if key in result},
         **result,
         "sizes": dataclasses.asdict(dataclasses.replace(sizes, **changes)),
-        "losses": {n: getattr(used, n) for n in ("faithfulness", "minimality")}
+        "losses": {n: getattr(used, n) for n in ("faithfulness", "minimality", "frequency")}
         | {term.name: term.coefficient for term in used.reconstructions},
         "delta": used.delta,
         "rounds": rounds,

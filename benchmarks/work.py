@@ -18,8 +18,8 @@ The model, and what is left out of it:
 - GELUs (the function once forward, its derivative once backward) and random numbers are counted as evaluations, because
   they cost more than their traffic. Left out: other special functions, calls.
 
-Known: shared, scalar and vector gates; HookedTransformer and TransformerBridge with plain attention and MLP without
-gates, all heads their own keys; TMS. Embeddings as sites are refused.
+Known: shared, scalar, vector and global gates; HookedTransformer and TransformerBridge with plain attention and MLP
+without gates, all heads their own keys; TMS. Embeddings as sites are refused.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ import torch
 from benchmarks.configurations import ProductStep
 from spd_lens import Decomposition, TrainConfig
 from spd_lens.core import sample_routing
+from spd_lens.core.gates import GateBlock, GlobalGate
 from spd_lens.data import Batch
-from spd_lens.objective import PGD, mask_source
+from spd_lens.objective import PGD, Merged, MergedMasks, mask_source
 from spd_lens.toys import TMS
 
 CLEAN, GATES, FAITHFULNESS, OPTIMIZER = "clean pass", "gates", "faithfulness", "optimizer"
@@ -173,6 +174,9 @@ def drawn_rows(step: ProductStep, batch: Batch) -> dict[str, Rows]:
             for _ in range(1 if once else term.draws)
             for routed in sample_routing(shapes, term.routing, generator=generator)
         ]
+        source = mask_source(term.masks)
+        if isinstance(source, MergedMasks):
+            passes = [{s: None if w is None else source._all_first(w) for s, w in routed.items()} for routed in passes]
         found[term.name] = [
             {site: shapes[site].numel() if where is None else int(where.sum()) for site, where in routed.items()}
             for routed in passes
@@ -206,9 +210,15 @@ class _Count:
         for node in self._nodes_from(self.batch.start_at):
             self._node(CLEAN, node, frozenset(), forward=True)
         self.work.moved[CLEAN] += 2 * n_out if self.config.divergence == "kl" else 0
-        for name in self.decomposition:
-            self._gate(name)
+        if self.decomposition.global_gate is not None:
+            self._global_gate(self.decomposition.global_gate)
+        else:
+            for name in self.decomposition:
+                self._gate(name)
         for term in self.config.reconstructions:
+            if isinstance(term.masks, Merged):
+                self._merged(term, term.masks, rows.get(term.name), n_out)
+                continue
             passes = rows.get(term.name) or expected_rows(list(self.decomposition), term.routing, self.n) * term.draws
             climbs = term.masks.steps if isinstance(term.masks, PGD) else 0
             for masked in passes:
@@ -255,6 +265,25 @@ class _Count:
                 self._masked_site(term, node.name, rows[node.name], not is_clean, parameters, draws)
         self.work.moved[term] += 3 * n_out
 
+    def _merged(self, term: Any, merged: Merged, rows: Rows | None, n_out: int) -> None:
+        """Ascents over the first rows at all sites, then one pass over all rows: these everywhere, others as routed."""
+        first = round(merged.share * len(self.batch.inputs))
+        part = _Count(
+            self.decomposition, self.config, replace(self.batch, inputs=self.batch.inputs[:first]), self.performed
+        )
+        part.work = self.work
+        everywhere = dict.fromkeys(self.decomposition, float(part.n))
+        n_sources = part.n * sum(w.n_subcomponents + int(self.config.delta) for w in self.decomposition.values())
+        for _ in range(merged.persistent.warm_steps):
+            part._pass(ascents(term.name), everywhere, n_out * part.n // self.n, parameters=False, draws=False)
+        self.work.moved[ascents(term.name)] += 7 * n_sources * (merged.persistent.warm_steps + 1)
+        if rows is None:
+            (others,) = expected_rows(list(self.decomposition), term.routing, self.n - part.n)
+            rows = [{name: part.n + others[name] for name in self.decomposition}]
+        drawn = self.work.drawn
+        self._pass(term.name, rows[0], n_out, parameters=True, draws=True)
+        self.work.drawn = drawn + (self.work.drawn - drawn) * (1 - part.n / self.n)
+
     def _needed(self, node: Node, rows: Mapping[str, float]) -> Node:
         """Without the delta, rows that are masked do not need the frozen matrix."""
         if self.performed or self.config.delta or node.name not in rows:
@@ -300,6 +329,26 @@ class _Count:
         self.work.gelus += hidden
         self.work.gelu_derivatives += hidden
         moved[GATES] += moved_hidden * hidden + squashings + 2 * sum(p.numel() for p in parameters.values())
+
+    def _global_gate(self, gate: GlobalGate) -> None:
+        """One transformer over all sites: `gate.blocks` of attention and an MLP of four times the width."""
+        n, width, total = self.n, gate.w_embed.shape[1], gate.w_out.shape[1]
+        n_batch, n_pos = self.batch.inputs.shape[:2]
+        self._linear(GATES, (n, gate.w_embed.shape[0], width), by_weight=True)
+        for block in gate.blocks:
+            assert isinstance(block, GateBlock)
+            for shape in ((width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)):
+                self._linear(GATES, (n, *shape), by_input=True, by_weight=True)
+            d, heads = width // block.n_heads, n_batch * block.n_heads
+            self._linear(GATES, (n_pos, d, n_pos), by_input=True, by_weight=True, batch=heads)
+            self._linear(GATES, (n_pos, n_pos, d), by_input=True, by_weight=True, batch=heads)
+            self.work.gelus += 4 * n * width
+            self.work.gelu_derivatives += 4 * n * width
+            # Two norms with their residual sums, the softmax, and the GELU, forward and back.
+            self.work.moved[GATES] += 2 * 2 * 3 * n * width + 5 * heads * n_pos**2 + 5 * 4 * n * width
+        self._linear(GATES, (n, width, total), by_input=True, by_weight=True)
+        self.work.moved[GATES] += 2 * n * gate.w_embed.shape[0] + 5 * n * total
+        self.work.moved[GATES] += 2 * sum(p.numel() for p in gate.parameters())
 
     def _faithfulness(self) -> None:
         if self.config.faithfulness == 0:

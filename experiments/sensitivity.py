@@ -1,6 +1,7 @@
 """How much the settings matter: the share of runs that succeed over coefficients, learning rates and C, on TMS 5-2.
 
-    python experiments/sensitivity.py                      both maps, then the picture; continues where it was stopped
+    python experiments/sensitivity.py                      all maps, then the picture; continues where it was stopped
+    python experiments/sensitivity.py --method spd_smooth
     python experiments/sensitivity.py --method apd --seeds 5
     python experiments/sensitivity.py --plot               only the picture and summary.json, from the saved runs
 
@@ -37,7 +38,7 @@ if __package__ in (None, ""):  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from experiments.apd_experiments import APD_EXPERIMENTS
-from experiments.paper import EXPERIMENTS
+from experiments.paper import EXPERIMENTS, Experiment
 from experiments.runs import (
     DECOMPOSITION_SEED,
     RESULTS,
@@ -48,11 +49,12 @@ from experiments.runs import (
     settings_hash,
     write_at_once,
 )
-from experiments.sensitivity_figure import save_map
+from experiments.sensitivity_figure import METHODS, save_map
 from spd_lens.baselines import apd_report, train_apd
+from spd_lens.objective import PGD
 from spd_lens.support import library_versions
 from spd_lens.toys import MIN_MMCS, Recovery, TMSReport, tms_report
-from spd_lens.training import train_many
+from spd_lens.training import Reconstruction, train_many
 
 # Steps of half and a quarter of a decade, around the settings used elsewhere.
 COEFFICIENT_FACTORS = tuple(10 ** (n / 2) for n in (-2, -1, 0, 1, 2))
@@ -60,27 +62,43 @@ SECOND_FACTORS = tuple(10 ** (n / 4) for n in (-2, -1, 0, 1, 2))
 C_PER_FEATURE = (1, 2, 4, 8)
 
 
+# What is changed in a map of SPD, by its name, and for which C it is drawn.
+CHANGES: dict[str, dict[str, Any]] = {
+    "spd": {},
+    "spd_smooth": {"penalty": "smooth_l0", "gamma_end": 0.05},
+    "spd_adversary": {"reconstructions": (Reconstruction(masks=PGD(1, 1.0)), Reconstruction(routing="layerwise"))},
+}
+
+
 @dataclass(frozen=True)
 class SPDGrid:
-    """Minimality x learning rate, one batched program for every C and seed."""
+    """Minimality x learning rate, one batched program for every C and seed; `method` names what is changed besides."""
 
     coefficients: tuple[float, ...]
     lrs: tuple[float, ...]
     counts: tuple[int, ...]
     steps: int
-
-    method = "spd"
+    method: str = "spd"
 
     @staticmethod
-    def full() -> SPDGrid:
-        """The whole map."""
-        config = EXPERIMENTS["tms_5-2"].config
+    def full(method: str = "spd") -> SPDGrid:
+        """The whole map; of what is changed only for the C used elsewhere."""
+        experiment = EXPERIMENTS["tms_5-2"]
+        config = experiment.config
+        counts = tuple(5 * n for n in C_PER_FEATURE) if method == "spd" else (experiment.n_subcomponents["W_enc"],)
         return SPDGrid(
             tuple(config.minimality * f for f in COEFFICIENT_FACTORS),
             tuple(config.lr * f for f in SECOND_FACTORS),
-            tuple(5 * n for n in C_PER_FEATURE),
+            counts,
             config.steps,
+            method,
         )
+
+    @property
+    def experiment(self) -> Experiment:
+        """TMS 5-2 with the changes of this map."""
+        experiment = EXPERIMENTS["tms_5-2"]
+        return dataclasses.replace(experiment, config=experiment.config.changed(**CHANGES[self.method]))
 
     @property
     def programs(self) -> tuple[dict[str, Any], ...]:
@@ -94,13 +112,13 @@ class SPDGrid:
 
     def settings(self) -> dict[str, Any]:
         """Everything besides the seeds."""
-        settings = EXPERIMENTS["tms_5-2"].settings()
+        settings = self.experiment.settings()
         config = {**settings["config"], "steps": self.steps}
         return {**settings, "config": config, "n_subcomponents": list(self.counts), "cells": self.cells}
 
     def train(self, target: nn.Module, seed: int, program: Mapping[str, Any], out_dir: Path) -> list[dict[str, Any]]:
         """The verdicts on all cells."""
-        experiment = EXPERIMENTS["tms_5-2"]
+        experiment = self.experiment
         base = experiment.config
         assert base.gate_lr is not None
         configs = [
@@ -280,17 +298,17 @@ def cells_of(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def summary_lines(summary: Mapping[str, Any]) -> str:
     """A line per method and C."""
     lines = []
-    for method in ("spd", "apd"):
+    for method in METHODS:
         for C, counts in summary.get(method, {}).get("by_C", {}).items():
             lines.append(
-                f"{method.upper()} C={C}: of {counts['runs']} runs {counts['found']} find one subcomponent "
+                f"{METHODS[method]} C={C}: of {counts['runs']} runs {counts['found']} find one subcomponent "
                 f"per feature, {counts['successes']} with the right length too"
             )
     return "\n".join(lines)
 
 
 def main(
-    method: Annotated[str, typer.Option(help="spd, apd or both")] = "both",
+    method: Annotated[str, typer.Option(help="apd, spd, another of CHANGES, or all")] = "all",
     seeds: Annotated[int, typer.Option(help="Runs of every cell.")] = 3,
     plot: Annotated[bool, typer.Option("--plot", help="Only the picture and the summary of what was run.")] = False,
     results: Annotated[Path, typer.Option(help="Where results go.")] = RESULTS / "sensitivity",
@@ -298,16 +316,16 @@ def main(
 ) -> None:
     """Sensitivity maps of SPD and APD on TMS 5-2."""
     torch.set_num_threads(1)
-    grids: dict[str, Grid] = {"spd": SPDGrid.full(), "apd": APDGrid.full()}
-    if method not in ("both", *grids):
-        raise typer.BadParameter(f"--method {method!r}; expected spd, apd or both")
+    grids: dict[str, Grid] = {**{name: SPDGrid.full(name) for name in CHANGES}, "apd": APDGrid.full()}
+    if method not in ("all", *grids):
+        raise typer.BadParameter(f"--method {method!r}; expected all, {', '.join(grids)}")
     for name, grid in grids.items():
-        if not plot and method in ("both", name):
+        if not plot and method in ("all", name):
             run_map(grid, seeds, results=results, work=work)
     summary = summarise_map(results, "python experiments/sensitivity.py" + (f" --seeds {seeds}" if seeds != 3 else ""))
     print(summary_lines(summary))
     used_C = {
-        "spd": EXPERIMENTS["tms_5-2"].n_subcomponents["W_enc"],
+        **dict.fromkeys(CHANGES, EXPERIMENTS["tms_5-2"].n_subcomponents["W_enc"]),
         "apd": APD_EXPERIMENTS["apd_tms_5-2"].config.n_components,
     }
     print(save_map(results / "map.png", summary, used_C))

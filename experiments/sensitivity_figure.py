@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 N_FEATURES = 5
+# Methods in the order of their panels, by the names that a reader sees.
+METHODS = {"spd": "SPD", "spd_smooth": "SPD, smooth L0", "spd_adversary": "SPD, adversary", "apd": "APD"}
 # The coefficient's name, the second setting's, and its key in the records.
 AXES = {
-    "spd": ("minimality coefficient", "learning rate", "lr"),
+    **dict.fromkeys(METHODS, ("minimality coefficient", "learning rate", "lr")),
     "apd": ("simplicity coefficient", "k: active components per input", "k"),
 }
 
@@ -34,7 +36,7 @@ def save_map(path: Path, summary: Mapping[str, Any], used_C: Mapping[str, int]) 
 
     panels = [
         (method, C, [cell for cell in summary[method]["cells"] if cell["C"] == C])
-        for method in ("spd", "apd")
+        for method in METHODS
         if method in summary
         for C in sorted({cell["C"] for cell in summary[method]["cells"]})
     ]
@@ -55,7 +57,7 @@ def save_map(path: Path, summary: Mapping[str, Any], used_C: Mapping[str, int]) 
     for index, (axis, (method, C, cells)) in enumerate(zip(axes, panels, strict=True)):
         coefficient, second, key = AXES[method]
         image = _panel(axis, cells, key, dashed=used_C[method] != C)
-        axis.set_title(f"{method.upper()}, C = {C}\n({C / N_FEATURES:g} per feature)", fontsize=10)
+        axis.set_title(f"{METHODS[method]}, C = {C}\n({C / N_FEATURES:g} per feature)", fontsize=10)
         found, runs, right = (sum(cell[name] for cell in cells) for name in ("found", "runs", "successes"))
         per_cell = "/".join(str(n) for n in sorted({cell["runs"] for cell in cells}))
         counts = f"found: {found} of {runs} runs ({per_cell} per cell)\nright length too: {right}"

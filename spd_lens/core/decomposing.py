@@ -72,7 +72,8 @@ def decompose(
     so the same seed gives the same start on every device.
 
     - `gate`: a kind, or an object that makes the gate of a site: `gate(d_in=, n_subcomponents=, generator=) -> Gate`.
-    - `gate_options`: further choices of the global gate: `n_blocks`, `n_heads`, `causal` (see `GlobalGate`).
+    - `gate_options`: further choices of the global gate: `n_blocks`, `n_heads`, `causal` (see `GlobalGate`), and
+      `reads`: `"inputs"` of the sites, or `"residuals"`, the residual stream before every block with a site.
     - `init`: a kind, or a function `(W, C, generator) -> (V, U)`.
 
     Raises ValueError or TypeError as `decompose_layer`; the model is then unchanged.
@@ -152,7 +153,7 @@ def _count(site: Site, count: int | None) -> int:
     return int(1.5 * min(site.matrix.read().shape)) if count is None else count
 
 
-GATE_OPTIONS = {"n_blocks": "gate_blocks", "n_heads": "gate_heads", "causal": "gate_causal"}
+GATE_OPTIONS = {"n_blocks": "gate_blocks", "n_heads": "gate_heads", "causal": "gate_causal", "reads": "gate_reads"}
 
 
 def _checked_options(gate: str, options: Mapping[str, Any] | None) -> dict[str, Any]:

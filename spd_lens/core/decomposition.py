@@ -30,6 +30,7 @@ from spd_lens.core.masks import SiteMask
 from spd_lens.core.passes import BlockStarts, CleanPass, captured, given_masks, record_inputs, run, run_in_pieces
 from spd_lens.core.saving import check_same_weights, check_tensors, read_decomposition, upload, write_decomposition
 from spd_lens.core.settings import GateMaker, Settings
+from spd_lens.core.site_inputs import SiteInputs
 from spd_lens.core.squashings import importance_of
 from spd_lens.core.summary import Summary, summarise
 from spd_lens.core.swap import check_sites, swap_out, swap_sites
@@ -178,16 +179,18 @@ class Decomposition(Mapping[str, DecomposedWeight]):
         self.starts.require_stop(stop_at)
         starts = {self.starts.first_block([name]) for name in self} if self.host.can_start_at_blocks() else set()
         layers = [layer for layer in starts if layer is not None and layer > (start_at or 0)]
+        layers = layers if attention_mask is None else []
         with (
             torch.no_grad(),
             record_inputs(self._weights) as inputs,
             captured(self.host, hidden_points) as hidden,
-            self.host.record_residuals(layers if attention_mask is None else ()) as residuals,
+            self.host.record_residuals({*layers, *self.gates.blocks_read}) as residuals,
         ):
             output = self._run(batch, start_at, attention_mask, stop_at)
         if missed := [point for point in hidden_points if point not in hidden]:
             raise ValueError(f"the hook point {missed[0]!r} is not reached by a pass that stops at block {stop_at}")
-        return CleanPass(output, inputs, hidden, residuals)
+        read = SiteInputs(inputs, {layer: residuals[layer] for layer in self.gates.blocks_read})
+        return CleanPass(output, read, hidden, {layer: residuals[layer] for layer in layers if layer in residuals})
 
     def masked_forward(
         self,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from spd_lens.core.decomposed_weight import DecomposedWeight
 from spd_lens.core.gates import GlobalGate
+from spd_lens.core.site_inputs import SiteInputs
 
 
 class Gates(ABC):
@@ -25,6 +26,8 @@ class Gates(ABC):
 
     looks_across_positions: bool
     is_by_site: bool
+    # Blocks whose residual stream is read besides, or in place of, the sites' inputs.
+    blocks_read: tuple[int, ...] = ()
 
     def __init__(self, weights: Mapping[str, DecomposedWeight]) -> None:
         self.weights = weights
@@ -65,7 +68,7 @@ class GatesBySite(Gates):
 
 
 class GateOfAll(Gates):
-    """The global gate: one network over the inputs of all sites."""
+    """The global gate: one network over the inputs of all sites, or over the residual streams before their blocks."""
 
     looks_across_positions = True
     is_by_site = False
@@ -73,8 +76,17 @@ class GateOfAll(Gates):
     def __init__(self, weights: Mapping[str, DecomposedWeight], gate: GlobalGate) -> None:
         super().__init__(weights)
         self.gate = gate
+        blocks = {residual_name(w.site.layer): w.site.layer for w in weights.values() if w.site.layer is not None}
+        self.blocks_read = tuple(blocks[name] for name in gate.reads if name in blocks)
 
     def pre_activations(self, inputs: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "*batch _"]]:
+        if self.blocks_read:
+            if not isinstance(inputs, SiteInputs) or not set(self.blocks_read) <= set(inputs.residuals):
+                raise ValueError(
+                    "this decomposition's gate reads residual streams, which these inputs do not hold; expected "
+                    "clean_pass(tokens).inputs itself"
+                )
+            return self.gate({residual_name(layer): inputs.residuals[layer] for layer in self.blocks_read})
         missing = [name for name in self.weights if name not in inputs]
         if missing:
             raise ValueError(
@@ -96,6 +108,11 @@ class GateOfAll(Gates):
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         for key, p in self.gate.named_parameters():
             yield f"global_gate.{key}", p
+
+
+def residual_name(layer: int) -> str:
+    """What a gate calls the residual stream that enters a block."""
+    return f"residual {layer}"
 
 
 def gates_of(weights: Mapping[str, DecomposedWeight]) -> Gates:

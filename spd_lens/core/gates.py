@@ -234,6 +234,7 @@ class GateBlock(nn.Module):
 class GlobalGate(nn.Module):
     """One transformer over the concatenated, RMS-normed inputs of all sites; gives every site's pre-activation.
 
+    `d_ins` are the widths of what it reads, by name: the sites' inputs, or others, such as residual streams.
     `n_blocks` blocks of width `width` with `n_heads` heads, `causal` or looking both ways (published for language
     models: as wide as or wider than the target, half to twice its depth, both ways). Look-up sites enter by the row of
     the target's matrix that they read. Inputs without a position axis are a sequence of length one.
@@ -259,7 +260,7 @@ class GlobalGate(nn.Module):
                 f"gate_blocks={n_blocks}, gate_heads={n_heads}, gate_width={width}; expected at least one block and a "
                 "number of heads that divides the width"
             )
-        self.sizes = dict(n_subcomponents)
+        self.sizes, self.reads = dict(n_subcomponents), tuple(d_ins)
         total = sum(d_ins.values())
         self.w_embed = nn.Parameter(torch.randn(total, width, generator=generator) / math.sqrt(total))
         self.blocks = nn.ModuleList(GateBlock(width, n_heads, causal, generator) for _ in range(n_blocks))
@@ -269,8 +270,8 @@ class GlobalGate(nn.Module):
         self.b_out = nn.Parameter(torch.zeros(sum(self.sizes.values())))
 
     def forward(self, inputs: dict[str, Float[Tensor, "*batch _"]]) -> dict[str, Float[Tensor, "*batch _"]]:
-        """`inputs[site] [batch pos d_in]`, in the sites' fixed order, to `p[site] [batch pos C]`."""
-        normed = [F.rms_norm(inputs[name].to(self.w_embed.dtype), inputs[name].shape[-1:]) for name in self.sizes]
+        """`inputs[name] [batch pos d_in]` of all that is read, in its fixed order, to `p[site] [batch pos C]`."""
+        normed = [F.rms_norm(inputs[name].to(self.w_embed.dtype), inputs[name].shape[-1:]) for name in self.reads]
         stream = torch.cat(normed, dim=-1) @ self.w_embed
         flat = stream.ndim == 2
         if flat:

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from spd_lens.core.decomposed_weight import DecomposedWeight
 from spd_lens.core.masks import SiteMask
+from spd_lens.core.site_inputs import SiteInputs
 from spd_lens.hosts.host import Host
 from spd_lens.support.given import given_list, given_whole
 from spd_lens.support.names import near_names
@@ -265,7 +266,7 @@ class CleanPass:
     """
 
     output: Tensor
-    inputs: dict[str, Tensor]
+    inputs: SiteInputs
     hidden: dict[str, Tensor]
     residuals: dict[int, Tensor]
 

@@ -43,7 +43,7 @@ class Settings:
 
     - `gate`, `init`: a kind by name, or `"own"` for an object that was passed; what rebuilds it is then with the user.
     - `own_gate`, `own_init`: these objects, for this process alone; a start that is there is used whatever `init` says.
-    - `gate_blocks`, `gate_heads`, `gate_causal`: of the global gate.
+    - `gate_blocks`, `gate_heads`, `gate_causal`, `gate_reads`: of the global gate.
     """
 
     n_subcomponents: Annotated[dict[str, Count], BeforeValidator(_counts)]
@@ -54,6 +54,7 @@ class Settings:
     gate_blocks: Count = 1
     gate_heads: Count = 1
     gate_causal: Flag = True
+    gate_reads: Literal["inputs", "residuals"] = "inputs"
     own_gate: Any = field(default=None, repr=False, compare=False)
     own_init: Any = field(default=None, repr=False, compare=False)
 
@@ -70,4 +71,7 @@ class Settings:
     def to_json(self) -> dict[str, Any]:
         """Plain values for files; objects of one's own are not among them."""
         values = dataclasses.asdict(dataclasses.replace(self, own_gate=None, own_init=None))
+        if self.gate_reads == "inputs":
+            # Files from before there was a choice do not have it.
+            del values["gate_reads"]
         return {name: value for name, value in values.items() if not name.startswith("own_")}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from spd_lens.core.decomposed_weight import DecomposedWeight, Swapped
+from spd_lens.core.gate_sets import residual_name
 from spd_lens.core.gates import Gate, GlobalGate, make_gate
 from spd_lens.core.pass_state import CallGuard, PassState
 from spd_lens.core.points import HeadResults, ReadPoint, UnknownImportance
@@ -88,7 +89,7 @@ def swap_sites(
     """Make subcomponents and gates for checked sites and swap them in; on any failure the model is unchanged."""
     with _default_dtype(torch.float32):
         prepared = [(site, *_make_modules(site, settings, generator)) for site in sites]
-        global_gate = _make_global_gate(sites, settings, generator) if settings.gate == "global" else None
+        global_gate = _make_global_gate(host, sites, settings, generator) if settings.gate == "global" else None
     try:
         # A Ctrl-C that waited is raised inside `try`: the model is then whole again.
         with hold_interrupts():
@@ -188,9 +189,12 @@ def _start(
     return V.detach().clone(), U.detach().clone()
 
 
-def _make_global_gate(sites: Sequence[Site], settings: Settings, generator: torch.Generator) -> GlobalGate:
-    # A look-up site enters by the row that it reads, whose width is the matrix's d_out.
-    widths = {site.name: site.matrix.read().shape[1 if site.is_lookup else 0] for site in sites}
+def _make_global_gate(host: Host, sites: Sequence[Site], settings: Settings, generator: torch.Generator) -> GlobalGate:
+    if settings.gate_reads == "residuals":
+        widths = _residual_widths(host, sites)
+    else:
+        # A look-up site enters by the row that it reads, whose width is the matrix's d_out.
+        widths = {site.name: site.matrix.read().shape[1 if site.is_lookup else 0] for site in sites}
     counts = {site.name: settings.n_subcomponents[site.name] for site in sites}
     target = sites[0].matrix.read()
     assert settings.gate_width is not None
@@ -204,6 +208,18 @@ def _make_global_gate(sites: Sequence[Site], settings: Settings, generator: torc
         causal=settings.gate_causal,
     )
     return gate.to(device=target.device, dtype=_master_dtype(target))
+
+
+def _residual_widths(host: Host, sites: Sequence[Site]) -> dict[str, int]:
+    """What a gate that reads residual streams is given, by name. Raises ValueError for a site outside all blocks."""
+    layers = [site.layer for site in sites if site.layer is not None]
+    outside = [site.name for site in sites if site.layer is None]
+    if outside or host.d_model() == 0:
+        raise ValueError(
+            f"gate_options reads='residuals' with {outside[0] if outside else 'a model without blocks'}; expected "
+            "sites in blocks alone, or reads='inputs'"
+        )
+    return {residual_name(layer): host.d_model() for layer in sorted(set(layers))}
 
 
 def _master_dtype(target: Tensor) -> torch.dtype:

@@ -118,6 +118,12 @@ class TrainConfig:
       linearly to `gamma_end` over the share `gamma_until` of the run, then held.
     - `minimality_factors`: `{pattern: factor}` on the parts of L2 of the sites that match (others: 1), for matrices
       that no single coefficient suits.
+    - `relative_reconstruction`: reconstruction terms are divided by what it costs to switch everything off, measured in
+      the first steps. `minimality` then is the share of the behaviour that one subcomponent has to be worth, and much
+      the same for different models (`spd_lens.training.weights`).
+    - `tolerance`: instead of a coefficient, the divergence that may be spent (nats for `"kl"`; with
+      `relative_reconstruction` a share of everything off). `minimality`, and `frequency` with it, is then where the
+      run starts; it rises and falls by at most a factor `exp(tolerance_rate)` over the run.
     - `frequency` (L3) of the same penalty; `frequency_reference`: its number of positions N, None for the batch's own.
     - `reconstructions` (L4 to L6); `hidden` (L7) on `hidden_points`, with stochastic masks of its own.
     - `delta`: the unexplained part has a random mask too (K2); without it it is left out of masked passes.
@@ -164,6 +170,9 @@ class TrainConfig:
     gamma_start: Positive = 1.0
     gamma_end: Positive = 0.01
     gamma_until: Positive = 0.9
+    relative_reconstruction: Flag = False
+    tolerance: Positive | None = None
+    tolerance_rate: Positive = 20.0
     frequency: NonNegative = 0.0
     frequency_reference: Count | None = None
     reconstructions: Annotated[tuple[Any, ...], as_tuple] = (Reconstruction(),)
@@ -193,6 +202,7 @@ class TrainConfig:
         self._check_local()
         if self.hidden > 0 and not self.hidden_points:
             raise ValueError("hidden > 0 needs hidden_points; expected names of hook points to reconstruct")
+        self._check_weights()
         if self.gamma_until > 1:
             raise ValueError(f"gamma_until={self.gamma_until}; expected a share of the run, at most 1")
         keeps_output = any(term.coefficient > 0 for term in self.reconstructions) or self.hidden > 0 or self.extra_terms
@@ -200,6 +210,19 @@ class TrainConfig:
             raise ValueError(
                 "reconstructions is empty (or all have coefficient 0), so nothing keeps the output while minimality "
                 "switches everything off; expected at least one Reconstruction, or minimality=0 and frequency=0"
+            )
+
+    def _check_weights(self) -> None:
+        if (self.relative_reconstruction or self.tolerance is not None) and not any(
+            term.coefficient > 0 for term in self.reconstructions
+        ):
+            raise ValueError(
+                f"relative_reconstruction={self.relative_reconstruction} and tolerance={self.tolerance} without a "
+                "reconstruction term; expected at least one Reconstruction with a coefficient above 0"
+            )
+        if self.tolerance is not None and self.minimality == 0:
+            raise ValueError(
+                f"tolerance={self.tolerance} with minimality=0; expected where its coefficient starts, such as 1e-3"
             )
 
     def _check_local(self) -> None:
@@ -279,6 +302,10 @@ class TrainConfig:
             for term in self.reconstructions
         ]
         values["extra_terms"] = [{"name": term.name, "coefficient": term.coefficient} for term in self.extra_terms]
+        # Files from before there was a choice do not have it.
+        for name, default in _ADDED.items():
+            if values[name] == default:
+                del values[name]
         values["readout"] = None if self.readout is None else self.readout.to_json()
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
@@ -295,6 +322,9 @@ class TrainConfig:
             for term in values.get("reconstructions", ())
         )
         return TrainConfig(**{**values, "reconstructions": terms, "extra_terms": ()})
+
+
+_ADDED = {"relative_reconstruction": False, "tolerance": None, "tolerance_rate": 20.0}
 
 
 def _masks_to_json(masks: MasksGiven) -> Any:

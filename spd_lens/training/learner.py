@@ -19,6 +19,7 @@ from spd_lens.support.shown import short_repr
 from spd_lens.training.checkpoint import load_optimizer_tensors, optimizer_tensors
 from spd_lens.training.config import TrainConfig
 from spd_lens.training.processes import Processes
+from spd_lens.training.weights import Weights
 
 
 @dataclass
@@ -35,11 +36,13 @@ class Learner:
     sources: dict[str, MaskSource] = field(init=False)
     targets: dict[str, Tensor] = field(default_factory=dict)
     minimality_factors: dict[str, float] = field(default_factory=dict)
+    weights: Weights = field(init=False)
 
     __repr__ = short_repr
 
     def __post_init__(self) -> None:
         self.sources = {term.name: mask_source(term.masks) for term in self.config.reconstructions}
+        self.weights = Weights([self.config], (), like=next(iter(self.decomposition.values())).V)
         if self.processes.count > 1:
             for source in self.sources.values():
                 source.whole_batch = self.processes.whole_batch
@@ -49,6 +52,7 @@ class Learner:
         tensors = {f"decomposition.{name}": t for name, t in self.decomposition.tensors().items()}
         tensors |= optimizer_tensors(self.optimizer, "adam")
         tensors |= {f"generator.{name}": g.get_state() for name, g in self.generators.items()}
+        tensors |= {f"weights.{name}": value for name, value in self.weights.tensors().items()}
         for term, source in self.sources.items():
             state = source.state()
             if source.by_rows:
@@ -64,6 +68,7 @@ class Learner:
 
         self.decomposition.load_tensors(below("decomposition."))
         load_optimizer_tensors(self.optimizer, "adam", tensors)
+        self.weights.load(below("weights."))
         for name, generator in self.generators.items():
             generator.set_state(tensors[f"generator.{name}"])
         for name, source in self.sources.items():

@@ -40,7 +40,6 @@ from spd_lens.training.offloading import only_entered_blocks
 from spd_lens.training.processes import Processes, join_processes
 from spd_lens.training.run_files import RunFiles, open_run
 from spd_lens.training.step import accumulate_gradients, apply_gradients, faithfulness, set_learning_rates
-from spd_lens.training.terms import coefficient
 from spd_lens.training.train_result import TrainResult
 
 # Several processes agree on whether to stop at every so many steps.
@@ -135,7 +134,7 @@ def train(
             batch = (whole if shares else processes.own_rows(whole)).to(decomposition.device)
             set_learning_rates(learner, step)
             losses, active = accumulate_gradients(learner, batch, step)
-            total = torch.stack([coefficient(config, name) * loss for name, loss in losses.items()]).sum()
+            total = torch.stack([learner.weights.of(name) * loss for name, loss in losses.items()]).sum()
             norms = apply_gradients(learner)
             bad_step = torch.where((bad_step < -config.steps) & ~total.detach().isfinite(), -step, bad_step)
             step += 1
@@ -270,7 +269,7 @@ def _log_values(
     position_mask: Tensor | None,
 ) -> dict[str, float]:
     """One line of the log; the only place of the loop that waits for the device."""
-    tensors = {"loss": total, **losses, **norms}
+    tensors = {"loss": total, **losses, **norms, **learner.weights.shown()}
     per_site = {f"L0/{n}": mean for n, mean in active.items()}
     names = [*tensors, *per_site]
     values = torch.stack([v.detach().float() for v in (*tensors.values(), *per_site.values())])

@@ -5,8 +5,8 @@ and `torch.vmap` maps the very functions that train one over it. A member's draw
 order of a single run, so it ends where `train` would have brought it, up to the order of floating-point sums.
 
 Cost: the arithmetic of the members' steps; what is saved is a Python call per operation and member, which is most
-of a toy model's step. Left out on purpose: adversaries and subset routing (which rows are computed would differ by
-member), the global gate, mixed precision, and TransformerBridges.
+of a toy model's step. Left out on purpose: persistent adversaries, subset routing (which rows are computed would differ
+by member), the global gate, mixed precision, and TransformerBridges.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.inputs import checked_decomposition
 from spd_lens.core.units import ALIVE_ABOVE
 from spd_lens.data.batches import Batch, TokenBatches, is_one_batch
-from spd_lens.objective.mask_sources import SampledMasks, mask_source
+from spd_lens.objective.mask_sources import AdversarialMasks, SampledMasks, mask_source
 from spd_lens.support.files import given_directory
 from spd_lens.support.given import given_instance, given_list
 from spd_lens.support.progress import tqdm
@@ -37,7 +37,9 @@ from spd_lens.training.member_learner import MemberLearner
 from spd_lens.training.run_files import RunFiles
 
 # What members may differ in; everything else decides which operations a step consists of.
-MAY_DIFFER = ("seed", "lr", "gate_lr", "faithfulness_warmup_lr", "faithfulness", "minimality", "frequency")
+MAY_DIFFER = (
+    "seed", "lr", "gate_lr", "faithfulness_warmup_lr", "faithfulness", "minimality", "frequency", "tolerance",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,6 +182,8 @@ def _checked_configs(
     first = members[0]
     for i, member in enumerate(members):
         same = {name: getattr(first, name) for name in MAY_DIFFER}
+        if (member.tolerance is None) != (first.tolerance is None):
+            raise ValueError(f"member {i} has tolerance={member.tolerance}, the first {first.tolerance}; all or none")
         both = zip(member.reconstructions, first.reconstructions, strict=False)
         terms = tuple(dataclasses.replace(term, coefficient=own.coefficient) for term, own in both)
         terms += member.reconstructions[len(terms) :]
@@ -189,9 +193,10 @@ def _checked_configs(
                 "coefficients; train them in runs of their own"
             )
     for term in first.reconstructions:
-        if not isinstance(mask_source(term.masks), SampledMasks) or term.routing not in ("all", "layerwise"):
+        known = isinstance(mask_source(term.masks), SampledMasks | AdversarialMasks)
+        if not known or term.routing not in ("all", "layerwise"):
             raise ValueError(
-                f"{term.name}: train_many supports random masks with routing 'all' or 'layerwise'; use train"
+                f"{term.name}: train_many supports random masks and PGD with routing 'all' or 'layerwise'; use train"
             )
     if first.stop_at is not None:
         raise ValueError("train_many supports no local training (stop_at); use train")

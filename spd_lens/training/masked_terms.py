@@ -97,6 +97,18 @@ def _of_part(passes: Passes, k: int, count: int) -> Passes:
     return [{name: None if where is None else where[k::count] for name, where in one.items()} for one in passes]
 
 
+@torch.no_grad()
+def everything_off(learner: Learner, parts: Parts) -> Tensor:
+    """The divergence of this batch, over all parts and processes, with all subcomponents and deltas off."""
+    off, term, found = SampledMasks("off"), learner.config.reconstructions[0], []
+    for k, share in enumerate(parts.shares()):
+        part = parts.prepared(k)
+        (cost,) = _summands(learner, term, part, part.lower, off, [dict.fromkeys(part.lower)], None)
+        found.append(weighed(cost, share))
+    processes, mask = learner.processes, parts.batch.position_mask
+    return processes.mean(weighed(torch.stack(found).sum(), processes.weight(mask)))
+
+
 def masked_terms(
     learner: Learner, part: Part, lower: Mapping[str, Tensor], passes: Mapping[str, Passes], k: int, count: int
 ) -> Iterator[tuple[str, Tensor]]:

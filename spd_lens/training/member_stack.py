@@ -62,7 +62,7 @@ class MemberStack:
 
         def of_one(x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             clean = self.template.clean_pass(x)
-            return clean.output, clean.inputs
+            return clean.output, dict(clean.inputs)
 
         with torch.no_grad():
             return self.call(of_one, x)

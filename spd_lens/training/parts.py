@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from spd_lens.core.draws import RowsGenerator
+from spd_lens.core.site_inputs import SiteInputs
 from spd_lens.core.squashings import lower_squash, upper_squash
 from spd_lens.data.batches import Batch
 from spd_lens.objective.divergences import log_probs
@@ -122,7 +123,7 @@ def _prepared(learner: Learner, batch: Batch) -> Part:
     return Part(batch, output, sizes, clean.residuals, clean.hidden, lower, upper)
 
 
-def _importances(learner: Learner, inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _importances(learner: Learner, inputs: SiteInputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Importances of every site under both squashings; with `recompute`, of one gate at a time in the backward pass."""
     decomposition, squash = learner.decomposition, learner.config.squash
     names = list(inputs)
@@ -130,7 +131,8 @@ def _importances(learner: Learner, inputs: dict[str, Tensor]) -> tuple[dict[str,
     def of(*given: str) -> Callable[..., tuple[Tensor, ...]]:
         def compute(*values: Tensor) -> tuple[Tensor, ...]:
             with learner.autocast():
-                pre = decomposition.pre_importances(dict(zip(given, values, strict=True)))
+                read = SiteInputs(dict(zip(given, values, strict=True)), inputs.residuals)
+                pre = decomposition.pre_importances(read)
             found = [p if p.dtype == torch.float64 else p.float() for p in (pre[name] for name in given)]
             return (*(lower_squash(p, variant=squash) for p in found), *(upper_squash(p) for p in found))
 

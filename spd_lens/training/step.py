@@ -14,7 +14,7 @@ from spd_lens.core.units import ALIVE_ABOVE
 from spd_lens.data.batches import Batch
 from spd_lens.objective.divergences import mean_over_positions
 from spd_lens.training.learner import Learner
-from spd_lens.training.masked_terms import Passes, climbed, masked_terms, weighed
+from spd_lens.training.masked_terms import Passes, climbed, everything_off, masked_terms, weighed
 from spd_lens.training.parts import Part, Parts
 from spd_lens.training.terms import IMPORTANCE_TERMS, StepView, coefficient
 from spd_lens.training.terms import faithfulness as faithfulness_term
@@ -35,6 +35,8 @@ def accumulate_gradients(learner: Learner, batch: Batch, step: int) -> tuple[dic
     weight = learner.processes.weight(batch.position_mask)
     totals = _frequency_totals(learner, parts, step)
     passes = climbed(learner, parts, step)
+    if learner.weights.measures(step):
+        learner.weights.measure(everything_off(learner, parts))
     losses: dict[str, Tensor] = {}
     active: dict[str, Tensor] = {}
     shares = parts.shares()
@@ -45,6 +47,9 @@ def accumulate_gradients(learner: Learner, batch: Batch, step: int) -> tuple[dic
             losses[name] = losses[name] + value if name in losses and name != "frequency" else value
         for name, value in own.items():
             active[name] = active[name] + value if name in active else value
+    if config.tolerance is not None:
+        spent = weighed(learner.weights.mean_reconstruction(losses), weight)
+        learner.weights.spend(learner.processes.mean(spent), step)
     # Gates are done: their gradients are under way while those of faithfulness are computed.
     receive = learner.processes.send_gradients(learner.decomposition.gate_parameters())
     if config.faithfulness > 0:
@@ -71,18 +76,18 @@ def _train_part(
 
     `weights`: what its mean counts in that of this process, and that in the mean over processes.
     """
-    config, (share, weight) = learner.config, weights
+    share, weight = weights
     losses: dict[str, Tensor] = {}
     reached = {name: g.detach().requires_grad_() for name, g in part.lower.items()}
     for name, loss in masked_terms(learner, part, reached, passes, k, count):
-        weighed(coefficient(config, name) * loss, share, weight).backward()
+        weighed(learner.weights.of(name) * loss, share, weight).backward()
         value = weighed(loss.detach(), share)
         losses[name] = losses[name] + value if name in losses else value
     total: Tensor | None = None
     for name, loss in _losses_without_passes(learner, part, totals, step):
         # What is summed over everything already weighs 1; of terms of one's own every part and process weighs the same.
         own = {"minimality": share, "frequency": None}.get(name, None if count == 1 else 1 / count)
-        weighted = weighed(coefficient(config, name) * loss, own, weight if name == "minimality" else None)
+        weighted = weighed(learner.weights.of(name) * loss, own, weight if name == "minimality" else None)
         total = weighted if total is None else total + weighted
         losses[name] = weighed(loss.detach(), own)
     roots = [g for name, g in part.lower.items() if reached[name].grad is not None]
@@ -174,4 +179,5 @@ def apply_gradients(learner: Learner) -> dict[str, Tensor]:
     learner.optimizer.zero_grad(set_to_none=True)
     for source in learner.sources.values():
         source.after_backward()
+    learner.weights.adapt()
     return norms

@@ -45,6 +45,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "unembedding": ("last_block", {**SMALL, "sites": ("unembed.W_U",)}),
     "static": ("last_block", {**SMALL, "sites": ("blocks.1.*",), "reconstructions": (Reconstruction(routing=0.4),)}),
     "whole_and_cached": ("last_block", {**SMALL, "n_layers": 3, "sites": ("blocks.2.mlp.*",)}),
+    "recipe": (
+        "recipe",
+        {**{k: v for k, v in SMALL.items() if k != "n_subcomponents"}, "gate_width": 8, "gate_heads": 2, "batch": 4},
+    ),
     "tms": ("tms_5_2", {"batch": 64}),
     "tms_identity": ("tms_5_2", {"batch": 64, "n_hidden": 3, "identity": True, "faithfulness": 1.0}),
 }

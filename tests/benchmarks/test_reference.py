@@ -36,6 +36,7 @@ OTHER_CHOICES = {
         )
     ),
 }
+RECIPE = {**{k: v for k, v in SMALL.items() if k != "n_subcomponents"}, "gate_width": 6, "gate_heads": 2, "batch": 4}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "tms_5_2": ("tms_5_2", {"batch": 64}),
     "tms_40_10": ("tms_40_10", {"batch": 32, "n_subcomponents": 50}),
@@ -45,9 +46,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "vector": ("transformer", {**SMALL, "gate": "vector"}),
     "other_choices": ("transformer", {**SMALL, **OTHER_CHOICES}),
     "bridge": ("bridge", SMALL),
+    "recipe": ("recipe", RECIPE),
 }
 every_case = pytest.mark.parametrize(
-    "case", [pytest.param(c, marks=needs_hooked) if name == "transformer" else c for c, (name, _) in CASES.items()]
+    "case",
+    [pytest.param(c, marks=needs_hooked) if name in ("transformer", "recipe") else c for c, (name, _) in CASES.items()],
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spd_lens import Decomposition, decompose, train
 from spd_lens.core import (
     DEFAULT_WIDTH,
     MAX_OFFSET,
@@ -25,7 +27,8 @@ from spd_lens.core import (
     matmul_or_lookup,
     upper_squash,
 )
-from tests.small_models import generator, randn
+from tests.conftest import needs_hooked
+from tests.small_models import generator, randn, tiny_transformer, tokens
 
 PROPERTY = settings(deadline=None, max_examples=50, derandomize=True, database=None)
 SiteKind = Literal["scalar", "vector", "shared", "attention"]
@@ -414,6 +417,57 @@ def test_global_gate_reads_inputs_without_positions_as_sequences_of_length_one()
     for name, (_, C) in SITES.items():
         assert out[name].shape == (3, C)
         assert_equal(out[name], as_sequences[name].squeeze(1).detach())
+
+
+@needs_hooked
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_global_gate_that_reads_residual_streams_equals_a_loop_over_positions(causal: bool) -> None:
+    model = tiny_transformer(0).double()
+    batch = tokens(2, seed=3)
+    # By a hook of our own on the target, before anything is swapped.
+    streams: dict[str, Tensor] = {}
+    names = [f"blocks.{layer}.hook_resid_pre" for layer in (0, 1)]
+    with (
+        torch.no_grad(),
+        model.hooks(fwd_hooks=[(n, lambda x, hook: streams.__setitem__(hook.name, x)) for n in names]),
+    ):
+        model(batch)
+    counts = {"blocks.1.mlp.W_in": 3, "blocks.0.attn.W_V": 2, "blocks.1.attn.W_O": 4}
+    options = {"n_blocks": 2, "n_heads": 2, "causal": causal, "reads": "residuals"}
+    decomposition = decompose(model, counts, gate="global", gate_width=4, gate_options=options).to(torch.float64)
+    gate = decomposition.global_gate
+    assert gate is not None
+    assert gate.w_embed.shape[0] == 2 * streams[names[0]].shape[-1]
+    randomised(gate, 5)
+    clean = decomposition.clean_pass(batch)
+    found = decomposition.pre_importances(clean.inputs)
+    w, sizes = parameters_of(gate), list(gate.sizes.values())
+    for b in range(2):
+        rows = [[x for n in names for x in rms_normed(streams[n][b, i].tolist())] for i in range(batch.shape[1])]
+        expected = torch.tensor(global_oracle(w, rows, 2), dtype=torch.float64).split(sizes, dim=-1)
+        for name, part in zip(gate.sizes, expected, strict=True):
+            assert_equal(found[name][b], part, atol=1e-9)
+    with pytest.raises(ValueError, match="reads residual streams, which these inputs do not hold"):
+        decomposition.pre_importances(dict(clean.inputs))
+
+
+def test_residual_streams_are_read_only_where_there_are_blocks() -> None:
+    model, options = tiny_transformer(0), {"reads": "residuals"}
+    with pytest.raises(ValueError, match=r"reads='residuals' with unembed\.W_U; expected sites in blocks alone"):
+        decompose(model, {"unembed.W_U": 3}, gate="global", gate_options=options)
+
+
+def test_a_decomposition_with_such_a_gate_trains_and_is_saved(tmp_path: Path) -> None:
+    decomposition = decompose(
+        tiny_transformer(0), {"blocks.*.mlp.W_in": 5}, gate="global", gate_width=8, gate_options={"reads": "residuals"}
+    )
+    before = decomposition.importance(tokens(2, seed=3))
+    train(decomposition, [tokens(2, seed=1)], steps=2, lr=1e-2, out_dir=tmp_path / "run")
+    after = decomposition.importance(tokens(2, seed=3))
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    decomposition.save_pretrained(tmp_path / "saved")
+    again = Decomposition.from_pretrained(tmp_path / "saved", tiny_transformer(0)).importance(tokens(2, seed=3))
+    assert all(torch.equal(again[name], after[name]) for name in after)
 
 
 # -- causality ----------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from spd_lens import Decomposition, Reconstruction, TrainConfig, decompose, train
 from spd_lens.data import Batch
+from spd_lens.objective import PGD
 from spd_lens.toys import TMS, tms_features
 from spd_lens.training import MemberAdam, train_many
 from tests.bridge_models import boot, random_tokens
@@ -69,6 +70,32 @@ def test_each_member_ends_as_a_run_of_its_own(identity: bool, gate: str, tmp_pat
         for name in ("stochastic_all", "bernoulli_layerwise", "loss", "L0"):
             assert result.log[-1][name][i] == pytest.approx(single.final[name], rel=1e-5)
     assert result.failed == [None] * 3
+
+
+# An adversary of their own, reconstruction as a share of everything off, and a tolerance that moves minimality.
+FOUND_ON_THE_WAY = CONFIG.changed(
+    reconstructions=(Reconstruction(masks=PGD(2, 0.3)), Reconstruction(0.5, PGD(1, 1.0, "position"), "layerwise"),
+                     Reconstruction(routing="layerwise")),
+    relative_reconstruction=True, tolerance=0.2, tolerance_rate=3.0,
+)  # fmt: skip
+
+
+def test_members_have_adversaries_and_weights_of_their_own_and_resume_with_them(tmp_path: Path) -> None:
+    configs = [FOUND_ON_THE_WAY.changed(seed=i, tolerance=t) for i, t in enumerate((0.2, 0.9))]
+    together, alone = [member(i) for i in range(2)], [member(i) for i in range(2)]
+    result = train_many(together, [data(i) for i in range(2)], configs, out_dir=tmp_path / "together")
+    for i, config in enumerate(configs):
+        single = train(alone[i], data(i), config, out_dir=tmp_path / str(i))
+        assert_close(tensors(together[i]), tensors(alone[i]))
+        for name in ("pgd_all", "pgd_layerwise", "loss", "everything_off", "minimality_coefficient"):
+            assert result.log[-1][name][i] == pytest.approx(single.final[name], rel=1e-5), name
+    parts = [member(i) for i in range(2)]
+    with pytest.raises(ValueError, match="the data ended after 4 batches"):
+        train_many(parts, [iter(data(i)[:4]) for i in range(2)], configs, out_dir=tmp_path / "parts")
+    parts = [member(i) for i in range(2)]
+    train_many(parts, [data(i) for i in range(2)], configs, out_dir=tmp_path / "parts")
+    for one, other in zip(parts, together, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(tensors(one).values(), tensors(other).values(), strict=True))
 
 
 @needs_hooked
@@ -151,8 +178,10 @@ def test_what_does_not_fit_together_is_refused(without_type_checks: None) -> Non
     for pair in ([CONFIG, more], [more, CONFIG]):
         with pytest.raises(ValueError, match="member 1 differs from the first in more than seed, lr"):
             train_many(ok, batches, pair)
-    with pytest.raises(ValueError, match="pgd_all: train_many supports random masks"):
-        train_many(ok, batches, CONFIG.changed(reconstructions=(Reconstruction(masks="pgd"),)))
+    with pytest.raises(ValueError, match="persistent_all: train_many supports random masks and PGD"):
+        train_many(ok, batches, CONFIG.changed(reconstructions=(Reconstruction(masks="persistent"),)))
+    with pytest.raises(ValueError, match=r"member 1 has tolerance=0\.1, the first None"):
+        train_many(ok, batches, [CONFIG, CONFIG.changed(tolerance=0.1)])
     with pytest.raises(ValueError, match="stochastic_subset: train_many supports"):
         train_many(ok, batches, CONFIG.changed(reconstructions=(Reconstruction(routing="subset"),)))
     with pytest.raises(ValueError, match="neither hidden reconstruction, bf16"):
