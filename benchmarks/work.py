@@ -268,9 +268,8 @@ class _Count:
     def _merged(self, term: Any, merged: Merged, rows: Rows | None, n_out: int) -> None:
         """Ascents over the first rows at all sites, then one pass over all rows: these everywhere, others as routed."""
         first = round(merged.share * len(self.batch.inputs))
-        part = _Count(
-            self.decomposition, self.config, replace(self.batch, inputs=self.batch.inputs[:first]), self.performed
-        )
+        rows_of_first = Batch(self.batch.inputs[:first], start_at=self.batch.start_at)
+        part = _Count(self.decomposition, self.config, rows_of_first, self.performed)
         part.work = self.work
         everywhere = dict.fromkeys(self.decomposition, float(part.n))
         n_sources = part.n * sum(w.n_subcomponents + int(self.config.delta) for w in self.decomposition.values())
