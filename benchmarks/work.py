@@ -33,10 +33,9 @@ import torch
 
 from benchmarks.configurations import ProductStep
 from spd_lens import Decomposition, TrainConfig
-from spd_lens.core import sample_routing
-from spd_lens.core.gates import GateBlock, GlobalGate
+from spd_lens.core import GlobalGate, sample_routing
 from spd_lens.data import Batch
-from spd_lens.objective import PGD, Merged, MergedMasks, mask_source
+from spd_lens.objective import PGD, Merged, mask_source
 from spd_lens.toys import TMS
 
 CLEAN, GATES, FAITHFULNESS, OPTIMIZER = "clean pass", "gates", "faithfulness", "optimizer"
@@ -174,9 +173,9 @@ def drawn_rows(step: ProductStep, batch: Batch) -> dict[str, Rows]:
             for _ in range(1 if once else term.draws)
             for routed in sample_routing(shapes, term.routing, generator=generator)
         ]
-        source = mask_source(term.masks)
-        if isinstance(source, MergedMasks):
-            passes = [{s: None if w is None else source._all_first(w) for s, w in routed.items()} for routed in passes]
+        if isinstance(term.masks, Merged):
+            for where in (where for routed in passes for where in routed.values() if where is not None):
+                where[: round(term.masks.share * len(where))] = True
         found[term.name] = [
             {site: shapes[site].numel() if where is None else int(where.sum()) for site, where in routed.items()}
             for routed in passes
@@ -334,8 +333,8 @@ class _Count:
         n, width, total = self.n, gate.w_embed.shape[1], gate.w_out.shape[1]
         n_batch, n_pos = self.batch.inputs.shape[:2]
         self._linear(GATES, (n, gate.w_embed.shape[0], width), by_weight=True)
-        for block in gate.blocks:
-            assert isinstance(block, GateBlock)
+        blocks: Any = gate.blocks
+        for block in blocks:
             for shape in ((width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)):
                 self._linear(GATES, (n, *shape), by_input=True, by_weight=True)
             d, heads = width // block.n_heads, n_batch * block.n_heads

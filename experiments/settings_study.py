@@ -14,7 +14,7 @@ Everything else is that of `EXPERIMENTS[toy]` (steps, batch, learning rates), bu
 starts made by hand: every toy starts from `init="exact"` and trains all sites from the first step. Penalty: `power`
 with p 1, or `smooth` (smooth L0, gamma from 1 to 0.05).
 
-    experiments/results/settings/runs.jsonl   a line per run: toy, rule, penalty, value, run, verdict, L0, what was spent
+    experiments/results/settings/runs.jsonl   a line per run: toy, rule, penalty, value, run, verdict, L0, spent
 """
 
 from __future__ import annotations

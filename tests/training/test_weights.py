@@ -13,8 +13,7 @@ from torch import Tensor
 from spd_lens import Decomposition, Reconstruction, TrainConfig, decompose, train
 from spd_lens.data import as_batch
 from spd_lens.toys import TMS, tms_features
-from spd_lens.training import accumulate_gradients, make_learner
-from spd_lens.training.step import apply_gradients, set_learning_rates
+from spd_lens.training import accumulate_gradients, make_learner, take_step
 from tests.conftest import needs_hooked
 from tests.small_models import tiny_transformer, tokens
 
@@ -79,15 +78,13 @@ def test_the_coefficient_follows_what_is_spent(relative: bool) -> None:
     learner = make_learner(toy(), config)
     log, costs = 0.0, []
     for step, x in enumerate(data(6)):
-        set_learning_rates(learner, step)
         costs.append(off(learner.decomposition, x))
         minimality = float(learner.weights.of("minimality"))
         assert minimality == pytest.approx(1e-2 * torch.tensor(log, dtype=torch.float64).exp().item(), rel=1e-10)
-        losses, _ = accumulate_gradients(learner, as_batch(x), step)
+        losses, _, _ = take_step(learner, as_batch(x), step)
         spent = (float(losses["stochastic_all"]) + 0.5 * float(losses["bernoulli_layerwise"])) / 1.5
         spent = spent * len(costs) / sum(costs) if relative else spent
         log += 3.0 / 6 * config.lr_factor(step) * max(-1.0, min(1.0, 1 - spent / 0.1))
-        apply_gradients(learner)
     assert abs(log) > 0.1
 
 
