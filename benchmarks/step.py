@@ -35,12 +35,14 @@ from benchmarks.measure import alternate, drop_workspace, kept_workspace, paired
 from benchmarks.work import Work, count_work, positions
 from spd_lens import TrainConfig
 from spd_lens.data import Batch
-from spd_lens.objective import PGD
+from spd_lens.objective import PGD, Persistent
 from spd_lens.training import Reconstruction
 
 LETTERS = dict(zip("abcdefg", CONFIGURATIONS, strict=True))
 # Blocks before the decomposed one at which configuration f is measured besides its own.
 DEPTHS = (1, 3, 7, 11)
+# Masks of `--loss`; persistent ones have sources by position.
+MASKS: dict[str, Any] = {"stochastic": "stochastic", "pgd": None, "persistent": Persistent(scope="position")}
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -213,12 +215,12 @@ def loss_changes(losses: list[str], pgd_steps: int, config: TrainConfig) -> dict
         masks, _, routing = name.partition("_")
         if name in plain:
             plain[name] = coefficient
-        elif masks in ("stochastic", "pgd") and routing in ("all", "layerwise", "subset"):
-            given = PGD(steps=pgd_steps, step_size=0.1, scope="batch") if masks == "pgd" else "stochastic"
+        elif masks in MASKS and routing in ("all", "layerwise", "subset"):
+            given = PGD(steps=pgd_steps, step_size=0.1, scope="batch") if masks == "pgd" else MASKS[masks]
             terms.append(Reconstruction(coefficient, masks=given, routing=routing))  # pyright: ignore
         else:
             raise typer.BadParameter(
-                f"{text!r}; expected faithfulness, minimality or stochastic|pgd_all|layerwise|subset, with =NUMBER"
+                f"{text!r}; expected faithfulness, minimality or {'|'.join(MASKS)}_all|layerwise|subset, with =NUMBER"
             )
     return {**plain, "reconstructions": tuple(terms)}
 

@@ -35,7 +35,7 @@ from benchmarks.configurations import ProductStep
 from spd_lens import Decomposition, TrainConfig
 from spd_lens.core import GlobalGate, sample_routing
 from spd_lens.data import Batch
-from spd_lens.objective import PGD, Merged, mask_source
+from spd_lens.objective import PGD, Merged, Persistent, mask_source
 from spd_lens.toys import TMS
 
 CLEAN, GATES, FAITHFULNESS, OPTIMIZER = "clean pass", "gates", "faithfulness", "optimizer"
@@ -220,6 +220,7 @@ class _Count:
                 continue
             passes = rows.get(term.name) or expected_rows(list(self.decomposition), term.routing, self.n) * term.draws
             climbs = term.masks.steps if isinstance(term.masks, PGD) else 0
+            climbs = term.masks.warm_steps if isinstance(term.masks, Persistent) else climbs
             for masked in passes:
                 for _ in range(climbs):
                     self._pass(ascents(term.name), masked, n_out, parameters=False, draws=False)
