@@ -195,6 +195,9 @@ def recipe(name: str, sizes: RecipeSizes, config: TrainConfig, dtype: torch.dtyp
     options = {"n_blocks": sizes.gate_blocks, "n_heads": sizes.gate_heads, "causal": False}
     decomposition = decompose(model, counts, gate="global", gate_width=sizes.gate_width, gate_options=options)
     configuration = Configuration(name, decomposition, config, _token_batches(sizes)[0])
+    if any(isinstance(term.masks, Persistent) for term in config.reconstructions):
+        # A term of its own for the adversary, which the reference does not compute.
+        return configuration
     return _with_reference(configuration, reference_model, {site: site for site in decomposition})
 
 

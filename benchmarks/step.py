@@ -149,7 +149,8 @@ def compare_with_reference(name: str, how: How, compare: bool, bf16: bool, chang
 def reference_step(built: Configuration, device: torch.device) -> Callable[[], object]:
     """One step of the reference; elsewhere than on the CPU it draws on the device, because it moves nothing."""
     reference = built.reference
-    assert reference is not None
+    if reference is None:
+        raise typer.BadParameter("the reference does not compute these losses; leave --compare away")
     if device.type == "cpu":
         return lambda: reference.step(built.batch)
     reference.model.to(device)
