@@ -1,7 +1,10 @@
 """How honest audits are: reasons of 100 held-out applicants, ours and those of three usual methods, judged alike.
 
-    python experiments/audit.py --json            # 100 applicants; writes results/audit/summary.json and the picture
+    python experiments/audit.py --json            # 100 applicants; writes results/audit/summary-0.json and the picture
     python experiments/audit.py --cases 10        # a look
+    python experiments/audit.py --json --keep RUN # a killed run goes on where it was
+
+The applicants are held-out numbers 100 to 199: nothing in model, decompositions or audit was chosen on them.
 
 Every method names at most four reasons for the model's decision on each applicant and four against it, each a place
 (an attribute) with a direction. Ours are those of `spd_lens.audit.explain`, which gives fewer where its checks fail;
@@ -25,6 +28,7 @@ import importlib.metadata
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +40,8 @@ from torch import Tensor
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from spd_lens.audit import AuditReport, Cases, Choices, Judged, explain, judge_places
+from experiments.attributions import Asked, gradient_x_input, integrated_gradients, shap_values
+from spd_lens.audit import Cases, Choices, Judged, explain, judge_places
 from spd_lens.core import Decomposition
 from spd_lens.evaluation import bootstrap_intervals
 from spd_lens.models import (
@@ -50,23 +55,10 @@ from spd_lens.models import (
 from spd_lens.support import library_versions, tqdm, write_json
 
 RESULTS = Path(__file__).resolve().parent / "results" / "audit"
-N_REASONS, SMALLEST, IG_STEPS = 4, 0.02, 32
+N_REASONS, SMALLEST = 4, 0.02
+# What is added to the seed of the methods to get the judge's.
+FRESH = 1_000
 Claims = dict[int, float]
-
-
-@dataclass(frozen=True)
-class Asked:
-    """One applicant: tokens `[21]`, the sign of the decision's margin, and the control cases `[n 21]` of the audit."""
-
-    tokens: Tensor
-    sign: float
-    controls: Tensor
-
-
-def margin_of(model: Any, tokens: Tensor, sign: float) -> Tensor:
-    """The decision's margin for every row."""
-    logits = model(tokens)[:, -1]
-    return sign * (logits[:, 1] - logits[:, 0])
 
 
 def largest(scores: Tensor, margin: float) -> Claims:
@@ -75,52 +67,6 @@ def largest(scores: Tensor, margin: float) -> Claims:
     large = [p for p in order if abs(float(scores[p])) >= SMALLEST * abs(margin)]
     kept = [[p for p in large if (float(scores[p]) > 0) == side][:N_REASONS] for side in (True, False)]
     return {p: float(scores[p]) for p in [*kept[0], *kept[1]]}
-
-
-def embedding_gradients(model: Any, tokens: Tensor, sign: float, embedding: Tensor) -> Tensor:
-    """d margin / d embedding for rows whose embeddings are given."""
-    leaf = embedding.clone().requires_grad_(True)
-    hooks = [("hook_embed", lambda value, hook: leaf)]
-    total = sign * model.run_with_hooks(tokens, fwd_hooks=hooks)[:, -1]
-    return torch.autograd.grad((total[:, 1] - total[:, 0]).sum(), leaf)[0]
-
-
-def embeddings(model: Any, tokens: Tensor) -> Tensor:
-    """What `hook_embed` gives."""
-    with torch.no_grad():
-        _, cache = model.run_with_cache(tokens, names_filter="hook_embed")
-    return cache["hook_embed"]
-
-
-def gradient_x_input(model: Any, asked: Asked) -> Tensor:
-    own = embeddings(model, asked.tokens[None])
-    return (embedding_gradients(model, asked.tokens[None], asked.sign, own) * own).sum(-1)[0]
-
-
-def integrated_gradients(model: Any, asked: Asked) -> Tensor:
-    own = embeddings(model, asked.tokens[None])
-    base = embeddings(model, asked.controls).mean(0, keepdim=True)
-    at = (torch.arange(IG_STEPS) + 0.5) / IG_STEPS
-    path = base + at[:, None, None] * (own - base)
-    rows = asked.tokens.expand(IG_STEPS, -1)
-    return (embedding_gradients(model, rows, asked.sign, path).mean(0) * (own - base)[0]).sum(-1)
-
-
-def shap_values(model: Any, asked: Asked, seed: int) -> Tensor:
-    import shap
-
-    n_places = len(asked.tokens) - 1
-
-    def margin(rows: Any) -> Any:
-        tokens = torch.cat([torch.as_tensor(rows).long(), asked.tokens[-1:].expand(len(rows), 1)], dim=1)
-        with torch.no_grad():
-            return margin_of(model, tokens, asked.sign).numpy()
-
-    maskers: Any = shap.maskers  # pyright: ignore[reportAttributeAccessIssue]
-    masker = maskers.Independent(asked.controls[:, :-1].numpy(), max_samples=len(asked.controls))
-    explainer = shap.explainers.Permutation(margin, masker, seed=seed)
-    found: Any = explainer(asked.tokens[None, :-1].numpy(), max_evals=4 * (2 * n_places + 1), silent=True)
-    return torch.tensor(found.values[0], dtype=torch.float32)
 
 
 def judged_claims(found: Mapping[int, Judged], claims: Claims) -> list[dict[str, Any]]:
@@ -178,85 +124,101 @@ def _correlation(pairs: list[tuple[float, float]]) -> float | None:
     return float(torch.corrcoef(torch.tensor(pairs).T)[0, 1]) if len(pairs) > 1 else None
 
 
-class Tally:
-    """What was found so far, over applicants."""
+@dataclass(frozen=True)
+class Asker:
+    """What every applicant is asked with."""
 
-    def __init__(self, seed: int, decomposition_seed: int) -> None:
-        self.seed, self.decomposition_seed = seed, decomposition_seed
-        self.rows: dict[str, list[list[dict[str, Any]]]] = {}
-        self.seconds: dict[str, float] = {}
-        self.adds_up = self.necessary = 0
-        self.explained: list[float] = []
+    decomposition: Decomposition
+    model: Any
+    cases: Cases
+    seed: int
 
-    def add_report(self, report: AuditReport) -> None:
-        """Keep what is reported of whole reports."""
-        self.adds_up += report.adds_up()
-        self.necessary += any(r.flips for r in report.reasons_for)
-        self.explained.append(report.coverage.explained)
-
-    def add(self, name: str, judged: list[dict[str, Any]], seconds: float) -> None:
-        """One method's reasons for one applicant."""
-        self.rows.setdefault(name, []).append(judged)
-        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
-
-    def found(self) -> dict[str, Any]:
-        """The table, as it goes into the file."""
-        n_cases = len(self.explained)
-        table = {name: summary_of(per_case, self.seconds[name]) for name, per_case in self.rows.items()}
-        ours = table.pop("spd_lens audit")
-        return {
-            "command": f"python experiments/audit.py --json --cases {n_cases} --seed {self.seed} "
-            f"--decomposition {self.decomposition_seed}",
-            "versions": {**library_versions(), "shap": importlib.metadata.version("shap")},
-            "seed": self.seed,
-            "decomposition_seed": self.decomposition_seed,
-            "budget": vars(Choices().budget),
-            "cases": n_cases,
-            **ours,
-            "adds_up": self.adds_up,
-            "mean_explained": sum(self.explained) / n_cases,
-            "cases_with_a_necessary_reason": self.necessary,
-            "baselines": table,
-        }
-
-
-def run(n_cases: int, seed: int, decomposition_seed: int, out: Path) -> dict[str, Any]:
-    """All methods on the first `n_cases` held-out applicants; the table is written every twenty."""
-    decomposition: Decomposition = load_credit(decomposed=True, seed=decomposition_seed)
-    model: Any = load_credit(host="hooked")
-    cases, asked = Cases(**credit_cases()), load_credit_applicants("held_out")
-    margins = decline_margin(model, asked.tokens)
-    others: dict[str, Callable[[Any, Asked], Tensor]] = {
-        "gradient x input": gradient_x_input,
-        "integrated gradients": integrated_gradients,
-        "SHAP": lambda model, one: shap_values(model, one, seed),
-    }
-    tally = Tally(seed, decomposition_seed)
-    for i in tqdm(range(n_cases), desc="applicants"):
-        sign, margin = (1.0 if margins[i] > 0 else -1.0), abs(float(margins[i]))
-        decision = CREDIT_DECISIONS[int(margins[i] > 0)]
+    def ask(self, tokens: Tensor, margin: float) -> dict[str, Any]:
+        """All methods on one applicant: `rows` of judged claims and `seconds` by method, and what the report says."""
+        sign, decision = (1.0 if margin > 0 else -1.0), CREDIT_DECISIONS[int(margin > 0)]
         started = time.perf_counter()
-        report = explain(decomposition, asked.tokens[i], decision, cases=cases, seed=seed)
+        report = explain(self.decomposition, tokens, decision, cases=self.cases, seed=self.seed)
         spent = time.perf_counter() - started
-        tally.add_report(report)
-        judged = judge_places(decomposition, asked.tokens[i], decision, cases=cases, seed=seed + 1_000)
+        fresh = self.seed + FRESH
+        judged = judge_places(self.decomposition, tokens, decision, cases=self.cases, seed=fresh)
         ours = {r.place.position: r.effect for r in report.reasons}
-        tally.add("spd_lens audit", judged_claims(judged, ours), spent)
         scores = torch.zeros(len(CREDIT_ATTRIBUTES))
         for x in [*report.reasons, *report.withheld]:
             scores[x.place.position] = x.effect
-        tally.add("effects, unchecked", judged_claims(judged, largest(scores, margin)), spent)
-        one = Asked(asked.tokens[i], sign, cases.tokens[report.settings.control_cases])
+        rows = {
+            "spd_lens audit": judged_claims(judged, ours),
+            "effects, unchecked": judged_claims(judged, largest(scores, abs(margin))),
+        }
+        seconds = dict.fromkeys(rows, spent)
+        one = Asked(tokens, sign, self.cases.tokens[report.settings.control_cases])
+        others: dict[str, Callable[[Any, Asked], Tensor]] = {
+            "gradient x input": gradient_x_input,
+            "integrated gradients": integrated_gradients,
+            "SHAP": lambda model, one: shap_values(model, one, self.seed),
+        }
         for name, method in others.items():
             started = time.perf_counter()
-            claims = largest(method(model, one)[: len(scores)], margin)
-            spent = time.perf_counter() - started
-            tally.add(name, judged_claims(judged, claims), spent)
+            claims = largest(method(self.model, one)[: len(scores)], abs(margin))
+            seconds[name] = seconds[f"{name}, as few"] = time.perf_counter() - started
             strongest = dict(sorted(claims.items(), key=lambda item: -abs(item[1]))[: len(ours)])
-            tally.add(f"{name}, as few", judged_claims(judged, strongest), spent)
-        if (i + 1) % 20 == 0 or i + 1 == n_cases:
-            write_json(out / f"summary-{decomposition_seed}.json", tally.found())
-    return tally.found()
+            rows[name] = judged_claims(judged, claims)
+            rows[f"{name}, as few"] = judged_claims(judged, strongest)
+        return {
+            "rows": rows,
+            "seconds": seconds,
+            "adds_up": report.adds_up(),
+            "necessary": any(r.flips for r in report.reasons_for),
+            "explained": report.coverage.explained,
+            "withheld": [w.why for w in report.withheld],
+        }
+
+
+def table(asked: list[dict[str, Any]], command: str, seed: int, decomposition_seed: int) -> dict[str, Any]:
+    """Everything that was found, as it goes into the file."""
+    methods = {
+        name: summary_of([one["rows"][name] for one in asked], sum(one["seconds"][name] for one in asked))
+        for name in asked[0]["rows"]
+    }
+    ours = methods.pop("spd_lens audit")
+    return {
+        "command": command,
+        "versions": {**library_versions(), "shap": importlib.metadata.version("shap")},
+        "seed": seed,
+        "decomposition_seed": decomposition_seed,
+        "budget": vars(Choices().budget),
+        "cases": len(asked),
+        **ours,
+        "adds_up": sum(one["adds_up"] for one in asked),
+        "mean_explained": sum(one["explained"] for one in asked) / len(asked),
+        "cases_with_a_necessary_reason": sum(one["necessary"] for one in asked),
+        "withheld": Counter(why for one in asked for why in one["withheld"]),
+        "baselines": methods,
+    }
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """All methods on the chosen held-out applicants; the table is written every ten."""
+    seed, out = args.seed, args.out
+    asker = Asker(
+        load_credit(decomposed=True, seed=args.decomposition), load_credit(host="hooked"), Cases(**credit_cases()), seed
+    )
+    tokens = load_credit_applicants("held_out").tokens[args.first : args.first + args.cases]
+    margins = decline_margin(asker.model, tokens).tolist()
+    command = (
+        f"python experiments/audit.py --json --first {args.first} --cases {len(tokens)} --seed {seed} "
+        f"--decomposition {args.decomposition}"
+    )
+    kept = None if args.keep is None else args.keep / f"audit-{args.decomposition}-{args.first}-{seed}.json"
+    asked: list[dict[str, Any]] = json.loads(kept.read_text())["asked"] if kept is not None and kept.is_file() else []
+    for i in tqdm(range(len(asked), len(tokens)), desc="applicants"):
+        asked.append(asker.ask(tokens[i], margins[i]))
+        if kept is not None:
+            write_json(kept, {"asked": asked})
+        if (i + 1) % 10 == 0:
+            write_json(out / f"summary-{args.decomposition}.json", table(asked, command, seed, args.decomposition))
+    found = table(asked[: len(tokens)], command, seed, args.decomposition)
+    write_json(out / f"summary-{args.decomposition}.json", found)
+    return found
 
 
 def picture(found: Mapping[str, Any], path: Path) -> None:
@@ -290,13 +252,15 @@ def picture(found: Mapping[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--first", type=int, default=100, help="number of the first held-out applicant")
     parser.add_argument("--cases", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--decomposition", type=int, default=0, help="seed of the shipped decomposition")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--keep", type=Path, help="directory of what was asked so far; a killed run goes on from there")
     parser.add_argument("--json", action="store_true", help="print the whole result")
     args = parser.parse_args()
-    found = run(args.cases, args.seed, args.decomposition, args.out)
+    found = run(args)
     picture(found, args.out / f"methods-{args.decomposition}.png")
     if args.json:
         print(json.dumps(found, indent=1))

@@ -1,11 +1,15 @@
 """One decision of the tiny language model, audited like a loan: which words made it choose its next token?
 
     python experiments/audit_language_model.py --json     # writes results/audit/tiny_lm.json, the report and its page
+    python experiments/audit_language_model.py scan --json    # results/audit/tiny_lm_scan.json: what any word survives
 
 Prompts are windows of 12 tokens of the held-out chapters of Moby Dick, the cases 200 windows of the training chapters.
 The first prompts are audited at which the model is sure (its margin over the second token is above 1). A place is a
 word; its cells are the subcomponents of all twelve matrices that are used there, at the last position those alone
 that fewer than half of the control cases use. The report is verified on its own seed and on a fresh one.
+
+`scan` takes the prompts at which the model is surest and asks of the three words that move each decision most how large
+an attack their effect survives: the smallest of 16 random masks, then adversaries of 1, 2, 5, 10 and 20 steps.
 """
 
 from __future__ import annotations
@@ -14,25 +18,49 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from spd_lens import pack_tokens
-from spd_lens.audit import Budget, Cases, Choices, audit_page, explain, verify
+from spd_lens.audit import Bench, Budget, Cases, Choices, audit_page, explain, verify, worst_claims
 from spd_lens.models import load_moby_dick, load_tiny_lm
 from spd_lens.support import library_versions, write_json
 
 RESULTS = Path(__file__).resolve().parent / "results" / "audit"
-CONTEXT, N_CASES, SURE = 12, 200, 1.0
+CONTEXT, N_CASES, N_PROMPTS, SURE, N_WORDS = 12, 200, 400, 1.0, 3
+# A step of next to nothing leaves random masks.
+LADDER = {
+    "16 random masks": Budget(steps=1, step_size=1e-9, starts=16),
+    **{f"{steps} steps": Budget(steps=steps, starts=1) for steps in (1, 2, 5, 10, 20)},
+}
 
 
-def run(n: int, out: Path, seed: int) -> dict[str, Any]:
-    """Audit `n` prompts; the first one's report and page are written."""
+@dataclass(frozen=True)
+class Setting:
+    """The model, the cases to compare with, and the prompts `[n pos]` with their two strongest next tokens."""
+
+    decomposition: Any
+    cases: Cases
+    vocabulary: list[str]
+    prompts: Int[Tensor, "n pos"]
+    top: Int[Tensor, "n two"]
+    margins: Float[Tensor, " n"]
+
+    def text(self, row: int) -> str:
+        """The prompt without its first token, which marks the beginning."""
+        return "".join(self.vocabulary[t] for t in self.prompts[row, 1:].tolist())
+
+
+def setting(seed: int) -> Setting:
+    """Windows of the held-out chapters as prompts, of the training chapters as cases."""
     decomposition: Any = load_tiny_lm(decomposed=True)
     model, tokenizer = decomposition.model, decomposition.model.tokenizer
     held_out, training = (
@@ -41,35 +69,33 @@ def run(n: int, out: Path, seed: int) -> dict[str, Any]:
     order = torch.randperm(len(training), generator=torch.Generator().manual_seed(seed))[:N_CASES]
     vocabulary = [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
     vocabulary += [""] * (decomposition.host.vocabulary_size() - len(vocabulary))
-    cases = Cases(training[order], vocabulary)
     with torch.no_grad():
-        top = model(held_out[:400])[:, -1].topk(2)
-    sure = (top.values[:, 0] - top.values[:, 1] > SURE).nonzero().squeeze(1).tolist()[:n]
+        top = model(held_out[:N_PROMPTS])[:, -1].topk(2)
+    margins = top.values[:, 0] - top.values[:, 1]
+    return Setting(decomposition, Cases(training[order], vocabulary), vocabulary, held_out, top.indices, margins)
+
+
+def run(n: int, out: Path, seed: int) -> dict[str, Any]:
+    """Audit `n` prompts; the first one's report and page are written."""
+    told = setting(seed)
+    decomposition, cases, vocabulary, held_out = told.decomposition, told.cases, told.vocabulary, told.prompts
     choices = Choices(n_controls=8, n_draws=32, budget=Budget(steps=20, starts=1))
+    places = list(range(1, CONTEXT))
+    asked: Any = {"cases": cases, "reasons_at": places}
     rows = []
-    for i, row in enumerate(sure):
-        chosen = int(top.indices[row, 0])
+    for i, row in enumerate((told.margins > SURE).nonzero().squeeze(1).tolist()[:n]):
+        chosen = int(told.top[row, 0])
         started = time.perf_counter()
-        title = f"Why {vocabulary[chosen]!r} after {tokenizer.decode(held_out[row, 1:])!r}?"
-        places = list(range(1, CONTEXT))
-        report = explain(
-            decomposition,
-            held_out[row],
-            chosen,
-            cases=cases,
-            reasons_at=places,
-            choices=choices,
-            title=title,
-            seed=seed,
-        )
+        title = f"Why {vocabulary[chosen]!r} after {told.text(row)!r}?"
+        report = explain(decomposition, held_out[row], chosen, **asked, choices=choices, title=title, seed=seed)
         if i == 0:
             report.save(out / "tiny_lm_report.json")
             audit_page(report, out / "tiny_lm_report.html")
-        own = verify(report, decomposition, cases=cases)
-        fresh = verify(report, decomposition, cases=cases, seed=seed + 1_000)
+        own = verify(report, decomposition, **asked, standard=choices, title=title)
+        fresh = verify(report, decomposition, **asked, standard=choices, seed=seed + 1_000) if report.reasons else own
         rows.append(
             {
-                "text": tokenizer.decode(held_out[row, 1:]),
+                "text": told.text(row),
                 "chosen": vocabulary[chosen],
                 "other": report.decision.other_name,
                 "margin": report.decision.margin,
@@ -94,13 +120,67 @@ def run(n: int, out: Path, seed: int) -> dict[str, Any]:
     }
 
 
+@torch.no_grad()
+def scan(n: int, seed: int) -> dict[str, Any]:
+    """What the strongest words of the `n` surest prompts survive."""
+    told = setting(seed)
+    rows = []
+    for row in told.margins.argsort(descending=True, stable=True).tolist()[:n]:
+        chosen = int(told.top[row, 0])
+        choices = Choices(n_controls=8, n_draws=32)
+        bench = Bench(told.decomposition, told.prompts[row], chosen, told.cases, None, range(1, CONTEXT), choices, seed)
+        effects = bench.effects().mean(1)
+        strongest = effects.abs().argsort(descending=True, stable=True).tolist()[:N_WORDS]
+        claims = [(bench.found[i].cells, float(effects[i])) for i in strongest]
+        ladder = {
+            name: worst_claims(bench.trials, bench.own.importances, claims, bench.means, budget, bench.generator)
+            for name, budget in LADDER.items()
+        }
+        words = [
+            {
+                "word": told.vocabulary[bench.ids[bench.found[i].position]],
+                "effect": float(effects[i]),
+                "smallest": {name: found[k] for name, found in ladder.items()},
+            }
+            for k, i in enumerate(strongest)
+        ]
+        margin = {name: found[-1] for name, found in ladder.items()}
+        rows.append(
+            {
+                "text": told.text(row),
+                "chosen": told.vocabulary[chosen],
+                "margin": bench.margin,
+                "smallest_margin": margin,
+                "words": words,
+            }
+        )
+        print(json.dumps(rows[-1]), flush=True)
+    first = [word for row in rows for word in row["words"][:1]]
+    return {
+        "command": f"python experiments/audit_language_model.py scan --json --prompts {n} --seed {seed}",
+        "versions": library_versions(),
+        "seed": seed,
+        "prompts": len(rows),
+        "strongest_word_survives": {name: sum(w["smallest"][name] > 0 for w in first) for name in LADDER},
+        "margin_survives": {name: sum(r["smallest_margin"][name] > 0 for r in rows) for name in LADDER},
+        "rows": rows,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["audit", "scan"], nargs="?", default="audit")
     parser.add_argument("--prompts", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--json", action="store_true", help="print the whole result")
     args = parser.parse_args()
+    if args.command == "scan":
+        found = scan(args.prompts, args.seed)
+        write_json(args.out / "tiny_lm_scan.json", found)
+        if args.json:
+            print(json.dumps(found, indent=1))
+        return
     found = run(args.prompts, args.out, args.seed)
     write_json(args.out / "tiny_lm.json", found)
     if args.json:

@@ -1,6 +1,7 @@
 """Does a decomposition name what nobody put in? A table of patients with one hidden marker, ten seeds.
 
     python experiments/discovery.py --json            # ten seeds; writes results/discovery/summary.json
+    python experiments/discovery.py --json --keep     # goes on with the seeds that this file lacks
 
 The data are made here. A patient has ten attributes of three or four values each, drawn independently: age, sex,
 smoking, blood pressure, cholesterol, glucose, and four laboratory markers A to D. The log odds of illness are
@@ -9,8 +10,10 @@ by the seed and told to nobody. A one-block transformer over attribute tokens le
 draws, so it cannot learn them exactly), its embedding `W_E` and `W_V` are decomposed, and then
 
 - `find` ranks the embedding's subcomponents by how much less likely "ill" is without them among the patients that the
-  model calls ill, against what that costs among the others; `harvest` says on which token each fires most often at its
-  strongest among those ill. The tokens in that order are what the decomposition names;
+  model calls ill, against what that costs among the others; `harvest` says on which tokens each fires at its strongest
+  among those ill. A subcomponent often fires on several values of one attribute, with opposite signs, so each of these
+  tokens is tried: the one names it at which removing the subcomponent takes most from "ill". (`fires_most`: the token
+  on which it fires most often, without that trial.) The tokens in that order are what the decomposition names;
 - a decision tree of depth 4 names the tokens in the order of its importances;
 - SHAP on the transformer (permutations) names them by mean |value| over the same patients.
 
@@ -57,6 +60,8 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 VOCABULARY = [f"{name}: {value}" for name, values in ATTRIBUTES.items() for value in values] + ["ill?"]
 KNOWN = {"age: old": 1.2, "smoking: yes": 1.0}
 BASE, PLANTED = -2.0, 2.5
+# How many of the tokens on which a subcomponent fires most are tried.
+N_TRIED = 4
 N_PATIENTS, N_POS = 2_000, len(ATTRIBUTES) + 1
 MARKERS = [text for text in VOCABULARY if text.startswith("marker ")]
 
@@ -120,8 +125,8 @@ def decomposed(model: Any, tokens: Tensor, seed: int, steps: int) -> Decompositi
     return decomposition
 
 
-def named_by_decomposition(decomposition: Decomposition, tokens: Tensor) -> list[str]:
-    """Tokens in the order in which `find` ranks the subcomponents that fire on them most."""
+def named_by_decomposition(decomposition: Decomposition, tokens: Tensor) -> tuple[list[str], list[str]]:
+    """Tokens in the order of `find`: those at which each subcomponent pushes most, and those on which it fires most."""
     with torch.no_grad():
         logits = decomposition.model(tokens)[:, -1]
     ill = logits[:, 1] > logits[:, 0]
@@ -129,11 +134,34 @@ def named_by_decomposition(decomposition: Decomposition, tokens: Tensor) -> list
     found = find(decomposition, habit, tokens[~ill][:128], {"embed.W_E": None}, n_measured=24, n_checked=4)
     asked = tokens[ill][:256]
     fired = harvest(decomposition, [Batch(asked, tokens=asked)], top_k=32, before=0, after=0)["embed.W_E"]
-    names: list[str] = []
+    pushing: list[str] = []
+    firing: list[str] = []
     for unit in found.clear:
-        strongest = Counter(VOCABULARY[example.tokens[example.at]] for example in fired.examples(unit.id))
-        names += [name for name, _ in strongest.most_common(1)]
-    return list(dict.fromkeys(names))
+        strongest = Counter(int(example.tokens[example.at]) for example in fired.examples(unit.id))
+        common = [token for token, _ in strongest.most_common(N_TRIED)]
+        if common:
+            firing.append(VOCABULARY[common[0]])
+            losses = [loss_without(decomposition, asked, unit.id, token) for token in common]
+            pushing.append(VOCABULARY[common[losses.index(max(losses))]])
+    return list(dict.fromkeys(pushing)), list(dict.fromkeys(firing))
+
+
+@torch.no_grad()
+def loss_without(decomposition: Decomposition, tokens: Tensor, subcomponent: int, token: int) -> float:
+    """What the patients' log odds of "ill" lose in all if the embedding's subcomponent is taken away at one token."""
+    point = decomposition["embed.W_E"].site.point_names()[0]
+
+    def without(value: Tensor, hook: Any) -> Tensor:
+        value[..., subcomponent] = torch.where(tokens == token, 0.0, value[..., subcomponent])
+        return value
+
+    def log_odds() -> Tensor:
+        logits = decomposition.model(tokens)[:, -1]
+        return logits[:, 1] - logits[:, 0]
+
+    before = log_odds()
+    with decomposition.model.hooks(fwd_hooks=[(point, without)]):
+        return float((before - log_odds()).sum())
 
 
 def named_by_tree(tokens: Tensor, labels: Tensor, seed: int) -> list[str]:
@@ -185,10 +213,12 @@ def run(seed: int, steps: int) -> dict[str, Any]:
     model = trained(tokens, labels, seed)
     with torch.no_grad():
         accuracy = float((model(tokens)[:, -1].argmax(-1) == labels).float().mean())
+    pushing, firing = named_by_decomposition(decomposed(model, tokens, seed, steps), tokens)
     named = {
         "decision tree": named_by_tree(tokens, labels, seed),
         "SHAP": named_by_shap(model, tokens, seed),
-        "decomposition": named_by_decomposition(decomposed(model, tokens, seed, steps), tokens),
+        "decomposition": pushing,
+        "decomposition, fires_most": firing,
     }
     return {
         "seed": seed,
@@ -207,10 +237,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--keep", action="store_true", help="go on with the file that is there")
     parser.add_argument("--json", action="store_true", help="print the whole result")
     args = parser.parse_args()
-    runs = []
-    for seed in tqdm(range(args.seeds), desc="seeds"):
+    kept = json.loads((args.out / "summary.json").read_text()) if args.keep else {"runs": []}
+    runs = kept["runs"][: args.seeds]
+    if any("fires_most" not in " ".join(own["named"]) for own in runs):
+        raise ValueError(f"{args.out / 'summary.json'} is of an older version of this program; run it without --keep")
+    for seed in tqdm(range(len(runs), args.seeds), desc="seeds"):
         runs.append(run(seed, args.steps))
         methods = list(runs[0]["marker"])
         found = {

@@ -24,6 +24,9 @@ from spd_lens.audit.trials import Cells, Trials, Values
 from spd_lens.core.masks import mask_from_source
 from spd_lens.objective.adversary import random_sources
 
+# A report may ask for no more: nobody waits for what a file from elsewhere makes `verify` do.
+MOST_STEPS, MOST_STARTS = 1_000, 64
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -34,8 +37,10 @@ class Budget:
     starts: int = 2
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.starts < 1 or not 0 < self.step_size <= 1:
-            raise ValueError(f"{self}; expected steps >= 1, starts >= 1 and 0 < step_size <= 1")
+        if not (1 <= self.steps <= MOST_STEPS and 1 <= self.starts <= MOST_STARTS and 0 < self.step_size <= 1):
+            raise ValueError(
+                f"{self}; expected 1 to {MOST_STEPS:,} steps, 1 to {MOST_STARTS} starts and 0 < step_size <= 1"
+            )
 
 
 def worst_claims(

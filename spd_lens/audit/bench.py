@@ -30,12 +30,21 @@ from spd_lens.core.inputs import checked_decomposition, checked_tokens
 
 # An audit never gives more reasons for a decision, or against it.
 N_REASONS = 4
+# A report may ask for no more.
+MOST_CONTROLS, MOST_DRAWS = 1_024, 4_096
 COVERAGE_OF_CONTROLS = 0.95
 # Cases that tell how often a subcomponent is used at a place.
 N_FOR_RATES = 256
 # Agreement of a counterfactual: a difference of at most this share of the larger change, or this much.
 CF_SHARE, CF_ABSOLUTE = 0.25, 0.05
-Why = Literal["no more than random subcomponents of equal use", "the adversary undoes it", "no controls of equal use"]
+# Beside these: what only an audit as a whole can say.
+Why = Literal[
+    "no more than random subcomponents of equal use",
+    "the adversary undoes it",
+    "no controls of equal use",
+    "it does not come out again with other control cases",
+    "as many stronger reasons are given",
+]
 
 
 @dataclass(frozen=True)
@@ -53,10 +62,13 @@ class Choices:
             raise ValueError(
                 f"n_reasons={self.n_reasons}; expected 1 to {N_REASONS}: more are not likely to be helpful"
             )
-        if self.n_controls < 2 or self.n_draws < 8:
+        if not (2 <= self.n_controls <= MOST_CONTROLS and 8 <= self.n_draws <= MOST_DRAWS):
             raise ValueError(
-                f"n_controls={self.n_controls}, n_draws={self.n_draws}; expected at least 2 and at least 8"
+                f"n_controls={self.n_controls}, n_draws={self.n_draws}; expected 2 to {MOST_CONTROLS:,} and 8 to "
+                f"{MOST_DRAWS:,}"
             )
+        if not 0 <= self.smallest_effect <= 1:
+            raise ValueError(f"smallest_effect={self.smallest_effect}; expected a share of the margin, 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -215,26 +227,23 @@ class Bench:
         ]
         return self.margin - self.trials.margins(trials).view(len(self.found), len(self.control_cases))
 
-    def judged(self, chosen: Sequence[int], effects: Tensor, *, at_most: int | None = None) -> list[Judged]:
-        """The chosen candidates, in their order; after `at_most` reasons of one sign the others of it are left out."""
+    def judged(self, chosen: Sequence[int], effects: Tensor) -> list[Judged]:
+        """The chosen candidates, in their order."""
         means = [float(effects[i].mean()) for i in chosen]
         claims = [(self.found[i].cells, e) for i, e in zip(chosen, means, strict=True)]
         *worst, self.worst_margin = worst_claims(
             self.trials, self.own.importances, claims, self.means, self.choices.budget, self.generator
         )
         found: list[Judged] = []
-        given = {True: list[int](), False: list[int]()}
+        given: set[int] = set()
         for i, mean, least in zip(chosen, means, worst, strict=True):
-            side = given[mean > 0]
-            if at_most is not None and len(side) >= at_most:
-                continue
             candidate = self.found[i]
-            controls = self._controls(candidate, {*given[True], *given[False]})
+            controls = self._controls(candidate, given)
             singles = tuple(effects[i].tolist())
             one = Judged(candidate.position, mean, singles, controls, least, self.change(candidate))
             found.append(one)
             if one.why_not is None:
-                side.append(candidate.position)
+                given.add(candidate.position)
         return found
 
     def _controls(self, candidate: Candidate, given: set[int]) -> tuple[float, float] | None:

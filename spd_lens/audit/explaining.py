@@ -8,35 +8,35 @@ approved". What is then done to it:
 - removed, and kept as the only place: necessity and sufficiency, each for itself;
 - compared with random subcomponents of equal use (C7): an effect inside the middle 95 % of theirs is no reason;
 - attacked: an adversary looks for masks that the importances allow and that undo the effect;
-- predicted and tried: the place's token is changed in the input.
+- predicted and tried: the place's token is changed in the input;
+- tried again: what passed has to pass with other control cases, other random subcomponents and other starts of the
+  adversary. One draw of each is a sample, and what passes once by luck is no reason.
 
 Places whose effect is large but whose evidence fails are listed as withheld, with why.
 
-Cost: for a table of 20 attributes some thousand rows of forward passes and `budget.steps` backward passes: seconds.
+Cost: for a table of 20 attributes some thousand rows of forward and twice `budget.steps` backward passes: seconds.
 
 Limits: a place acts through all its subcomponents at once; what two places do together is in `rest.together`.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spd_lens.audit.bench import Bench, Choices, Judged
-from spd_lens.audit.cases import Cases
+from spd_lens.audit.bench import Bench, Choices, Judged, Why
+from spd_lens.audit.fingerprints import code_digest, digests
 from spd_lens.audit.report import (
     Adversary,
     AuditReport,
     Counterfactual,
     Coverage,
     DecisionMade,
-    Digests,
     Interval,
     Members,
     PastCases,
@@ -51,12 +51,11 @@ from spd_lens.audit.report import (
 )
 from spd_lens.audit.trials import Trial, union, without
 from spd_lens.core.decomposition import Decomposition
-from spd_lens.core.fingerprint import target_fingerprint
-from spd_lens.support.checked_json import content_hash
-from spd_lens.support.files import tensor_hash
 from spd_lens.support.versions import library_versions
 
 N_SIMILAR = 3
+# The second draw of everything random has the seed `seed + LARGEST_SEED`, which no first one has.
+LARGEST_SEED = 1 << 32
 
 
 def explain(
@@ -81,16 +80,23 @@ def explain(
     Raises ValueError for an input outside the vocabulary, a decision that the model does not make or does not have, and
     cases of another length; TypeError for what is no decomposition.
     """
+    choices = choices or Choices()
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < LARGEST_SEED:
+        raise ValueError(f"seed={seed!r}; expected a whole number from 0 to {LARGEST_SEED - 1:,}")
     with torch.inference_mode(False), torch.no_grad():
-        bench = Bench(decomposition, inputs, decision, cases, position, reasons_at, choices or Choices(), seed)
-        return _Account(bench).report(title, seed)
+        first, second = (
+            partial(Bench, decomposition, inputs, decision, cases, position, reasons_at, choices, own)
+            for own in (seed, seed + LARGEST_SEED)
+        )
+        return _Account(first(), second).report(title, seed)
 
 
 class _Account:
     """A report out of what a bench measures."""
 
-    def __init__(self, bench: Bench) -> None:
+    def __init__(self, bench: Bench, second: Callable[[], Bench]) -> None:
         self.bench, self.cases, self.choices, self.ids = bench, bench.cases, bench.choices, bench.ids
+        self.second = second
         self.candidate = {c.position: c for c in bench.found}
         self.every = union([c.used for c in bench.found]) if bench.found else None
 
@@ -98,8 +104,8 @@ class _Account:
         """Measure everything and say it."""
         bench = self.bench
         effects = bench.effects()
-        judged = bench.judged(self._looked_at(effects.mean(1)), effects, at_most=self.choices.n_reasons)
-        reasons = [self._reason(j) for j in judged if j.why_not is None]
+        judged = self._judged(effects)
+        reasons = [self._reason(j) for j, why in judged if why is None]
         sides = {side: [r for r in reasons if (r.effect > 0) == side] for side in (True, False)}
         kept = [*sides[True], *sides[False]]
         rest = self._rest(kept)
@@ -116,9 +122,9 @@ class _Account:
             reasons_for=sides[True],
             reasons_against=sides[False],
             withheld=[
-                Withheld(place=self._place(j.position), effect=rounded(j.effect), why=j.why_not)
-                for j in judged
-                if j.why_not is not None
+                Withheld(place=self._place(j.position), effect=rounded(j.effect), why=why)
+                for j, why in judged
+                if why is not None
             ],
             rest=rest,
             places=[self._place(p) for p in bench.reasons_at],
@@ -131,6 +137,7 @@ class _Account:
             adversary=Adversary(**vars(choices.budget), span_rows=1, span_positions=len(self.ids)),
             settings=Settings(
                 seed=seed,
+                n_reasons=choices.n_reasons,
                 n_controls=choices.n_controls,
                 n_draws=choices.n_draws,
                 reasons_at=bench.reasons_at,
@@ -141,6 +148,31 @@ class _Account:
             versions=library_versions(),
             spd_lens_audit=code_digest(),
         )
+
+    def _judged(self, effects: Float[Tensor, "candidate control"]) -> list[tuple[Judged, Why | None]]:
+        """Every place that is looked at, and why it is no reason; None: it is one."""
+        judged = self.bench.judged(self._looked_at(effects.mean(1)), effects)
+        lasting = self._lasting([j.position for j in judged if j.why_not is None])
+        told: list[tuple[Judged, Why | None]] = []
+        given = {True: 0, False: 0}
+        for j in judged:
+            why: Why | None = j.why_not
+            if why is None and (j.position, j.effect > 0) not in lasting:
+                why = "it does not come out again with other control cases"
+            elif why is None and given[j.effect > 0] == self.choices.n_reasons:
+                why = "as many stronger reasons are given"
+            given[j.effect > 0] += why is None
+            told.append((j, why))
+        return told
+
+    def _lasting(self, positions: list[int]) -> set[tuple[int, bool]]:
+        """Of these places those that pass again, each with the sign of its effect then."""
+        if not positions:
+            return set()
+        again = self.second()
+        found = {c.position: i for i, c in enumerate(again.found)}
+        judged = again.judged([found[p] for p in positions if p in found], again.effects())
+        return {(j.position, j.effect > 0) for j in judged if j.why_not is None}
 
     def _looked_at(self, effects: Float[Tensor, " candidate"]) -> list[int]:
         """Candidates by the size of their effects, of each sign at most twice as many as there can be reasons."""
@@ -245,28 +277,3 @@ class _Account:
 
 def _short(text: str) -> str:
     return text if len(text) <= 200 else f"{text[:199]}…"
-
-
-# -- digests -----------------------------------------------------------------------------------------------------------
-
-
-def digests(decomposition: Decomposition, cases: Cases, tokens: Tensor) -> Digests:
-    """SHA-256 of the model, its decomposition, the cases and the input."""
-    made_from = target_fingerprint(decomposition)
-    tensors = {name: tensor_hash(tensor) for name, tensor in decomposition.tensors().items()}
-    return Digests(
-        model=made_from["weights"],
-        host=made_from["host"],
-        sites=made_from["sites"],
-        decomposition=content_hash(tensors),
-        cases=cases.digest(),
-        input=hashlib.sha256(tokens.cpu().to(torch.int64).contiguous().numpy().tobytes()).hexdigest(),
-    )
-
-
-def code_digest() -> str:
-    """SHA-256 of the source of this package: which code made a report."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()

@@ -16,11 +16,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from spd_lens.audit.bench import N_REASONS, Why
+from spd_lens.audit.adversary import MOST_STARTS, MOST_STEPS
+from spd_lens.audit.bench import MOST_CONTROLS, MOST_DRAWS, N_REASONS, Why
 from spd_lens.support.checked_json import CheckedContent, checked_text, read_checked
 from spd_lens.support.files import given_path, write_text
 
-FORMAT, VERSION = "spd_lens audit report", 1
+FORMAT, VERSION = "spd_lens audit report", 2
 # A report has a few hundred numbers; what is larger is none.
 LARGEST_FILE = 2_000_000
 SCHEMA_PATH = Path(__file__).resolve().parent / "audit_report.schema.json"
@@ -29,7 +30,8 @@ Text = Annotated[str, Field(max_length=1_000)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Index = Annotated[int, Field(ge=0)]
+# What fits a 64-bit integer: larger numbers end a tensor's arithmetic, not a report.
+Index = Annotated[int, Field(ge=0, lt=1 << 63)]
 
 
 class Place(CheckedContent):
@@ -158,22 +160,23 @@ class SimilarCase(CheckedContent):
 class Adversary(CheckedContent):
     """The budget under which every claim holds: steps, size of the first, starts, and how far one source reaches."""
 
-    steps: Annotated[int, Field(ge=1)]
-    step_size: Number
-    starts: Annotated[int, Field(ge=1)]
+    steps: Annotated[int, Field(ge=1, le=MOST_STEPS)]
+    step_size: Annotated[float, Field(gt=0, le=1)]
+    starts: Annotated[int, Field(ge=1, le=MOST_STARTS)]
     span_rows: Literal[1]
     span_positions: Index
 
 
 class Settings(CheckedContent):
-    """What the numbers depend on besides the digests."""
+    """What the numbers depend on besides the digests. A file cannot ask for more work than these bounds."""
 
-    seed: int
-    n_controls: Annotated[int, Field(ge=2)]
-    n_draws: Annotated[int, Field(ge=8)]
-    reasons_at: list[Index]
-    control_cases: list[Index]
-    smallest_effect: Number
+    seed: Annotated[int, Field(ge=0, lt=1 << 32)]
+    n_reasons: Annotated[int, Field(ge=1, le=N_REASONS)]
+    n_controls: Annotated[int, Field(ge=2, le=MOST_CONTROLS)]
+    n_draws: Annotated[int, Field(ge=8, le=MOST_DRAWS)]
+    reasons_at: Annotated[list[Index], Field(max_length=100_000)]
+    control_cases: Annotated[list[Index], Field(max_length=MOST_CONTROLS)]
+    smallest_effect: Share
 
 
 class Digests(CheckedContent):

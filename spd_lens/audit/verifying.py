@@ -1,36 +1,34 @@
 """`verify`: every claim of a report is run again, on the model, the decomposition and the data that it names.
 
-Two ways. With the report's own seed every number has to come out again, within rounding: `ROUNDING` for what is a plain
-forward pass, `CLIMBING` for what an adversary found (sign steps can turn at a rounding). With a fresh seed other
-controls are drawn and other climbs started, and what has to hold is each claim: the effect's sign, that it is outside
-what random subcomponents of equal use do, and that the adversary does not undo it.
+Whoever verifies says what an audit has to show; the report does not. Before anything is run a report is refused that is
+about another model, decomposition, data set, input, decision or choice of places, that attacked less, drew fewer
+controls or looked at less than `standard` asks, that lacks a control, or that does not add up.
 
-A report about another model, decomposition, data set or input is refused before anything is run, and so is one that
-lacks what an audit has to show. Another version of this code is no disagreement by itself; it is noted.
+Then it is run again with its own seed, and every number has to come out, within rounding. With `seed=` also other
+controls are drawn and other climbs started, and what has to hold then is each claim: the effect's sign, that it is
+outside what random subcomponents of equal use do, and that the adversary does not undo it.
+
+Another version of this code is no disagreement by itself; it is noted. So is a title, which is free text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from spd_lens.audit.adversary import Budget
-from spd_lens.audit.bench import N_REASONS, Choices, Judged, judge_places
+from spd_lens.audit.bench import Choices, Judged, judge_places
 from spd_lens.audit.cases import Cases
-from spd_lens.audit.decision import Decision
-from spd_lens.audit.explaining import code_digest, digests, explain
-from spd_lens.audit.report import AuditReport, Reason
+from spd_lens.audit.differences import differences, paired, said
+from spd_lens.audit.explaining import explain
+from spd_lens.audit.fingerprints import code_digest, digests
+from spd_lens.audit.page import page_html
+from spd_lens.audit.report import LARGEST_FILE, AuditReport, Reason
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.inputs import checked_decomposition, checked_tokens
-
-# Largest differences that count as rounding: of passes, and of what an adversary reaches.
-ROUNDING, CLIMBING = 1e-3, 2e-2
-# Numbers that an adversary finds.
-_CLIMBED = ("worst", "worst_margin")
-# What says which code and which machine made a report; noted, not judged.
-_NOTED = ("versions", "spd_lens_audit", "title")
+from spd_lens.support.files import given_path
 
 
 @dataclass(frozen=True)
@@ -71,64 +69,86 @@ def verify(
     *,
     cases: Cases,
     inputs: Any = None,
+    decision: Any = None,
+    position: int | None = None,
+    reasons_at: Sequence[int] | None = None,
+    standard: Choices | None = None,
+    title: str | None = None,
     seed: int | None = None,
 ) -> Verification:
-    """Run a report, or the file of one, again; `seed=None` is the report's own, see the module.
+    """Run a report, or the file of one, again.
 
-    `inputs`: the input that the report should be about, `[pos]` or `[1 pos]`; None: the one that stands in it. Raises
-    ValueError for files that are no report.
+    - `inputs`: what the report should be about, `[pos]` or `[1 pos]`; None: what stands in it. `title`: as `inputs`.
+    - `decision`, `position`, `reasons_at`: as in `explain`, and with its defaults: the report's chosen output against
+      the strongest other, at the last position; all places.
+    - `standard`: the least that the report may have measured; None: what `explain` measures unless told otherwise.
+    - `seed`: other controls and climbs, besides the report's own.
+
+    Raises ValueError for files that are no report, TypeError for what are no cases or no decomposition.
     """
     checked_decomposition(decomposition, "verify")
+    if not isinstance(cases, Cases):
+        raise TypeError(f"cases is a {type(cases).__name__}; expected spd_lens.audit.Cases")
     if not isinstance(report, AuditReport):
         report = AuditReport.load(report)
+    n = len(report.reasons)
     given: Any = [report.inputs] if inputs is None else inputs
     try:
         tokens = checked_tokens(
             given[None] if getattr(given, "ndim", 2) == 1 else given, decomposition.host, name="inputs"
         )
     except ValueError as error:
-        return Verification((f"its input is none of this model: {error}",), (), len(report.reasons), 0)
-    other = list(_other_things(report, decomposition, tokens, cases))
-    lacking = list(_lacking(report))
-    if other or lacking:
-        return Verification(tuple(other + lacking), (), len(report.reasons), 0)
-    made = report.decision
-    decision = Decision(made.chosen, made.other, made.position, made.chosen_name, made.other_name)
+        return Verification((f"its input is none of this model: {error}",), (), n, 0)
+    other = [*_other_things(report, decomposition, tokens, cases), *_lacking(report, standard or Choices())]
+    if title is not None and title != report.title:
+        other.append(f"its title is {said(report.title)!r}, not {said(title)!r}")
+    if other:
+        return Verification(tuple(other), (), n, 0)
+    asked: dict[str, Any] = {
+        "cases": cases,
+        "position": position,
+        "reasons_at": reasons_at,
+        "choices": _choices(report),
+    }
+    made = report.decision.chosen if decision is None else decision
     try:
-        if seed is not None:
-            found = judge_places(
-                decomposition,
-                tokens,
-                decision,
-                cases=cases,
-                reasons_at=report.settings.reasons_at,
-                choices=_choices(report),
-                seed=seed,
-            )
-            failed = [text for own in report.reasons if (text := _undone(own, found)) is not None]
-            held = len(report.reasons) - len(failed)
-            return Verification(tuple(failed), tuple(_notes(report)), len(report.reasons), held)
-        again = explain(
-            decomposition,
-            tokens,
-            decision,
-            cases=cases,
-            reasons_at=report.settings.reasons_at,
-            choices=_choices(report),
-            title=report.title,
-            seed=report.settings.seed,
-        )
+        again = explain(decomposition, tokens, made, **asked, title=title or "", seed=report.settings.seed)
+        wrong = list(differences(report, again))
+        lost = [own for own, new in paired(report, again) if any(differences(own, new, "reason"))]
+        if not wrong and seed is not None:
+            found = judge_places(decomposition, tokens, made, **asked, seed=seed)
+            undone = [(own, text) for own in report.reasons if (text := _undone(own, found)) is not None]
+            wrong, lost = [text for _, text in undone], [own for own, _ in undone]
     except ValueError as error:
-        return Verification((f"it cannot be run again: {error}",), (), len(report.reasons), 0)
-    wrong = list(_differences(report, again))
-    held = sum(not any(_differences(own, new, "reason")) for own, new in _paired(report, again))
-    return Verification(tuple(wrong), tuple(_notes(report)), len(report.reasons), held)
+        return Verification((f"it cannot be run again: {error}",), (), n, 0)
+    notes = _notes(report, decomposition, again.title if title is None else title)
+    return Verification(tuple(wrong), tuple(notes), n, n - len(lost))
+
+
+def verify_page(report: AuditReport | str | Path, page: str | Path) -> Verification:
+    """Whether a page is what `audit_page` writes for this report, character for character.
+
+    Raises ValueError for files that are no report, and for a page that is absent, far too large or no text.
+    """
+    if not isinstance(report, AuditReport):
+        report = AuditReport.load(report)
+    path = given_path(page)
+    if not path.is_file():
+        raise ValueError(f"{path} is no file; expected the page of a report")
+    if path.stat().st_size > LARGEST_FILE:
+        raise ValueError(f"{path} has {path.stat().st_size:,} bytes; a page has at most {LARGEST_FILE:,}")
+    try:
+        same = path.read_text(encoding="utf-8") == page_html(report)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text: {error}") from error
+    wrong = () if same else ("the page is not the one that this report gives",)
+    return Verification(wrong, (), len(report.reasons), len(report.reasons) if same else 0)
 
 
 def _choices(report: AuditReport) -> Choices:
     settings, adversary = report.settings, report.adversary
     return Choices(
-        n_reasons=N_REASONS,
+        n_reasons=settings.n_reasons,
         n_controls=settings.n_controls,
         n_draws=settings.n_draws,
         smallest_effect=settings.smallest_effect,
@@ -144,7 +164,7 @@ def _other_things(report: AuditReport, decomposition: Decomposition, tokens: Any
     changed = [name for name, digest in now.sites.items() if then.sites.get(name) != digest]
     if changed or then.sites.keys() != now.sites.keys():
         odd = changed or sorted(then.sites.keys() ^ now.sites.keys())
-        yield f"another model: {', '.join(odd[:3])} is not the matrix that the report is about"
+        yield f"another model: {', '.join(map(said, odd[:3]))} is not the matrix that the report is about"
     elif then.host == now.host and then.model != now.model:
         yield "another model: its matrices are those of the report, other parameters are not"
     if then.decomposition != now.decomposition:
@@ -155,67 +175,53 @@ def _other_things(report: AuditReport, decomposition: Decomposition, tokens: Any
         yield "another input than the report's"
 
 
-def _lacking(report: AuditReport) -> Iterator[str]:
+def _lacking(report: AuditReport, standard: Choices) -> Iterator[str]:
     if not report.adds_up():
         yield "start, reasons and rest do not add up to the margin"
+    settings, adversary, budget = report.settings, report.adversary, standard.budget
+    for name in ("n_reasons", "n_controls", "n_draws"):
+        if getattr(settings, name) < getattr(standard, name):
+            yield f"{name} is {getattr(settings, name)}; the standard asks for at least {getattr(standard, name)}"
+    if settings.smallest_effect > standard.smallest_effect:
+        least = f"{settings.smallest_effect:g} of the margin; the standard is {standard.smallest_effect:g}"
+        yield f"it leaves out effects below {least}"
+    reach = adversary.steps * adversary.step_size
+    if adversary.steps < budget.steps or adversary.starts < budget.starts or reach < budget.steps * budget.step_size:
+        own = f"{adversary.steps} steps of {adversary.step_size:g} from {adversary.starts} starts"
+        yield (
+            f"its adversary has {own}; the standard asks for {budget.steps} of {budget.step_size:g} from "
+            f"{budget.starts}"
+        )
     for reason in report.reasons:
-        if reason.controls.draws < report.settings.n_draws:
-            yield f"{reason.place.name}: {reason.controls.draws} control draws of {report.settings.n_draws}"
-    if len(set(report.settings.control_cases)) < 2:
+        if reason.controls.draws < settings.n_draws:
+            yield f"{said(reason.place.name)}: {reason.controls.draws} control draws of {settings.n_draws}"
+    if len(set(settings.control_cases)) < 2:
         yield "fewer than two control cases"
     for sign, reasons in ((1, report.reasons_for), (-1, report.reasons_against)):
         for reason in reasons:
             if reason.effect * sign <= 0:
                 side = "for" if sign > 0 else "against"
-                yield f"{reason.place.name} is among the reasons {side} the decision and has the effect {reason.effect}"
+                name = said(reason.place.name)
+                yield f"{name} is among the reasons {side} the decision and has the effect {reason.effect}"
 
 
-def _notes(report: AuditReport) -> Iterator[str]:
+def _notes(report: AuditReport, decomposition: Decomposition, title: str) -> Iterator[str]:
     if report.spd_lens_audit != code_digest():
         yield "the report was made by another version of spd_lens.audit"
+    if report.digests.host != decomposition.host.provenance().host:
+        yield "it was made on another kind of host, whose other parameters cannot be compared by their digest"
+    if report.title != title:
+        yield f"its title is free text that nothing checks: {said(report.title)!r}"
 
 
 # -- what comes out --------------------------------------------------------------------------------------------------
 
 
-def _paired(report: AuditReport, again: AuditReport) -> Iterator[tuple[Reason, Reason | None]]:
-    new = {(r.place.position, r.effect > 0): r for r in again.reasons}
-    for reason in report.reasons:
-        yield reason, new.get((reason.place.position, reason.effect > 0))
-
-
-def _differences(then: Any, now: Any, where: str = "") -> Iterator[str]:
-    """What differs between two reports or parts of them, each in words."""
-    if hasattr(then, "model_dump") and (now is None or hasattr(now, "model_dump")):
-        then, now = then.model_dump(), None if now is None else now.model_dump()
-    if isinstance(then, dict) and isinstance(now, dict):
-        for key in [*then, *(k for k in now if k not in then)]:
-            if where or key not in _NOTED:
-                yield from _differences(then.get(key), now.get(key), f"{where}.{key}" if where else key)
-    elif isinstance(then, list) and isinstance(now, list):
-        if len(then) != len(now):
-            yield f"{where}: the report has {len(then)}, running it again gives {len(now)}"
-        for i, (a, b) in enumerate(zip(then, now, strict=False)):
-            yield from _differences(a, b, f"{where}[{i}]")
-    elif isinstance(then, float) and isinstance(now, (int, float)):
-        climbed = where.rsplit(".", 1)[-1] in _CLIMBED
-        allowed = CLIMBING * max(1.0, abs(now)) if climbed else ROUNDING
-        if not abs(then - now) <= allowed:
-            yield f"{where}: the report says {then:g}, running it again gives {now:g}"
-    elif then != now:
-        yield f"{where}: the report says {_brief(then)}, running it again gives {_brief(now)}"
-
-
-def _brief(value: Any) -> str:
-    text = "nothing" if value is None else repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
 def _undone(reason: Reason, found: dict[int, Judged]) -> str | None:
     """Why a reason does not hold on a fresh seed, or None."""
-    new = found.get(reason.place.position)
+    new, name = found.get(reason.place.position), said(reason.place.name)
     if new is None:
-        return f"{reason.place.name}: this place does nothing here"
+        return f"{name}: this place does nothing here"
     if new.effect * reason.effect <= 0:
-        return f"{reason.place.name}: its effect was {reason.effect:g} and is {new.effect:g} with other controls"
-    return None if new.why_not is None else f"{reason.place.name}: {new.why_not}"
+        return f"{name}: its effect was {reason.effect:g} and is {new.effect:g} with other controls"
+    return None if new.why_not is None else f"{name}: {new.why_not}"

@@ -7,15 +7,16 @@ from typing import Annotated
 
 import typer
 
-from spd_lens.audit import AuditReport, Cases, Verification, audit_page, explain, verify
+from spd_lens.audit import AuditReport, Cases, Verification, audit_page, explain, verify, verify_page
 from spd_lens.cli.output import DONE, FAILED, JsonFlag, ends_in_words, show
 from spd_lens.core import Decomposition
 from spd_lens.models import CREDIT_DECISIONS, credit_cases, decline_margin, load_credit, load_credit_applicants
 
 HELP = """Audit one decision of the credit model that ships with the package, or run the report of one again.
 
-Nothing is downloaded. The report is REPORT.json in --out, its page REPORT.html. With --verify every claim of a report
-is run again; the exit status is 1 on any disagreement.
+Nothing is downloaded. The report is applicant-N.json in --out, its page applicant-N.html. With --verify every claim of
+a report is run again; the exit status is 1 on any disagreement. With --applicant it has to be about that one, with
+--page the page has to be the report's, with --seed its claims also have to hold with other controls and attacks.
 
 Examples:
 
@@ -23,7 +24,7 @@ Examples:
 
     spd-lens audit --applicant 17 --out runs/audit
 
-    spd-lens audit --verify runs/audit/applicant-17.json
+    spd-lens audit --verify runs/audit/applicant-17.json --page runs/audit/applicant-17.html --applicant 17
 """
 
 
@@ -35,6 +36,7 @@ def command(
     ] = None,
     out: Annotated[Path, typer.Option(help="Directory of the report and its page.")] = Path("runs/audit"),
     verify_file: Annotated[Path | None, typer.Option("--verify", help="A report to run again.")] = None,
+    page: Annotated[Path | None, typer.Option(help="With --verify: the page that should be the report's.")] = None,
     seed: Annotated[
         int | None, typer.Option(help="With --verify: other controls and attacks than the report's.")
     ] = None,
@@ -42,24 +44,23 @@ def command(
 ) -> None:
     if what != "demo":
         raise ValueError(f"audit {what!r}; expected 'demo', or spd_lens.audit.explain(...) in Python for other models")
-    cases = Cases(**credit_cases())
     if verify_file is not None:
-        report = AuditReport.load(verify_file)
-        ended = verify(report, _decomposition_of(report), cases=cases, seed=seed)
+        ended = _run_again(verify_file, page, applicant, seed)
         show(str(ended), _values(ended), as_json=json)
         raise typer.Exit(FAILED if ended.status else DONE)
+    if page is not None or seed is not None:
+        raise ValueError("--page and --seed are for --verify; give it a report to run again")
+    cases = Cases(**credit_cases())
     decomposition = load_credit(decomposed=True)
     asked = load_credit_applicants("held_out")
     margins = decline_margin(decomposition.model, asked.tokens)
-    chosen = int((margins > 0).nonzero()[0]) if applicant is None else applicant
-    if not 0 <= chosen < len(asked):
-        raise ValueError(f"applicant {chosen}; there are {len(asked)} held-out applicants, 0..{len(asked) - 1}")
+    chosen = int((margins > 0).nonzero()[0]) if applicant is None else _known(applicant)
     decision = CREDIT_DECISIONS[int(margins[chosen] > 0)]
-    title = f"Applicant {asked.numbers[chosen]}: why {decision}?"
+    title = _title(chosen, decision)
     report = explain(decomposition, asked.tokens[chosen], decision, cases=cases, title=title)
     path = report.save(out / f"applicant-{chosen}.json")
-    page = audit_page(report, out / f"applicant-{chosen}.html")
-    ended = verify(path, decomposition, cases=cases, inputs=asked.tokens[chosen])
+    written = audit_page(report, out / f"applicant-{chosen}.html")
+    ended = verify(path, decomposition, cases=cases, inputs=asked.tokens[chosen], title=title)
     reasons = [f"    {r.effect:+.2f}  {r.place.words or r.place.name}: {r.place.says}" for r in report.reasons]
     lines = [
         title,
@@ -67,11 +68,43 @@ def command(
         f"    {report.rest.value:+.2f}  not explained",
         str(ended),
         f"report: {path}",
-        f"page: {page}",
+        f"page: {written}",
     ]
-    values = {"report": str(path), "page": str(page), "decision": decision, **_values(ended)}
+    values = {"report": str(path), "page": str(written), "decision": decision, **_values(ended)}
     show("\n".join(lines), values, as_json=json)
     raise typer.Exit(FAILED if ended.status else DONE)
+
+
+def _run_again(path: Path, page: Path | None, applicant: int | None, seed: int | None) -> Verification:
+    """A report of the credit model, verified; its title has to name the applicant whose attributes it has."""
+    report = AuditReport.load(path)
+    asked, inputs = load_credit_applicants("held_out"), None
+    if applicant is not None:
+        inputs = asked.tokens[_known(applicant)]
+    decomposition = _decomposition_of(report)
+    ended = verify(report, decomposition, cases=Cases(**credit_cases()), inputs=inputs, seed=seed)
+    wrong, notes = list(ended.disagreements), list(ended.notes)
+    same = [i for i, own in enumerate(asked.tokens.tolist()) if own == report.inputs]
+    if report.title in {_title(i, report.decision.chosen_name) for i in same}:
+        notes = [note for note in notes if not note.startswith("its title")]
+    elif same and report.title.startswith("Applicant "):
+        wrong.append(f"its attributes are those of applicant {asked.numbers[same[0]]}, whom its title does not name")
+    elif not same:
+        notes.append("its attributes are those of no held-out applicant")
+    if page is not None:
+        wrong += verify_page(report, page).disagreements
+    return Verification(tuple(wrong), tuple(notes), ended.claims, ended.held)
+
+
+def _known(applicant: int) -> int:
+    n = len(load_credit_applicants("held_out"))
+    if not 0 <= applicant < n:
+        raise ValueError(f"applicant {applicant}; there are {n} held-out applicants, 0..{n - 1}")
+    return applicant
+
+
+def _title(index: int, decision: str) -> str:
+    return f"Applicant {load_credit_applicants('held_out').numbers[index]}: why {decision}?"
 
 
 def _decomposition_of(report: AuditReport) -> Decomposition:

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from spd_lens.support.files import json_text, plain, write_text
+from spd_lens.support.pages import visible
 
 # Far more than any of our files has, and little enough to read at once.
 _LARGEST = 1 << 30
@@ -76,7 +77,8 @@ def read_checked_values(
             "Make it again, or read it with the spd_lens that wrote it"
         )
     expected = whole.pop("checksum", None)
-    if not isinstance(expected, str) or not hmac.compare_digest(expected.encode(), _checksum(whole, free).encode()):
+    given = expected.encode("utf-8", "backslashreplace") if isinstance(expected, str) else b""
+    if not hmac.compare_digest(given, _checksum(whole, free).encode()):
         raise ValueError(f"{path} is damaged or was changed by hand: its checksum does not fit its contents")
     return whole
 
@@ -102,7 +104,8 @@ def read_json(path: Path, *, format_name: str, newest_version: int) -> dict[str,
 def in_words(error: ValidationError) -> str:
     """The first thing that is wrong, with the field where it is."""
     first = error.errors(include_url=False, include_context=False)[0]
-    return f"{'.'.join(map(str, first['loc'])) or 'the whole'}: {first['msg']}"
+    where = ".".join(visible(str(part)) for part in first["loc"])
+    return f"{where or 'the whole'}: {first['msg']}"
 
 
 def _checksum(whole: Mapping[str, Any], free: Sequence[tuple[str, str]]) -> str:
@@ -126,7 +129,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _LARGEST:
             raise ValueError(f"it has {path.stat().st_size:,} bytes")
-        whole = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
+        text = path.read_text(encoding="utf-8")
+        whole = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_each_once)
     except FileNotFoundError as error:
         raise ValueError(f"{path} is missing") from error
     except RecursionError as error:
@@ -140,3 +144,12 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 def _no_constant(text: str) -> float:
     raise ValueError(f"{text} is not JSON")
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A key twice is two files in one: which value counts is up to the reader."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"it holds the key {next(k for k in keys if keys.count(k) > 1)[:80]!r} twice")
+    return found

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from spd_lens.audit import AuditReport, Budget, Cases, Choices, explain
+from spd_lens.audit import AuditReport, Budget, Cases, Choices, Verification, explain, verify
 from spd_lens.core import Decomposition
 from spd_lens.models import credit_cases, decline_margin, load_credit, load_credit_applicants
+from spd_lens.support import checked_text
 
 SMALL = Choices(n_controls=4, n_draws=16, budget=Budget(steps=4, starts=1))
 
@@ -28,6 +32,24 @@ class Audited:
         """The audit of one of the declined applicants."""
         given = {"cases": self.cases, "choices": SMALL, **changes}
         return explain(self.decomposition, self.declined[index], "declined", **given)
+
+    def verify(self, report: AuditReport | Path, **changes: Any) -> Verification:
+        """A verification that asks for the budgets of these tests."""
+        return verify(report, self.decomposition, **{"cases": self.cases, "standard": SMALL, **changes})
+
+
+def content(report: AuditReport) -> dict[str, Any]:
+    """What the report says, to be changed."""
+    return copy.deepcopy(report.model_dump())
+
+
+def forged(report: AuditReport, change: Callable[[dict[str, Any]], Any], folder: Path) -> Path:
+    """The report's file after `change(content)`, with a checksum that fits: a forger has this code too."""
+    values = content(report)
+    change(values)
+    path = folder / "forged.json"
+    path.write_text(checked_text(values, format_name="spd_lens audit report", version=2))
+    return path
 
 
 def audited_cases(n: int = 150, **changes: Any) -> Cases:

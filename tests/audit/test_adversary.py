@@ -36,8 +36,15 @@ def test_twenty_steps_find_a_lower_margin_than_random_masks(audited: Audited) ->
 
 
 def test_a_budget_that_makes_no_sense_is_refused() -> None:
-    for budget in ({"steps": 0}, {"starts": 0}, {"step_size": 0.0}, {"step_size": 2.0}):
-        with pytest.raises(ValueError, match="expected steps >= 1, starts >= 1 and 0 < step_size <= 1"):
+    for budget in (
+        {"steps": 0},
+        {"starts": 0},
+        {"step_size": 0.0},
+        {"step_size": 2.0},
+        {"steps": 1_001},
+        {"starts": 65},
+    ):
+        with pytest.raises(ValueError, match="expected 1 to 1,000 steps, 1 to 64 starts and 0 < step_size <= 1"):
             Budget(**budget)
     with pytest.raises(ValueError, match="n_reasons=9; expected 1 to 4"):
         Choices(n_reasons=9)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -13,25 +12,11 @@ import torch
 
 from spd_lens.audit import AuditReport, report_schema, verify
 from spd_lens.models import load_credit
-from spd_lens.support import checked_text
-from tests.audit.conftest import Audited, audited_cases
-
-
-def content(report: AuditReport) -> dict[str, Any]:
-    return copy.deepcopy(report.model_dump())
-
-
-def forged(report: AuditReport, change: Any, folder: Path) -> Path:
-    """The report's file after `change(content)`, with a checksum that fits: a forger has this code too."""
-    values = content(report)
-    change(values)
-    path = folder / "forged.json"
-    path.write_text(checked_text(values, format_name="spd_lens audit report", version=1))
-    return path
+from tests.audit.conftest import SMALL, Audited, audited_cases, content, forged
 
 
 def refused(audited: Audited, path: Path) -> str:
-    ended = verify(path, audited.decomposition, cases=audited.cases)
+    ended = audited.verify(path)
     assert not ended
     assert ended.status == 1
     return str(ended)
@@ -40,14 +25,14 @@ def refused(audited: Audited, path: Path) -> str:
 def test_a_report_and_its_file_verify(audited: Audited, tmp_path: Path) -> None:
     path = audited.report.save(tmp_path / "report.json")
     assert AuditReport.load(path) == audited.report
-    ended = verify(path, audited.decomposition, cases=audited.cases, inputs=audited.declined[0])
+    ended = audited.verify(path, inputs=audited.declined[0])
     assert ended
     assert (ended.status, ended.claims, ended.held) == (0, len(audited.report.reasons), len(audited.report.reasons))
     assert str(ended).startswith("Verified: ")
 
 
 def test_with_a_fresh_seed_claims_are_judged_not_digits(audited: Audited) -> None:
-    ended = verify(audited.report, audited.decomposition, cases=audited.cases, seed=91)
+    ended = audited.verify(audited.report, seed=91)
     assert ended.claims == len(audited.report.reasons)
     assert ended.held == ended.claims - len(ended.disagreements)
     turned = content(audited.report)
@@ -55,7 +40,7 @@ def test_with_a_fresh_seed_claims_are_judged_not_digits(audited: Audited) -> Non
         reason["effect"] = -reason["effect"]
     turned["reasons_for"], turned["reasons_against"] = turned["reasons_against"], turned["reasons_for"]
     turned["rest"]["value"] = 0.0
-    assert verify(AuditReport.model_validate(turned), audited.decomposition, cases=audited.cases, seed=91).status == 1
+    assert audited.verify(AuditReport.model_validate(turned), seed=91).status == 1
 
 
 def test_the_file_fits_its_published_schema(audited: Audited, tmp_path: Path) -> None:
@@ -85,7 +70,7 @@ def test_a_model_whose_last_layer_was_changed_is_refused(audited: Audited) -> No
         for name, parameter in other.model.named_parameters():
             if name in ("unembed.W_U", "unembed.weight", "head._original_component.weight"):
                 parameter.mul_(1.02)
-    ended = verify(audited.report, other, cases=audited.cases)
+    ended = verify(audited.report, other, cases=audited.cases, standard=SMALL)
     assert ended.status == 1
     assert "another model: unembed.W_U is not the matrix that the report is about" in str(ended)
 
@@ -96,7 +81,7 @@ def test_a_model_whose_bias_was_changed_is_refused(audited: Audited) -> None:
         for name, parameter in other.model.named_parameters():
             if name.endswith(("mlp.b_out", "fc_out._original_component.bias")):
                 parameter.add_(0.3)
-    ended = verify(audited.report, other, cases=audited.cases)
+    ended = verify(audited.report, other, cases=audited.cases, standard=SMALL)
     assert ended.status == 1
     assert "another model: its matrices are those of the report, other parameters are not" in str(ended)
 
@@ -131,8 +116,7 @@ def test_reasons_in_another_order_of_places_are_refused(audited: Audited, tmp_pa
 
 def test_other_cases_words_and_inputs_are_refused(audited: Audited) -> None:
     def text(**changes: Any) -> str:
-        given = {"cases": audited.cases, **changes}
-        ended = verify(audited.report, audited.decomposition, **given)
+        ended = audited.verify(audited.report, **changes)
         assert ended.status == 1
         return str(ended)
 
@@ -192,7 +176,7 @@ def test_missing_controls_are_refused_before_anything_runs(audited: Audited, tmp
         del values["reasons_for"][0]["controls"]
 
     with pytest.raises(ValueError, match=r"is damaged: reasons_for\.0\.controls: Field required"):
-        verify(forged(audited.report, lacking, tmp_path), audited.decomposition, cases=audited.cases)
+        audited.verify(forged(audited.report, lacking, tmp_path))
 
 
 # -- files -----------------------------------------------------------------------------------------------------------
@@ -222,9 +206,9 @@ def test_numbers_that_do_not_add_up_are_refused(audited: Audited, tmp_path: Path
         ("[]", "it holds a list; expected an object"),
         ("[" * 100_000, "is damaged"),
         ('{"format": "spd_lens decomposition", "format_version": 1}', "was not written as a spd_lens audit report"),
-        ('{"format": "spd_lens audit report", "format_version": 99}', "format version 99; this spd_lens reads up to 1"),
-        ('{"format": "spd_lens audit report", "format_version": 1, "start": NaN}', "is damaged"),
-        ('{"format": "spd_lens audit report", "format_version": 1, "start": 1' + "0" * 5_000 + "}", "is damaged"),
+        ('{"format": "spd_lens audit report", "format_version": 99}', "format version 99; this spd_lens reads up to 2"),
+        ('{"format": "spd_lens audit report", "format_version": 2, "start": NaN}', "is damaged"),
+        ('{"format": "spd_lens audit report", "format_version": 2, "start": 1' + "0" * 5_000 + "}", "is damaged"),
         ("\x00\xff", "is damaged"),
     ],
 )

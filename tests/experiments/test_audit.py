@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 
 from experiments.audit import judged_claims, largest
+from experiments.credit_table import mended
 from experiments.discovery import KNOWN, MARKERS, VOCABULARY, patients, planted, rank_of
 from spd_lens.audit import Judged
 
@@ -43,6 +45,20 @@ def test_a_claim_in_the_wrong_direction_passes_nothing() -> None:
     right, wrong = judged_claims({2: own}, {2: 1.0})[0], judged_claims({2: own}, {2: -1.0})[0]
     assert (right["verified"], right["survives"], right["agrees"]) == (True, True, None)
     assert (wrong["verified"], wrong["survives"]) == (False, False)
+
+
+def test_only_the_sorted_column_is_taken_from_the_coded_table_and_the_others_have_to_agree() -> None:
+    words = [{"age": a, "personal_status_and_sex": s} for a, s in (("20", "x"), ("30", "x"), ("20", "y"))]
+    codes = [["1", "A93"], ["2", "A92"], ["1", "A94"]]
+    rows = mended(words, codes)
+    assert [row["personal_status_and_sex"] for row in rows] == [
+        "male : single", "female : divorced/separated/married", "male : married/widowed",
+    ]  # fmt: skip
+    assert [row["age"] for row in rows] == ["20", "30", "20"]
+    with pytest.raises(ValueError, match="column age differs"):
+        mended(words, [["1", "A93"], ["1", "A92"], ["1", "A94"]])
+    with pytest.raises(ValueError, match="3 readable rows and 2 coded ones"):
+        mended(words, codes[:2])
 
 
 def test_the_committed_table_has_what_was_promised() -> None:
