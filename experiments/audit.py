@@ -181,7 +181,7 @@ def table(asked: list[dict[str, Any]], command: str, seed: int, decomposition_se
     }
     ours = methods.pop("spd_lens audit")
     return {
-        "command": command,
+        "command": f"{command} --cases {len(asked)}",
         "versions": {**library_versions(), "shap": importlib.metadata.version("shap")},
         "seed": seed,
         "decomposition_seed": decomposition_seed,
@@ -205,8 +205,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     tokens = load_credit_applicants("held_out").tokens[args.first : args.first + args.cases]
     margins = decline_margin(asker.model, tokens).tolist()
     command = (
-        f"python experiments/audit.py --json --first {args.first} --cases {len(tokens)} --seed {seed} "
-        f"--decomposition {args.decomposition}"
+        f"python experiments/audit.py --json --seed {seed} --decomposition {args.decomposition} --first {args.first}"
     )
     kept = None if args.keep is None else args.keep / f"audit-{args.decomposition}-{args.first}-{seed}.json"
     asked: list[dict[str, Any]] = json.loads(kept.read_text())["asked"] if kept is not None and kept.is_file() else []

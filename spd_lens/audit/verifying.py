@@ -67,7 +67,7 @@ def verify(
     report: AuditReport | str | Path,
     decomposition: Decomposition,
     *,
-    cases: Cases,
+    cases: Any,
     inputs: Any = None,
     decision: Any = None,
     position: int | None = None,
@@ -78,7 +78,8 @@ def verify(
 ) -> Verification:
     """Run a report, or the file of one, again.
 
-    - `inputs`: what the report should be about, `[pos]` or `[1 pos]`; None: what stands in it. `title`: as `inputs`.
+    - `cases`: the `Cases` of the report. `inputs`: what it should be about, `[pos]` or `[1 pos]`; None: what stands in
+      it. `title`: as `inputs`.
     - `decision`, `position`, `reasons_at`: as in `explain`, and with its defaults: the report's chosen output against
       the strongest other, at the last position; all places.
     - `standard`: the least that the report may have measured; None: what `explain` measures unless told otherwise.

@@ -69,6 +69,7 @@ def edited(report: AuditReport, path: tuple[Any, ...]) -> AuditReport | None:
     return fitted if path != ("rest", "value") else changed
 
 
+@pytest.mark.slow
 def test_no_value_of_a_report_can_be_changed_but_the_free_ones(
     audited: Audited, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -320,7 +321,7 @@ def test_a_page_is_the_reports_or_it_is_refused(audited: Audited, tmp_path: Path
 
 def test_what_are_no_cases_is_refused_in_words(audited: Audited) -> None:
     with pytest.raises(TypeError, match=r"cases is a dict; expected spd_lens\.audit\.Cases"):
-        verify(audited.report, audited.decomposition, cases={})  # pyright: ignore[reportArgumentType]
+        verify(audited.report, audited.decomposition, cases={})
 
 
 def refused_as(audited: Audited, report: AuditReport, change: Change, folder: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,21 @@ def test_tokens_say_what_the_table_says() -> None:
             ]
             if months <= end
         )  # fmt: skip
+
+
+def test_rows_are_the_ucis_and_no_column_is_sorted() -> None:
+    """In the table of one package the column of personal status and sex is sorted, so it says nothing about anybody."""
+    text = gzip.decompress((CREDIT_DIRECTORY / "german_credit.csv.gz").read_bytes()).decode()
+    table = list(csv.DictReader(io.StringIO(text)))
+    first = [(row["personal_status_and_sex"], row["age_in_years"], row["credit_amount"]) for row in table[:4]]
+    # german.data of the UCI repository begins with A93 67 1169, A92 22 5951, A93 49 2096, A93 45 7882.
+    assert first == [
+        ("male : single", "67", "1169"), ("female : divorced/separated/married", "22", "5951"),
+        ("male : single", "49", "2096"), ("male : single", "45", "7882"),
+    ]  # fmt: skip
+    for name in table[0]:
+        values = [row[name] for row in table]
+        assert 1 + sum(a != b for a, b in itertools.pairwise(values)) > 50, name
 
 
 def test_every_token_belongs_to_one_attribute_and_every_attribute_has_words() -> None:
