@@ -131,8 +131,8 @@ def measured_memory(n_subcomponents: int, d_vocab: int, n_batches: int, l0: floa
     }
 
 
-def measured_tiny_lm(folder: Path, n_rows: int) -> dict[str, Any]:
-    """A harvest of the shipped decomposition over held-out text, and its pages."""
+def measured_tiny_lm(folder: Path, n_rows: int, effect_rows: int) -> dict[str, Any]:
+    """A harvest of the shipped decomposition over held-out text, with the effect of every subcomponent; its pages."""
     from spd_lens import harvest, pack_tokens
     from spd_lens.models import load_moby_dick, load_tiny_lm
 
@@ -140,9 +140,20 @@ def measured_tiny_lm(folder: Path, n_rows: int) -> dict[str, Any]:
     tokenizer = decomposition.model.tokenizer
     tokens = pack_tokens([load_moby_dick("held_out")], tokenizer, context=CONTEXT, prepend_bos=True, max_rows=n_rows)
     started, busy = time.perf_counter(), time.process_time()
-    found = harvest(decomposition, list(tokens.split(BATCH)), max_batches=None)
+    batches = [tokens[:effect_rows], *tokens[effect_rows:].split(BATCH)] if effect_rows else list(tokens.split(BATCH))
+    found = harvest(decomposition, batches, max_batches=None, effect_batches=int(effect_rows > 0))
+    effects = [site.effect for site in found.values() if site.effect is not None]
+    effect = torch.cat(effects) if effects else torch.zeros(1)
+    fires = torch.cat([site.fired for site in found.values()]) > 0
+    measured = {
+        "effect_positions": found.sums.effect_positions,
+        "effect_nats_largest": round(float(effect.max()), 4),
+        "effect_nats_median_where_it_fires": float(f"{float(effect[fires].median()):.2g}"),
+        "share_of_effect_of_the_100_largest": round(float(effect.topk(100).values.sum() / effect.sum()), 3),
+    }
     return {
         "tokens": found.n_positions,
+        **(measured if effects else {}),
         "fires_per_position": round(sum(float(site.firing_rate.sum()) for site in found.values()), 1),
         "harvest_seconds": round(time.perf_counter() - started, 1),
         "harvest_cpu_seconds": round(time.process_time() - busy, 1),
@@ -160,20 +171,25 @@ def main(
     batches: Annotated[int, typer.Option(help="batches of 512 tokens that memory is measured on")] = 200,
     subcomponents: Annotated[int, typer.Option()] = 10_000,
     rows: Annotated[int, typer.Option(help="rows of 64 tokens that the tiny language model is harvested on")] = 96,
+    effect_rows: Annotated[int, typer.Option(help="rows that every subcomponent is ablated on")] = 2,
+    only_tiny_lm: Annotated[bool, typer.Option("--only-tiny-lm", help="the language model's part alone")] = False,
 ) -> None:
     """Measure and print."""
     torch.set_num_threads(1)
     # Wall time says little on a machine that is busy with other things.
     load = os.getloadavg()[0]
     found: dict[str, Any] = {"versions": library_versions(), "cores": os.cpu_count(), "load_at_start": round(load, 1)}
-    found["memory"] = measured_memory(subcomponents, 50_257, batches, l0=100)
     with tempfile.TemporaryDirectory() as folder:
-        synthetic = synthetic_harvest(subcomponents, 50_257, seed=0, n_batches=8)
-        found["synthetic"] = measured_pages(synthetic, Path(folder) / "synthetic")
-        found["tiny_lm"] = measured_tiny_lm(Path(folder) / "tiny_lm", rows)
+        if not only_tiny_lm:
+            found["memory"] = measured_memory(subcomponents, 50_257, batches, l0=100)
+            synthetic = synthetic_harvest(subcomponents, 50_257, seed=0, n_batches=8)
+            found["synthetic"] = measured_pages(synthetic, Path(folder) / "synthetic")
+        found["tiny_lm"] = measured_tiny_lm(Path(folder) / "tiny_lm", rows, effect_rows)
     print(json.dumps(found, indent=1))
     if json_file is not None:
-        write_json(json_file, found)
+        # What was not measured now stays as it was, with its own versions.
+        kept = json.loads(json_file.read_text(encoding="utf-8")) if only_tiny_lm and json_file.exists() else {}
+        write_json(json_file, {**kept, **found})
 
 
 if __name__ == "__main__":

@@ -12,13 +12,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jaxtyping import Int
+from torch import Tensor
 
+from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.units import Unit
 from spd_lens.graphs.check import AttributionCheck
-from spd_lens.graphs.page import Context, edge_size, graph_page
-from spd_lens.graphs.pruning import influences, prune
-from spd_lens.graphs.viewer_json import GraphFile, read_graph, write_graph
-from spd_lens.support.files import given_path, write_text
+from spd_lens.graphs.contexts import Context, Described, Key, described
+from spd_lens.graphs.graph_reading import read_graph
+from spd_lens.graphs.page import edge_size, graph_page
+from spd_lens.graphs.pruning import cumulative_shares, edge_influences, influences, prune
+from spd_lens.graphs.removing import Removal, removal
+from spd_lens.graphs.viewer_features import checked_slug, features_scan, write_viewer
+from spd_lens.graphs.viewer_json import GraphFile, graph_json, write_graph
+from spd_lens.patching.arguments import Metric
+from spd_lens.statistics.labels import Labels
+from spd_lens.statistics.result import Harvest
+from spd_lens.support.files import given_directory, given_path, write_text
 from spd_lens.support.pages import table_html
 from spd_lens.support.tables import format_table
 
@@ -110,6 +120,23 @@ class AttributionGraph:
         names, weights, readout_weights = self._matrix()
         return dict(zip(names, influences(weights, readout_weights).tolist(), strict=True))
 
+    def removal(
+        self,
+        decomposition: Decomposition,
+        tokens: Int[Tensor, "1 pos"],
+        nodes: Sequence[str],
+        *,
+        metrics: Mapping[str, Metric] | None = None,
+    ) -> Removal:
+        """Take nodes away at once: what the edges predict for every readout, and what the model does.
+
+        `nodes` are names of nodes, which the page gives (`graph.graph.nodes` lists them); `metrics` are the functions
+        of the logits that the readouts were made with, where they are no tokens. See `spd_lens.graphs.removing`.
+
+        Raises ValueError for unknown nodes and targets, another decomposition or prompt, and graphs of a data set.
+        """
+        return removal(self.graph, self.tokens, self.settings, decomposition, tokens, nodes, metrics)
+
     def _matrix(self) -> tuple[list[str], np.ndarray, np.ndarray]:
         names = list(self.graph.nodes)
         order = {name: i for i, name in enumerate(names)}
@@ -125,29 +152,68 @@ class AttributionGraph:
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
-    def to_json(self, path: str | Path, *, slug: str | None = None, groups: Sequence[Unit] = ()) -> Path:
+    def to_json(
+        self,
+        path: str | Path,
+        *,
+        slug: str | None = None,
+        groups: Sequence[Unit] = (),
+        labels: Labels | str | Path | None = None,
+    ) -> Path:
         """Write the JSON that circuit-tracer's viewer and Neuronpedia read (see `spd_lens.graphs.viewer_json`).
 
         `groups` (components, for example) become supernodes there, under their names: each has the nodes of its members
-        at its positions; those with fewer than two nodes here are left out.
+        at its positions; those with fewer than two nodes here are left out. `labels` are `{site: {id: text}}`, or a
+        file of them.
         """
-        path = Path(path)
-        content = GraphFile(self.graph, self.tokens, self.settings, _check_dict(self.check))
-        cumulative = {}
-        if any(data["kind"] == "readout" for _, data in self.graph.nodes(data=True)):
-            names, weights, readout_weights = self._matrix()
-            nobody = np.zeros(len(names), dtype=bool)
-            everything = prune(
-                weights,
-                readout_weights,
-                always_kept=~nobody,
-                needs_input=nobody,
-                node_threshold=1.0,
-                edge_threshold=1.0,
-            )
-            cumulative = dict(zip(names, everything.cumulative.tolist(), strict=True))
-        supernodes = {unit.label: nodes for unit in groups if len(nodes := self._nodes_of(unit)) > 1}
-        return write_graph(path, content, slug=slug or path.stem, cumulative=cumulative, supernodes=supernodes)
+        path = given_path(path)
+        about = described(self.graph, self.settings, None, labels)
+        return write_graph(path, self._json(slug or path.stem, groups, about))
+
+    def to_viewer(
+        self,
+        directory: str | Path,
+        *,
+        slug: str = "graph",
+        harvest: Harvest | None = None,
+        labels: Labels | str | Path | None = None,
+        groups: Sequence[Unit] = (),
+    ) -> Path:
+        """Write a directory that circuit-tracer's own frontend serves; returns the graph's file, `DIRECTORY/SLUG.json`.
+
+        With the `harvest` of the same decomposition its panel shows contexts, logits and activations of a subcomponent
+        that is clicked. Graphs under other slugs that are there stay. To see it, with the package circuit-tracer:
+
+            from circuit_tracer.frontend.local_server import serve
+            server = serve("DIRECTORY", port=8032)  # http://localhost:8032
+
+        Raises ValueError for slugs that are no names of files, and for the harvest or labels of another decomposition.
+        """
+        about = described(self.graph, self.settings, harvest, labels)
+        whole = self._json(checked_slug(slug), groups, about, features_scan(slug))
+        return write_viewer(given_directory(directory), whole, self.graph, harvest)
+
+    def _json(self, slug: str, groups: Sequence[Unit], about: Described, scan: str | None = None) -> dict[str, Any]:
+        labels = {}
+        for name, data in self.graph.nodes(data=True):
+            better = about.name((data["site"], data["subcomponent"])) if data["kind"] == "subcomponent" else ""
+            if better:
+                labels[name] = f"{data['label']}: {better}"
+        return graph_json(
+            GraphFile(self.graph, self.tokens, self.settings, _check_dict(self.check)),
+            slug=slug,
+            cumulative=self._cumulative(),
+            supernodes={unit.label: nodes for unit in groups if len(nodes := self._nodes_of(unit)) > 1},
+            labels=labels,
+            scan=scan,
+        )
+
+    def _cumulative(self) -> dict[str, float]:
+        """Every node's share of influence together with all that have more; empty without readouts."""
+        if not any(data["kind"] == "readout" for _, data in self.graph.nodes(data=True)):
+            return {}
+        names, weights, readout_weights = self._matrix()
+        return dict(zip(names, cumulative_shares(influences(weights, readout_weights)).tolist(), strict=True))
 
     def _nodes_of(self, unit: Unit) -> list[str]:
         """The nodes of a unit's members at its positions."""
@@ -179,17 +245,49 @@ class AttributionGraph:
         path: str | Path,
         *,
         title: str = "Attribution graph",
-        contexts: Mapping[tuple[str, int], Sequence[Context]] | None = None,
+        harvest: Harvest | None = None,
+        labels: Labels | str | Path | None = None,
+        contexts: Mapping[Key, Sequence[Context]] | None = None,
     ) -> Path:
-        """Write a page that needs nothing else: the graph by site and position, to pan, zoom and click.
+        """Write a page that needs nothing else: the graph by site and position, to pan, zoom, click, pin and group.
 
-        `contexts[site, c]` are texts in which subcomponent c is important (`spd_lens.graphs.Context`); they are
-        shown when one of its nodes is clicked.
+        With the `harvest` of the same decomposition, nodes have labels from its counts and show the texts in which they
+        fire most. `labels` are `{site: {id: text}}`, or a file of them that pages exported; `contexts[site, c]` are
+        texts of your own (`spd_lens.graphs.Context`) in place of those of the harvest.
+
+        Raises ValueError for the harvest, labels or contexts of another decomposition.
         """
-        page = graph_page(self.graph, self.tokens, check=self.check.summary(), title=title, contexts=contexts or {})
         path = given_path(path)
-        write_text(path, page)
+        write_text(path, self.page(title=title, harvest=harvest, labels=labels, contexts=contexts))
         return path
+
+    def page(
+        self,
+        *,
+        title: str = "Attribution graph",
+        harvest: Harvest | None = None,
+        labels: Labels | str | Path | None = None,
+        contexts: Mapping[Key, Sequence[Context]] | None = None,
+    ) -> str:
+        """What `to_html` writes."""
+        return graph_page(
+            self.graph,
+            self.tokens,
+            check=self.check.summary(),
+            title=title,
+            about=described(self.graph, self.settings, harvest, labels, contexts),
+            influence=self._edge_influence(),
+            decomposition_sha256=str(self.settings.get("decomposition", "unknown")),
+        )
+
+    def _edge_influence(self) -> dict[tuple[str, str], float] | None:
+        """Every edge's influence on the readouts; None without readouts."""
+        if not any(data["kind"] == "readout" for _, data in self.graph.nodes(data=True)):
+            return None
+        names, weights, readout_weights = self._matrix()
+        scores = edge_influences(np.nan_to_num(weights), readout_weights)
+        order = {name: i for i, name in enumerate(names)}
+        return {(s, t): float(scores[order[t], order[s]]) for s, t in self.graph.edges}
 
 
 def _read(value: float | None) -> float:

@@ -72,5 +72,6 @@ def _attributes(
         "importance": None,
         "probability": None,
         "readout_weight": None,
+        "target": None,
         "from_unshown": None,
     }

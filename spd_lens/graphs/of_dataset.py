@@ -42,6 +42,7 @@ from spd_lens.graphs.removals import Drop, Readouts
 from spd_lens.patching.agreement import sampled
 from spd_lens.patching.arguments import Metric
 from spd_lens.patching.frozen import Frozen, frozen_given
+from spd_lens.statistics.saved import tensors_sha256
 from spd_lens.support.given import given_function, given_whole
 from spd_lens.support.progress import tqdm
 
@@ -109,6 +110,7 @@ def dataset_graph(
     check = _check(decomposition, data[0], sums, edges, strengths, readouts, frozen, n_checked, generator)
     settings = {
         "model": decomposition.host.provenance().model_name,
+        "decomposition": tensors_sha256(decomposition),
         "importance_above": importance_above,
         "max_nodes": max_nodes,
         "left_out": left_out,

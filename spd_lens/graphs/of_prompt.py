@@ -40,6 +40,7 @@ from spd_lens.graphs.readouts import Readout, ReadoutsGiven, chosen_readouts
 from spd_lens.graphs.removals import Drop
 from spd_lens.patching.arguments import checked_input, checked_positions
 from spd_lens.patching.frozen import Frozen, frozen_given
+from spd_lens.statistics.saved import tensors_sha256
 from spd_lens.support.given import given_instance, given_whole
 from spd_lens.support.progress import tqdm
 
@@ -131,6 +132,7 @@ def attribution_graph(
     graph.remove_nodes_from(idle)
     settings = {
         "model": decomposition.host.provenance().model_name,
+        "decomposition": tensors_sha256(decomposition),
         "importance_above": importance_above,
         "max_nodes": max_nodes,
         "left_out": left_out,
@@ -293,6 +295,7 @@ def _with_nodes(
         with torch.no_grad():
             node["activation"] = float(readout.value(whole.output[:1]))
         node |= {"label": readout.label, "readout_weight": readout.weight, "probability": readout.probability}
+        node["target"] = readout.target
         node["from_unshown"] = float(from_unshown[len(chosen) + j])
         graph.add_node(f"readout {readout.number}", **node)
     return graph

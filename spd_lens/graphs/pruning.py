@@ -51,6 +51,13 @@ def influences(
     raise ValueError("the graph has a cycle, so influence does not end; a graph of direct effects has none")
 
 
+def edge_influences(
+    weights: Float[np.ndarray, "receiver sender"], readout_weights: Float[np.ndarray, " node"]
+) -> Float[np.ndarray, "receiver sender"]:
+    """`influence(s, t)` of every edge."""
+    return _rows_to_one(weights) * (influences(weights, readout_weights) + readout_weights)[:, None]
+
+
 def prune(
     weights: Float[np.ndarray, "receiver sender"],
     readout_weights: Float[np.ndarray, " node"],
@@ -66,12 +73,12 @@ def prune(
     influence = influences(weights, readout_weights)
     nodes = _largest(influence, node_threshold) | always_kept
     left = np.where(nodes[:, None] & nodes[None, :], weights, 0.0)
-    scores = _rows_to_one(left) * (influences(left, readout_weights) + readout_weights)[:, None]
+    scores = edge_influences(left, readout_weights)
     edges = _largest(scores.ravel(), edge_threshold).reshape(scores.shape)
     while True:
         kept = nodes & (always_kept | edges.any(0)) & (~needs_input | always_kept | edges.any(1))
         if bool((kept == nodes).all()):
-            return Pruned(nodes, edges, _cumulative(influence))
+            return Pruned(nodes, edges, cumulative_shares(influence))
         nodes = kept
         edges = edges & nodes[:, None] & nodes[None, :]
 
@@ -93,7 +100,8 @@ def _largest(scores: np.ndarray, share: float) -> np.ndarray:
     return (scores >= ordered[index]) & (scores > 0)
 
 
-def _cumulative(scores: np.ndarray) -> np.ndarray:
+def cumulative_shares(scores: np.ndarray) -> np.ndarray:
+    """For every score the share of all that it and the larger ones have."""
     order = np.argsort(-scores, kind="stable")
     shares = np.empty(len(scores))
     shares[order] = np.cumsum(scores[order]) / max(float(scores.sum()), np.finfo(float).tiny)

@@ -21,13 +21,17 @@ ReadoutsGiven: TypeAlias = int | str | Sequence[int | str] | Tensor | np.ndarray
 
 @dataclass(frozen=True)
 class Readout:
-    """A number that is read off the logits `[1 pos d_vocab]`; `number` is a token id, or negative."""
+    """A number that is read off the logits `[1 pos d_vocab]`; `number` is a token id, or negative.
+
+    `target`: the token's text, None for a function of the logits.
+    """
 
     label: str
     number: int
     weight: float
     probability: float | None
     value: Callable[[Tensor], Tensor]
+    target: str | None = None
 
 
 def chosen_readouts(decomposition: Decomposition, tokens: Tensor, given: ReadoutsGiven, position: int) -> list[Readout]:
@@ -60,7 +64,9 @@ def chosen_readouts(decomposition: Decomposition, tokens: Tensor, given: Readout
             )
     texts = decomposition.host.token_strings(ids)
     return [
-        Readout(f"logit of {text!r}", i, float(probabilities[i]), float(probabilities[i]), _centred_logit(i, position))
+        Readout(
+            f"logit of {text!r}", i, float(probabilities[i]), float(probabilities[i]), _centred_logit(i, position), text
+        )
         for i, text in zip(ids, texts, strict=True)
     ]
 

@@ -57,13 +57,25 @@ def removals(
         deltas = delta_outputs(decomposition, tokens)
         clean = Held(decomposition, frozen, lambda: start.run(decomposition, start.rows(1)), deltas)
     # Nobody removed: rounding differences between held and plain passes cancel.
-    base_acts, base_readouts = _removal_pass(decomposition, start, clean, readouts, [None], tokens.shape[1])
+    base_acts, base_readouts = _removal_pass(decomposition, start, clean, readouts, [()], tokens.shape[1])
     for first in range(0, len(senders), per_pass):
         group = senders[first : first + per_pass]
-        acts, values = _removal_pass(decomposition, start, clean, readouts, group, tokens.shape[1])
+        acts, values = _removal_pass(decomposition, start, clean, readouts, [(s,) for s in group], tokens.shape[1])
         for k, sender in enumerate(group):
             fell = {site: (base_acts[site][0] - a[k]).cpu() for site, a in acts.items()}
             yield Drop(sender, fell, (base_readouts[0] - values[k]).tolist())
+
+
+def removed_together(
+    decomposition: Decomposition, tokens: Int[Tensor, "1 pos"], senders: Sequence[Unit], readouts: Readouts
+) -> tuple[list[float], list[float]]:
+    """Every readout of the clean pass, and with all these senders taken away at once and nothing held.
+
+    Cost: one pass over two copies of the prompt.
+    """
+    start = start_of(decomposition, tokens)
+    _, values = _removal_pass(decomposition, start, None, readouts, [(), tuple(senders)], tokens.shape[1])
+    return values[0].tolist(), values[1].tolist()
 
 
 @torch.no_grad()
@@ -72,16 +84,16 @@ def _removal_pass(
     start: Start,
     clean: Held | None,
     readouts: Readouts,
-    senders: Sequence[Unit | None],
+    senders: Sequence[Sequence[Unit]],
     length: int,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """`{site: a [copy pos C]}` and readouts `[copy readout]`, with one sender removed per copy."""
+    """`{site: a [copy pos C]}` and readouts `[copy readout]`, with the senders of each copy removed in it."""
     n, acts, changes = len(senders), {}, _changes(decomposition, senders, length)
     hooks: HookList = [(w.site.point_names()[0], store(acts, site)) for site, w in decomposition.items()]
     hooks += change_hooks(decomposition, changes) if clean is None else clean.hooks(changes)
     rows = start.rows(n)
-    for k, sender in enumerate(senders):
-        if sender is None or origin_of(sender)[0] != "embedding":
+    for k, sender in _numbered(senders):
+        if origin_of(sender)[0] != "embedding":
             continue
         if sender.site == start.name:
             rows[k, sender.position] = 0
@@ -93,11 +105,15 @@ def _removal_pass(
     return acts, torch.tensor(values, dtype=torch.float64).reshape(n, len(readouts))
 
 
-def _changes(decomposition: Decomposition, senders: Sequence[Unit | None], length: int) -> dict[str, Change]:
+def _numbered(senders: Sequence[Sequence[Unit]]) -> Iterator[tuple[int, Unit]]:
+    return ((k, sender) for k, group in enumerate(senders) for sender in group)
+
+
+def _changes(decomposition: Decomposition, senders: Sequence[Sequence[Unit]], length: int) -> dict[str, Change]:
     """What the copies change at every site: activations and deltas that become 0."""
     changes: dict[str, Change] = {}
-    for k, sender in enumerate(senders):
-        if sender is None or origin_of(sender)[0] == "embedding":
+    for k, sender in _numbered(senders):
+        if origin_of(sender)[0] == "embedding":
             continue
         weight = decomposition[sender.site]
         if sender.site not in changes:

@@ -5,14 +5,17 @@ from spd_lens.pictures.components import coactivation_figure, dendrogram_figure,
 from spd_lens.pictures.effects import effects_heatmap
 from spd_lens.pictures.importance import importance_figure, importance_page, save_importance, strongest
 from spd_lens.pictures.inline import InlineBrowser, browse
+from spd_lens.pictures.ticking import GraphView, graph_view
 
 __all__ = [
+    "GraphView",
     "InlineBrowser",
     "browse",
     "coactivation_figure",
     "dendrogram_figure",
     "description_length_figure",
     "effects_heatmap",
+    "graph_view",
     "importance_figure",
     "importance_page",
     "qk_figure",

@@ -45,10 +45,14 @@ class MadeFrom:
             raise ValueError(f"{what} is of another decomposition of this target (its V, U or gates differ)")
 
 
+def tensors_sha256(decomposition: Decomposition) -> str:
+    """A hash of all tensors of a decomposition. Cost: reads them once."""
+    return content_hash({name: tensor_hash(t) for name, t in decomposition.tensors().items()})
+
+
 def made_from(decomposition: Decomposition) -> MadeFrom:
     """The fingerprints of a decomposition that is in its model."""
-    hashes = {name: tensor_hash(t) for name, t in decomposition.tensors().items()}
-    return MadeFrom(target_fingerprint(decomposition), content_hash(hashes))
+    return MadeFrom(target_fingerprint(decomposition), tensors_sha256(decomposition))
 
 
 class SavedHarvestConfig(CheckedContent):

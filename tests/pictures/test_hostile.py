@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from spd_lens.core import Unit
-from spd_lens.graphs import AttributionCheck, AttributionGraph, Context
+from spd_lens.editing import EditReport, Effect
+from spd_lens.graphs import AttributionCheck, AttributionGraph, Context, Removal
 from spd_lens.patching import Effects
 from spd_lens.pictures import effects_heatmap, importance_figure, importance_page
 from spd_lens.support import visible
@@ -43,7 +44,7 @@ def graph_of(text: str) -> AttributionGraph:
     """Two nodes and an edge; every string is `text`."""
     inner = nx.DiGraph()
     common = {"importance": 0.5, "probability": None, "readout_weight": None, "from_unshown": 0.25, "activation": 1.5,
-              "position": 0, "token": text, "label": text}  # fmt: skip
+              "position": 0, "token": text, "label": text, "target": text}  # fmt: skip
     inner.add_node("s", **{**common, "kind": "subcomponent", "site": text, "subcomponent": 3, "number": 3, "row": 1})
     inner.add_node(text, **{**common, "kind": "readout", "site": "", "subcomponent": -1, "number": 9, "row": 2,
                             "importance": None, "readout_weight": 1.0})  # fmt: skip
@@ -78,8 +79,22 @@ def effects_of(text: str) -> Effects:
     return Effects(text, units, (0, 1), torch.ones(2, 2, 1), torch.zeros(1))
 
 
+def edit_page(text: str, folder: Path) -> str:
+    effect = Effect(before=0.5, after=0.1, count_before=3, count_after=1, kl_at=0.1, kl_near=0.1, kl_elsewhere=0.0)
+    made = EditReport(
+        habit=text, lines=(text, text), n_prompts=1, n_generated=4, here=effect, wordings={text: effect},
+        random=(effect,), parameters_changed={text: 3}, ranks={text: 1}, baked_difference=None, largest_change=1.0,
+        relearning=None,
+    )  # fmt: skip
+    return made.to_html(folder / "edit.html", title=text).read_text(encoding="utf-8")
+
+
+def removal_table(text: str, folder: Path) -> str:
+    return Removal((text,), (text,), (1.0,), (0.5,), (float("nan"),))._repr_html_()
+
+
 Page = Callable[[str, Path], str]
-PAGES: list[Page] = [graph_page, text_page, graph_table, effects_table]
+PAGES: list[Page] = [graph_page, text_page, edit_page, graph_table, effects_table, removal_table]
 
 
 class Elements(HTMLParser):
@@ -112,13 +127,14 @@ def test_no_text_adds_an_element_or_reorders_a_page(page: Page, payload: str, tm
     assert not [c for c in html.unescape(written) if unicodedata.category(c) in ("Cf", "Cs") or c == "\0"]
 
 
-@pytest.mark.parametrize("page", [graph_page, text_page])
+@pytest.mark.parametrize("page", [graph_page, text_page, edit_page])
 @pytest.mark.parametrize("payload", PAYLOADS, ids=range(len(PAYLOADS)))
 def test_data_comes_back_as_it_was_and_only_the_pages_own_scripts_run(page: Page, payload: str, tmp_path: Path) -> None:
     written = page(payload, tmp_path)
     found = re.search(r'<script type="application/json" id="data">(.*?)</script>', written, re.DOTALL)
     assert found is not None
-    assert json.loads(found.group(1))["tokens"][0] == payload
+    content = json.loads(found.group(1))
+    assert (content["lines"] if page is edit_page else content["tokens"])[0] == payload
     policy = re.search(r'http-equiv="Content-Security-Policy" content="(.*?)"', written)
     assert policy is not None
     assert re.fullmatch(
@@ -157,7 +173,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (Debian: apt-get install chromium)")
-@pytest.mark.parametrize("kind", ["graph", "text"])
+@pytest.mark.parametrize("kind", ["graph", "text", "edit"])
 def test_a_browser_shows_all_of_them_and_runs_none(kind: str, tmp_path: Path) -> None:
     if kind == "graph":
         made = graph_of("plain")
@@ -167,6 +183,15 @@ def test_a_browser_shows_all_of_them_and_runs_none(kind: str, tmp_path: Path) ->
             made.graph.add_edge(f"{i} {text}", "plain", weight=1.0 + i)
         made = AttributionGraph(made.graph, made.check, tuple(PAYLOADS[:6]), {})
         path = made.to_html(tmp_path / "page.html", title="harmless")
+    elif kind == "edit":
+        effect = Effect(0.5, 0.1, 3, 1, 0.1, 0.1, 0.0)
+        many = dict.fromkeys(PAYLOADS, 1)
+        report = EditReport(
+            habit=PAYLOADS[0], lines=tuple(PAYLOADS), n_prompts=1, n_generated=4, here=effect,
+            wordings=dict.fromkeys(PAYLOADS, effect), random=(), parameters_changed=many, ranks=many,
+            baked_difference=None, largest_change=1.0, relearning=None,
+        )  # fmt: skip
+        path = report.to_html(tmp_path / "page.html", title="harmless")
     else:
         g = torch.rand(len(PAYLOADS), 4, generator=torch.Generator().manual_seed(0))
         path = tmp_path / "page.html"
