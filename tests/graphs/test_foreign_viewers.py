@@ -246,8 +246,10 @@ def test_circuit_tracers_page_shows_every_node_and_what_a_click_asks_for(
         # The slider prunes by the influence that the file gives.
         tab.do("(()=>{const s=document.querySelector('.slider-container input');s.value='.5';"
                "s.dispatchEvent(new Event('input'))})()")  # fmt: skip
-        kept = [d for d in json.loads((tmp_path / "all.json").read_text())["nodes"]
-                if d["influence"] <= 0.5 or d["feature_type"] in ("embedding", "logit")]  # fmt: skip
+        saved = json.loads(path.read_text())
+        always, pinned = ("embedding", "logit"), saved["qParams"]["pinnedIds"]
+        stays = [d["feature_type"] in always or d["node_id"] in pinned for d in saved["nodes"]]
+        kept = [d for d, stay in zip(saved["nodes"], stays, strict=True) if stay or d["influence"] <= 0.5]
         assert 0 < len(kept) < graph.graph.number_of_nodes()
         tab.wait(f"document.querySelectorAll('text.node').length==={len(kept)}")
         opened(tab, address, "part")
