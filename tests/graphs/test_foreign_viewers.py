@@ -257,9 +257,9 @@ def test_circuit_tracers_page_shows_every_node_and_what_a_click_asks_for(
         assert not [m for m in tab.messages if "Uncaught" in m or "TypeError" in m]
         assert all(r.startswith((address, "data:", "about:")) for r in tab.requests)
         # The page is empty where the label lacks what it reads: this is what the test would see.
-        path = tmp_path / "part.json"
+        path = graph.to_viewer(tmp_path, slug="without")
         path.write_text(path.read_text().replace("(p=", "(q="))
-        opened(tab, address, "part")
+        opened(tab, address, "without")
         tab.do("new Promise(r=>setTimeout(r,1500))")
         assert tab.do("document.querySelectorAll('text.node').length") == 0
 
