@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 
 from spd_lens.cli.output import JsonFlag, ends_in_words, is_main_process, show
-from spd_lens.cli.run_file import EvaluateSection
 from spd_lens.cli.runs import data_for, open_saved
+from spd_lens.cli.sections import EvaluateSection
 from spd_lens.core import Decomposition
-from spd_lens.data import TokenBatches
+from spd_lens.data import TokenBatches, TokenStream
 from spd_lens.evaluation import EvaluationReport, evaluate
 
 HELP = """Evaluate a trained decomposition: faithfulness, six mask regimes, an adversary, deletion, a verdict.
@@ -52,7 +52,9 @@ def command(
         show(text, {**report.to_json(per_text=False), "verdict": str(report.verdict), "saved": str(path)}, as_json=json)
 
 
-def evaluate_with(decomposition: Decomposition, section: EvaluateSection, batches: TokenBatches) -> EvaluationReport:
+def evaluate_with(
+    decomposition: Decomposition, section: EvaluateSection, batches: TokenBatches | TokenStream
+) -> EvaluationReport:
     """`evaluate` with the choices of a run's file."""
     values = section.model_dump(exclude={"data"})
     return evaluate(decomposition, batches, **values)

@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from spd_lens.cli.output import JsonFlag, ends_in_words, show
-from spd_lens.cli.run_file import ModelSection, RunFile
+from spd_lens.cli.run_file import RunFile
 from spd_lens.cli.runs import DECOMPOSITION, RUN_FILE, open_run_model
+from spd_lens.cli.sections import ModelSection
 from spd_lens.cli.yaml_file import ConfigError
 from spd_lens.training import merge_decompositions
 

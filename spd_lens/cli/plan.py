@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import shlex
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from spd_lens.cli.output import JsonFlag, ends_in_words, show
-from spd_lens.cli.run_file import DataSection, RunFile
-from spd_lens.cli.runs import decompose_run, load_run_data, open_run_model
+from spd_lens.cli.block_jobs import FINISH, split_blocks
+from spd_lens.cli.jobs import statuses_of
+from spd_lens.cli.jobs import submit as submit_jobs
+from spd_lens.cli.output import DONE, FAILED, JsonFlag, ends_in_words, show
+from spd_lens.cli.run_file import RunFile
 from spd_lens.cli.yaml_file import ConfigError
-from spd_lens.data import write_residuals
-from spd_lens.support.files import write_text
-from spd_lens.training import DEVICES, ModelShape, TrainConfig, plan, sites_by_block
+from spd_lens.training import DEVICES, ModelShape, TrainConfig, plan
 
 HELP = """Calculate bytes by kind, FLOPs by term and tokens a second of a run; no weights are loaded.
 
 Give CONFIG, or --model with --sites and --C. --model is a known shape, or a folder with a config.json.
 
 With --split blocks, CONFIG becomes one run's file for every block, with the shell lines (jobs.sh) and a SLURM array
-(array.sbatch) that train them, in --out; `spd-lens merge` puts what they train together. With --streams the model runs
-once over the data, and what enters each block is written to OUT/streams, which the jobs read.
+(array.sbatch) that train them, in --out; finish.sh puts what they train together, and with --joint STEPS trains on with
+all blocks at once. With --streams the model runs once over the data, and what enters each block is written to
+OUT/streams, which the jobs read. --submit slurm (or local) hands the jobs to submitit, with --job NAME=VALUE.
 
 Examples:
 
@@ -34,6 +34,8 @@ Examples:
     spd-lens plan config.yaml --device cpu --json --set train.accumulate=4 --set train.recompute=all
 
     spd-lens plan config.yaml --split blocks --streams --out jobs
+
+    spd-lens plan config.yaml --split blocks --local --joint 2000 --out jobs --submit slurm --job slurm_partition=gpu
 """
 
 
@@ -59,16 +61,18 @@ def command(
     out: Annotated[Path | None, typer.Option(help="Where the jobs go.")] = None,
     local: Annotated[bool, typer.Option("--local", help="Jobs train on their block's own output.")] = False,
     streams: Annotated[bool, typer.Option("--streams", help="Also write what enters every block, once.")] = False,
+    joint: Annotated[int | None, typer.Option(min=1, help="Steps with all blocks at once, afterwards.")] = None,
+    submit: Annotated[str | None, typer.Option(help="slurm or local: hand the jobs to submitit.")] = None,
+    job: Annotated[list[str] | None, typer.Option(help="NAME=VALUE for submitit; repeatable.")] = None,
     json: JsonFlag = False,
 ) -> None:
     if split is not None:
         if split != "blocks" or config is None or out is None:
             raise ConfigError("--split needs CONFIG and --out: spd-lens plan config.yaml --split blocks --out jobs")
-        jobs = split_blocks(RunFile.read(config, set or []), out, streams=streams, local=local)
-        values = [{"block": job.block, "config": str(job.config), "line": job.line} for job in jobs]
-        where = f"{len(jobs)} jobs: {out / 'jobs.sh'}, or sbatch {out / 'array.sbatch'}"
-        show("\n".join([where, *(job.line for job in jobs)]), {"jobs": values}, as_json=json)
+        _split(RunFile.read(config, set or []), out, streams, local, joint, submit, job or [], json)
         return
+    if submit is not None or joint is not None:
+        raise ConfigError("--submit and --joint are for jobs by block; add --split blocks --out jobs")
     if config is not None:
         run = RunFile.read(config, set or [])
         found = plan(
@@ -109,71 +113,30 @@ def command(
     show(str(found), found.to_json(), as_json=json)
 
 
-@dataclass(frozen=True)
-class BlockJob:
-    """One block's job: its file, its directory, and the shell line that trains it, or goes on."""
-
-    block: int
-    config: Path
-    directory: Path
-
-    @property
-    def line(self) -> str:
-        """The shell line."""
-        config, directory = shlex.quote(str(self.config)), shlex.quote(str(self.directory))
-        return f"spd-lens train {config} --out {directory} --resume auto"
-
-
-SBATCH = """\
-#!/bin/bash
-#SBATCH --job-name=spd-blocks
-#SBATCH --array=0-{last}
-#SBATCH --gpus-per-task=1
-#SBATCH --signal=B:TERM@120
-#SBATCH --requeue
-# Two minutes before the time is over a checkpoint is written; status 75 asks for the rest.
-line=$(sed -n "$((SLURM_ARRAY_TASK_ID + 2))p" {lines})
-bash -c "exec $line" &
-trap 'kill -TERM $!; wait $!' TERM
-wait $!
-status=$?
-[ $status -eq 75 ] && scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}"
-exit $status
-"""
-
-
-def split_blocks(run: RunFile, out: Path, *, streams: bool = False, local: bool = False) -> list[BlockJob]:
-    """Write one run's file for every block with sites, `jobs.sh` and `array.sbatch`; nothing is trained.
-
-    With `streams` the model is run once over the data; otherwise nothing is loaded. With `local` every job reconstructs
-    the residual stream behind its block, and costs that block alone.
-
-    Raises ConfigError for a model whose shape is not known, ValueError for patterns that name nothing.
-    """
-    blocks = sites_by_block(ModelShape.of(run.model.name).sites(run.decompose.sites))
-    if streams:
-        run = run.model_copy(update={"data": _write_streams(run, list(blocks), out / "streams")})
-    jobs = []
-    for block, own in blocks.items():
-        job = BlockJob(block, out / f"block-{block:03d}.yaml", out / f"block-{block:03d}")
-        section = run.decompose.model_copy(update={"sites": dict(own)})
-        train = run.train | ({"stop_at": block + 1, "divergence": "relative_mse"} if local else {})
-        changed = run.model_copy(update={"decompose": section, "train": train, "out_dir": str(job.directory)})
-        changed.write(job.config)
-        jobs.append(job)
-    write_text(out / "jobs.sh", "\n".join(["#!/bin/sh", *(job.line for job in jobs)]) + "\n")
-    lines = shlex.quote(str(out / "jobs.sh"))
-    write_text(out / "array.sbatch", SBATCH.format(last=len(jobs) - 1, lines=lines))
-    return jobs
-
-
-def _write_streams(run: RunFile, blocks: list[int], directory: Path) -> DataSection:
-    """Write what enters every block; the data section that reads it."""
-    if run.data.cache_residuals or run.data.residuals is not None:
-        raise ConfigError("--streams with cached streams in the data section; leave cache_residuals and residuals away")
-    model = open_run_model(run.model)
-    decomposition = decompose_run(model, run.decompose)
-    if not directory.exists():
-        write_residuals(decomposition, load_run_data(run.data, decomposition), blocks, directory)
-    kept = {"batch_size": run.data.batch_size, "seed": run.data.seed, "exclude": run.data.exclude}
-    return DataSection(residuals=str(directory), **kept)
+def _split(
+    run: RunFile,
+    out: Path,
+    streams: bool,
+    local: bool,
+    joint: int | None,
+    cluster: str | None,
+    options: Sequence[str],
+    as_json: bool,
+) -> None:
+    """Write the jobs, submit them if asked to, and say what to do next."""
+    jobs = split_blocks(run, out, streams=streams, local=local, joint=joint)
+    finish = out / FINISH
+    values: list[dict[str, Any]] = [{"block": j.block, "config": str(j.config), "line": j.line} for j in jobs]
+    where = f"{len(jobs)} jobs: {out / 'jobs.sh'}, or sbatch {out / 'array.sbatch'}; then sh {finish}"
+    if cluster is not None:
+        submitted = submit_jobs([[j.arguments] for j in jobs], out / "submitit", cluster=cluster, options=options)
+        for value, own in zip(values, submitted, strict=True):
+            value["job"] = str(own.job_id)
+        where = f"{len(jobs)} jobs submitted to {cluster}, logs in {out / 'submitit'}; then sh {finish}"
+        if cluster == "local":
+            # They are children of this process: it waits for them.
+            for value, status in zip(values, statuses_of(submitted), strict=True):
+                value["status"] = status
+    show("\n".join([where, *(j.line for j in jobs)]), {"jobs": values, "finish": str(finish)}, as_json=as_json)
+    if any(value.get("status", DONE) != DONE for value in values):
+        raise typer.Exit(FAILED)

@@ -16,10 +16,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import Field, TypeAdapter, ValidationError
 
+from spd_lens.cli.sections import (
+    SOURCES,
+    DataSection,
+    DecomposeSection,
+    EvaluateSection,
+    EvaluationsSection,
+    LogSection,
+    ModelSection,
+    ReadoutSection,
+    Section,
+)
 from spd_lens.cli.yaml_file import ConfigError, Place, YamlFile, read_yaml, with_changes, write_yaml
 from spd_lens.core import MaskKind
 from spd_lens.objective import PGD, Merged, Persistent
@@ -30,94 +41,8 @@ from spd_lens.training import Reconstruction, TrainConfig
 MASK_NAMES = (*get_args(MaskKind), "pgd", "persistent", "merged")
 BUDGETS = {kind.__name__: kind for kind in (PGD, Persistent, Merged)}
 
-SOURCES = ("text", "files", "dataset", "tokens", "residuals")
 
-
-class _Section(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
-
-
-class ModelSection(_Section):
-    """Which model: a shipped one, a name that TransformerLens or the Hub knows, or a local folder."""
-
-    name: str
-    revision: str | None = None
-    device: str = "cpu"
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    host: Literal["hooked", "bridge"] | None = None
-
-
-class DecomposeSection(_Section):
-    """The arguments of `decompose`; `C: null` is 1.5 times the rank bound.
-
-    `start_from`: a saved decomposition that training begins with; its sites and gates are then used.
-    """
-
-    sites: dict[str, int | None] = Field(min_length=1)
-    gate: Literal["scalar", "vector", "shared", "attention", "global"] = "scalar"
-    gate_width: int | None = Field(default=None, ge=1)
-    gate_options: dict[str, Any] = Field(default_factory=dict)
-    init: Literal["normal", "paper", "exact", "singular"] = "normal"
-    seed: int = 0
-    start_from: str | None = None
-
-    @field_validator("sites")
-    @classmethod
-    def _counts(cls, sites: dict[str, int | None]) -> dict[str, int | None]:
-        wrong = {site: c for site, c in sites.items() if c is not None and c < 1}
-        if wrong:
-            raise ValueError(f"{wrong}; expected C of at least 1, or null")
-        return sites
-
-
-class DataSection(_Section):
-    """Where tokens come from (one of `text`, `files`, `dataset`, `tokens`), and how they are cut and batched.
-
-    - `text`: a text that ships with the package, `moby_dick` (splits `train` and `held_out`).
-    - `files`: text files; `dataset`: a name or folder for `datasets.load_dataset`; `tokens`: a `.npy` file `[n pos]`.
-    - `cache_residuals`: compute once what enters the first decomposed block.
-    - `residuals`: a directory of `write_residuals`, the streams that enter the first decomposed block, on disk.
-    """
-
-    text: Literal["moby_dick"] | None = None
-    files: list[str] | None = Field(default=None, min_length=1)
-    dataset: str | None = None
-    tokens: str | None = None
-    name: str | None = None
-    split: str = "train"
-    column: str = "text"
-    revision: str | None = None
-    context: int = Field(default=128, ge=2)
-    batch_size: int = Field(default=8, ge=1)
-    max_rows: int | None = Field(default=None, ge=1)
-    prepend_bos: bool = False
-    exclude: list[int] = Field(default_factory=list)
-    seed: int = 0
-    cache_residuals: bool = False
-    residuals: str | None = None
-
-    @model_validator(mode="after")
-    def _one_source(self) -> DataSection:
-        given = [n for n in SOURCES if getattr(self, n) is not None]
-        if len(given) != 1:
-            raise ValueError(f"given {', '.join(given) or 'no source'}; expected one of {', '.join(SOURCES)}")
-        return self
-
-
-class EvaluateSection(_Section):
-    """The arguments of `evaluate`; `data` changes fields of the data section, for example the split."""
-
-    data: dict[str, Any] = Field(default_factory=dict)
-    max_batches: int = Field(default=8, ge=1)
-    adversary_steps: list[int] = Field(default_factory=lambda: [20])
-    adversary_step_size: float = Field(default=0.1, gt=0)
-    starts: int = Field(default=2, ge=1)
-    deletion: bool = True
-    quick: bool = False
-    seed: int = 0
-
-
-class RunFile(_Section):
+class RunFile(Section):
     """A run's file; `RunFile.read(path)` checks it, `spd_lens.cli.runs` does what it says."""
 
     model: ModelSection
@@ -125,6 +50,9 @@ class RunFile(_Section):
     data: DataSection
     train: dict[str, Any] = Field(default_factory=dict)
     evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
+    evaluations: EvaluationsSection | None = None
+    readout: ReadoutSection | None = None
+    log: LogSection = Field(default_factory=LogSection)
     out_dir: str | None = None
 
     @property
@@ -139,6 +67,8 @@ class RunFile(_Section):
         kept = self.data.model_dump()
         if any(name in given for name in SOURCES):
             kept |= dict.fromkeys(SOURCES)
+            for name in ("stream", "streams", "shuffle", "documents"):
+                del kept[name]
         return DataSection.model_validate(kept | given)
 
     @staticmethod
@@ -158,6 +88,7 @@ class RunFile(_Section):
         except ValidationError as error:
             raise first_problem(file, RunFile, error) from None
         _check_train(file, run.train)
+        _check_readout(file, run)
         try:
             _ = run.evaluation_data
         except ValidationError as error:
@@ -210,6 +141,19 @@ def _check_train(file: YamlFile, train: Mapping[str, Any]) -> None:
         TrainConfig.from_json(_train_values(train))
     except (ValueError, TypeError, KeyError) as error:
         raise file.error(("train",), str(error)) from None
+
+
+def _check_readout(file: YamlFile, run: RunFile) -> None:
+    """ConfigError for a read-out that local training would not use."""
+    if run.readout is None:
+        return
+    config = run.train_config
+    if config.stop_at is None or config.divergence != "mse":
+        raise file.error(
+            ("readout",),
+            f"a read-out is for local training, in train: {{stop_at: BLOCK, divergence: mse}}; given stop_at="
+            f"{config.stop_at}, divergence={config.divergence}",
+        )
 
 
 def _check_masks(file: YamlFile, place: Place, masks: Any) -> None:

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 
-from spd_lens.cli.run_file import DataSection, DecomposeSection, ModelSection, RunFile, first_problem
+from spd_lens.cli.run_file import RunFile, first_problem
+from spd_lens.cli.sections import DataSection, DecomposeSection, ModelSection
 from spd_lens.cli.yaml_file import ConfigError, read_yaml
 from spd_lens.core import Decomposition, decompose
-from spd_lens.data import TokenBatches, cache_residuals, load_tokens, open_residuals, pack_tokens
+from spd_lens.data import TokenBatches, TokenStream, cache_residuals, load_tokens, open_residuals, pack_tokens
 from spd_lens.models import (
     load_induction,
     load_moby_dick,
@@ -36,13 +37,12 @@ def open_run_model(section: ModelSection) -> Any:
     """The model of a run, on its device."""
     dtype = getattr(torch, section.dtype)
     if section.name in SHIPPED:
+        if section.revision is not None:
+            raise ConfigError(
+                f"model.revision is {section.revision!r}, but {section.name} ships with the package; leave it away"
+            )
         return SHIPPED[section.name](torch.device(section.device), dtype, section.host)
-    if section.revision is not None:
-        raise ValueError(
-            f"model.revision is {section.revision!r}; models are opened at their newest revision: download this one "
-            "(`hf download NAME --revision REV --local-dir DIR`) and give the folder as model.name"
-        )
-    return open_model(section.name, device=section.device, dtype=dtype, host=section.host)
+    return open_model(section.name, device=section.device, dtype=dtype, host=section.host, revision=section.revision)
 
 
 def decompose_run(model: Any, section: DecomposeSection) -> Decomposition:
@@ -60,8 +60,10 @@ def decompose_run(model: Any, section: DecomposeSection) -> Decomposition:
     )
 
 
-def load_run_data(section: DataSection, decomposition: Decomposition) -> TokenBatches:
+def load_run_data(section: DataSection, decomposition: Decomposition) -> TokenBatches | TokenStream:
     """The batches of a run."""
+    if section.stream:
+        return _stream(section, getattr(decomposition.model, "tokenizer", None))
     if section.residuals is not None:
         layers = [w.site.layer for w in decomposition.values() if w.site.layer is not None]
         return open_residuals(
@@ -75,7 +77,6 @@ def load_run_data(section: DataSection, decomposition: Decomposition) -> TokenBa
     if section.tokens is not None:
         rows: Any = _read_tokens(section)
     elif section.dataset is not None:
-        arguments = {key: value for key in ("name", "revision") if (value := getattr(section, key)) is not None}
         rows = load_tokens(
             section.dataset,
             tokenizer,
@@ -85,7 +86,7 @@ def load_run_data(section: DataSection, decomposition: Decomposition) -> TokenBa
             max_rows=section.max_rows,
             prepend_bos=section.prepend_bos,
             skip_empty=True,
-            **arguments,
+            **_hub_arguments(section),
         )
     else:
         texts = _texts(section)
@@ -94,6 +95,30 @@ def load_run_data(section: DataSection, decomposition: Decomposition) -> TokenBa
         )
     batches = TokenBatches(rows, min(section.batch_size, len(rows)), seed=section.seed, exclude=section.exclude)
     return cache_residuals(decomposition, batches) if section.cache_residuals else batches
+
+
+def _hub_arguments(section: DataSection) -> dict[str, str]:
+    """What `load_dataset` gets besides the name."""
+    return {key: value for key in ("name", "revision") if (value := getattr(section, key)) is not None}
+
+
+def _stream(section: DataSection, tokenizer: Any) -> TokenStream:
+    return TokenStream(
+        section.files if section.files is not None else section.dataset,
+        tokenizer,
+        context=section.context,
+        batch_size=section.batch_size,
+        column=section.column,
+        split=section.split,
+        documents=section.documents,
+        prepend_bos=section.prepend_bos,
+        streams=section.streams,
+        shuffle=section.shuffle,
+        seed=section.seed,
+        exclude=section.exclude,
+        skip_empty=True,
+        **_hub_arguments(section),
+    )
 
 
 def _texts(section: DataSection) -> list[str]:
@@ -137,7 +162,7 @@ def open_saved(
     return Decomposition.from_pretrained(str(saved), open_run_model(section), revision=revision), run
 
 
-def data_for(decomposition: Decomposition, run: RunFile | None, path: Path | None) -> TokenBatches:
+def data_for(decomposition: Decomposition, run: RunFile | None, path: Path | None) -> TokenBatches | TokenStream:
     """Batches to evaluate or harvest on: of a YAML file with a data section's fields, or the run's own.
 
     Raises ConfigError if there is neither.

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +17,12 @@ from typing import Annotated, Any
 
 import typer
 
+from spd_lens.cli.jobs import statuses_of
+from spd_lens.cli.jobs import submit as submit_jobs
 from spd_lens.cli.output import DONE, FAILED, STOPPED, JsonFlag, ends_in_words, show
 from spd_lens.cli.run_file import RunFile
 from spd_lens.cli.runs import DECOMPOSITION
+from spd_lens.cli.sweep_batched import train_batched
 from spd_lens.cli.yaml_file import ConfigError, YamlFile, read_yaml, with_changes
 from spd_lens.evaluation import pareto
 from spd_lens.support.files import write_json
@@ -32,11 +35,18 @@ Every run is `spd-lens train --resume auto` and `spd-lens evaluate` in a process
 command again goes on: what is finished is not done twice. At the end OUT/pareto.png and OUT/sweep.json. SIGTERM or
 Ctrl-C lets the runs write their checkpoints and ends with status 75. Status 1 if a run failed; the others go on.
 
+With --batched, runs that differ in seeds, learning rates or coefficients are trained together (`train_many`), which is
+faster for small models. With --submit slurm (or local) submitit runs them, and this command waits for them.
+
 Examples:
 
     spd-lens sweep config.yaml --over train.minimality=1e-5,1e-4,1e-3 --out runs/sweep
 
     spd-lens sweep config.yaml --over train.seed=0,1,2 --over decompose.seed=0,1,2 --zip --processes 2 --out runs/seeds
+
+    spd-lens sweep config.yaml --over decompose.seed=0,1,2,3 --batched --out runs/seeds
+
+    spd-lens sweep config.yaml --over train.lr=1e-3,3e-3 --submit slurm --job gpus_per_node=1 --out runs/lr
 """
 
 
@@ -47,10 +57,20 @@ def command(
     out: Annotated[Path, typer.Option(help="The sweep's directory.")],
     zip: Annotated[bool, typer.Option("--zip", help="First values together, then second, ...")] = False,
     processes: Annotated[int, typer.Option(min=1, help="Runs at once.")] = 1,
+    batched: Annotated[bool, typer.Option("--batched", help="Train all runs as one.")] = False,
+    submit: Annotated[str | None, typer.Option(help="slurm or local: hand the runs to submitit.")] = None,
+    job: Annotated[list[str] | None, typer.Option(help="NAME=VALUE for submitit; repeatable.")] = None,
     json: JsonFlag = False,
 ) -> None:
     cells = sweep_cells(read_yaml(config), over, out, zipped=zip)
-    statuses = run_cells(config, cells, processes)
+    if batched and submit is not None:
+        raise ConfigError("--batched with --submit; runs that are trained as one are one process")
+    if batched and train_batched(config, [(cell.changes, cell.directory) for cell in cells], out / "batched"):
+        statuses = dict.fromkeys([cell.directory for cell in cells], STOPPED)
+    elif submit is not None:
+        statuses = submit_cells(config, cells, out, submit, job or [])
+    else:
+        statuses = run_cells(config, cells, processes)
     finished = [cell for cell in cells if statuses[cell.directory] == DONE]
     picture = None
     if finished:
@@ -137,6 +157,26 @@ def run_cells(config: Path, cells: list[SweepCell], processes: int) -> dict[Path
     return statuses | {cell.directory: STOPPED for cell in cells if cell.directory not in statuses}
 
 
+def submit_cells(
+    config: Path, cells: list[SweepCell], out: Path, cluster: str, options: Sequence[str]
+) -> dict[Path, int]:
+    """Train and evaluate every cell in a job of submitit, and wait for them. What is finished is left."""
+    waiting = [cell for cell in cells if not (cell.directory / REPORT).is_file()]
+    commands = [[_training(config, cell), _evaluation(cell)] for cell in waiting]
+    jobs = submit_jobs(commands, out / "submitit", cluster=cluster, options=options) if waiting else []
+    found = dict(zip([cell.directory for cell in waiting], statuses_of(jobs), strict=True))
+    return {cell.directory: found.get(cell.directory, DONE) for cell in cells}
+
+
+def _training(config: Path, cell: SweepCell) -> list[str]:
+    settings = [part for change in cell.changes for part in ("--set", change)]
+    return ["train", str(config), "--out", str(cell.directory), "--resume", "auto", *settings]
+
+
+def _evaluation(cell: SweepCell) -> list[str]:
+    return ["evaluate", str(cell.directory)]
+
+
 def _as_status(status: int) -> int:
     """Of training that was the last thing a run did: it is not finished, whatever its status."""
     return STOPPED if status in (DONE, STOPPED) else FAILED
@@ -144,10 +184,7 @@ def _as_status(status: int) -> int:
 
 def _start(config: Path, cell: SweepCell, *, evaluates: bool) -> subprocess.Popen[bytes]:
     cell.directory.mkdir(parents=True, exist_ok=True)
-    arguments = ["evaluate", str(cell.directory)]
-    if not evaluates:
-        settings = [part for change in cell.changes for part in ("--set", change)]
-        arguments = ["train", str(config), "--out", str(cell.directory), "--resume", "auto", *settings]
+    arguments = _evaluation(cell) if evaluates else _training(config, cell)
     # In a session of their own: Ctrl-C reaches them through us, once.
     with (cell.directory / "log.txt").open("ab") as log:
         return subprocess.Popen(

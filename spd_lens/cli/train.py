@@ -13,10 +13,27 @@ from typing import Annotated, Any
 import typer
 
 from spd_lens.cli.output import STOPPED, JsonFlag, ends_in_words, show
-from spd_lens.cli.run_file import ModelSection, RunFile
+from spd_lens.cli.run_file import RunFile
 from spd_lens.cli.runs import DECOMPOSITION, RUN_FILE, decompose_run, load_run_data, open_run_model
+from spd_lens.cli.sections import LogSection, ModelSection
 from spd_lens.cli.yaml_file import ConfigError
-from spd_lens.training import Logger, TrainResult, join_processes, leave_processes, train
+from spd_lens.core import Decomposition
+from spd_lens.support.files import read_tensors, write_tensors
+from spd_lens.training import (
+    Evaluations,
+    Logger,
+    Processes,
+    Readout,
+    TrainResult,
+    join_processes,
+    leave_processes,
+    tensorboard_logger,
+    train,
+    tune_readout,
+    wandb_logger,
+)
+
+READOUT = "readout.safetensors"
 
 HELP = """Train the decomposition that CONFIG describes, and save it to OUT/decomposition.
 
@@ -28,6 +45,8 @@ Examples:
     spd-lens train config.yaml
 
     spd-lens train config.yaml --set train.steps=500 --set train.lr=1e-3 --out runs/short
+
+    spd-lens train config.yaml --set log.tensorboard=true --set log.figures_every=100
 
     spd-lens train config.yaml --resume auto        (in a job script: begins, or goes on)
 
@@ -81,19 +100,63 @@ def train_run(run: RunFile, out_dir: Path, *, resume: str = "never", loggers: Se
     batches = load_run_data(run.data, decomposition)
     if processes.is_main:
         run.write(out_dir / RUN_FILE)
-    with _sigterm_returns():
+    config = run.train_config
+    if run.readout is not None:
+        config = config.changed(readout=_readout(run, decomposition, batches, out_dir, resume_from, processes))
+    if processes.is_main:
+        loggers = [*loggers, *run_loggers(run.log, out_dir)]
+    with sigterm_returns():
         result = train(
             decomposition,
             batches,
-            run.train_config,
+            config,
             out_dir=None if resume_from else out_dir,
             resume_from=resume_from,
             loggers=loggers,
+            evaluations=_evaluations(run, decomposition),
         )
     if processes.is_main and not result.interrupted:
         decomposition.save_pretrained(out_dir / DECOMPOSITION)
     processes.wait()
     return result
+
+
+def run_loggers(section: LogSection, out_dir: Path) -> list[Logger]:
+    """The loggers that a run's file asks for; their files go to the run's directory."""
+    found: list[Logger] = []
+    if section.tensorboard:
+        found.append(tensorboard_logger(out_dir / "tensorboard", figures_every=section.figures_every))
+    if section.wandb is not None:
+        found.append(wandb_logger(figures_every=section.figures_every, **{"dir": str(out_dir), **section.wandb}))
+    return found
+
+
+def _evaluations(run: RunFile, decomposition: Decomposition) -> Evaluations | None:
+    """The evaluations on the way, with the data and the choices of the section `evaluate`."""
+    if run.evaluations is None:
+        return None
+    options = run.evaluate.model_dump(exclude={"data", "quick"})
+    data = load_run_data(run.evaluation_data, decomposition)
+    return Evaluations(data, run.evaluations.fast_every, run.evaluations.slow_every, options)
+
+
+def _readout(
+    run: RunFile,
+    decomposition: Decomposition,
+    batches: Any,
+    out_dir: Path,
+    resume_from: str | None,
+    processes: Processes,
+) -> Readout:
+    """The read-out that the run began with: tuned once, by the first process, and kept beside the run."""
+    path, stop_at = out_dir / READOUT, run.train_config.stop_at
+    assert run.readout is not None
+    assert stop_at is not None
+    if processes.is_main and (resume_from is None or not path.is_file()):
+        tuned = tune_readout(decomposition, batches, stop_at, **run.readout.model_dump())
+        write_tensors(path, {"matrix": tuned.matrix.cpu()})
+    processes.wait()
+    return Readout(read_tensors(path)["matrix"].to(decomposition.device))
 
 
 def _where_to_resume(out_dir: Path, resume: str) -> str | None:
@@ -118,7 +181,7 @@ def _on_own_device(section: ModelSection) -> ModelSection:
 
 
 @contextmanager
-def _sigterm_returns() -> Iterator[None]:
+def sigterm_returns() -> Iterator[None]:
     """`train` ends the process by SIGTERM after its checkpoint; here the command ends, with a status of its own."""
     if threading.current_thread() is not threading.main_thread():
         yield

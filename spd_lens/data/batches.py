@@ -202,7 +202,7 @@ class TokenBatches:
             )
         self.batch_size = batch_size
         self.seed = given_seed(seed)
-        self.exclude = _token_ids(exclude)
+        self.exclude = token_ids(exclude)
         # Which rows of every batch are given: every `count`-th, from `rank` on.
         self._share = (0, 1)
 
@@ -290,7 +290,8 @@ def _table(tokens: Any) -> Tensor:
     return tokens
 
 
-def _token_ids(ids: Any) -> tuple[int, ...]:
+def token_ids(ids: Any) -> tuple[int, ...]:
+    """Token ids from a list of them. TypeError, with the argument's name `exclude`, for anything else."""
     if isinstance(ids, (str, bytes)) or not isinstance(ids, Iterable):
         raise TypeError(f"exclude={ids!r}; expected a list of token ids, for example exclude=[tokenizer.pad_token_id]")
     chosen: list[Any] = [i.item() if isinstance(i, (Tensor, np.generic)) else i for i in ids]

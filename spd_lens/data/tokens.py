@@ -33,7 +33,7 @@ def pack_tokens(
     """
     if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable):
         raise TypeError(f"texts is a {type(texts).__name__}; expected a list of texts: pack_tokens([text], ...)")
-    body, lead, separator = _layout(tokenizer, context, prepend_bos, max_rows)
+    body, lead, separator = layout(tokenizer, context, prepend_bos, max_rows)
     buffer: list[int] = []
     parts: list[Tensor] = []
     n_rows = 0
@@ -69,7 +69,7 @@ def cut_windows(
     return windows if bos is None else torch.cat([token_ids.new_full((n, 1), bos), windows], dim=1)
 
 
-def _layout(tokenizer: Any, context: int, prepend_bos: bool, max_rows: int | None) -> tuple[int, int | None, list[int]]:
+def layout(tokenizer: Any, context: int, prepend_bos: bool, max_rows: int | None) -> tuple[int, int | None, list[int]]:
     """Tokens of text in a window, the token before them, and what stands between texts."""
     for name, number, least in (("context", context, 2), ("max_rows", max_rows, 1)):
         if name == "max_rows" and number is None:

@@ -8,6 +8,7 @@ from spd_lens.hosts.declared import DeclaredHost, DeclaredSite
 from spd_lens.hosts.hooked import HookedHost
 from spd_lens.hosts.host import Host, Provenance
 from spd_lens.hosts.opening import open_host
+from spd_lens.hosts.revisions import note_revision
 from spd_lens.hosts.site import POINT_SUFFIXES, ModuleInput, PointOutput, Site, StoredMatrix, match_sites
 
 __all__ = [
@@ -23,5 +24,6 @@ __all__ = [
     "Site",
     "StoredMatrix",
     "match_sites",
+    "note_revision",
     "open_host",
 ]

@@ -25,6 +25,7 @@ from spd_lens.hosts.bridge_guards import added_points, guard
 from spd_lens.hosts.bridge_sites import bridge_site
 from spd_lens.hosts.host import Host, Provenance
 from spd_lens.hosts.hugging_face import hugging_face_copy
+from spd_lens.hosts.revisions import noted_revision
 from spd_lens.hosts.site import Site
 
 
@@ -212,6 +213,7 @@ class BridgeHost(Host):
                 "d_model": cfg.d_model,
                 "original_architecture": cfg.architecture,
                 "dtype": str(cfg.dtype),
+                **noted_revision(self.model),
             },
         )
 

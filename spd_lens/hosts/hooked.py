@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from spd_lens.hosts.attention import AttentionGeometry, hooked_geometry
 from spd_lens.hosts.host import Host, Provenance
+from spd_lens.hosts.revisions import noted_revision
 from spd_lens.hosts.site import ModuleInput, PointOutput, Site, StoredMatrix, argument
 
 _IN_OUT = "d_in d_out -> d_in d_out"
@@ -231,5 +232,6 @@ class HookedHost(Host):
                 "d_model": cfg.d_model,
                 "original_architecture": cfg.original_architecture,
                 "dtype": str(cfg.dtype),
+                **noted_revision(self.model),
             },
         )

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from spd_lens.hosts import note_revision
+from spd_lens.models.revisions import downloaded_revision
 from spd_lens.support.names import near_names
 
 if TYPE_CHECKING:
@@ -35,12 +37,17 @@ def open_model(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     host: HostName | None = None,
+    revision: str | None = None,
 ) -> HookedTransformer | TransformerBridge:
     """A language model by its TransformerLens or Hugging Face name, or from a local Hugging Face folder, in eval mode.
 
     On TransformerLens 3.9 a `HookedTransformer`, on 4.x a `TransformerBridge`; `host` chooses where both exist. Weights
     are not folded or centred, so both compute the same logits. A folder has `config.json`, the weights and a
     tokenizer (which a `HookedTransformer` can do without). Names are looked up on the Hugging Face Hub.
+
+    `revision`: a branch, tag or (the only thing that cannot change) commit there. The model is then opened from the
+    downloaded folder, and the commit goes into the provenance of every decomposition of it. Offline
+    (`HF_HUB_OFFLINE=1`) what was downloaded before is used.
 
     Raises ValueError for a name that nobody knows (near names), a path that is no such folder, an architecture that
     TransformerLens does not know, and a host that is not installed; TypeError or ValueError for a `dtype` that is none.
@@ -55,7 +62,16 @@ def open_model(
     given = str(name_or_folder)
     folder = Path(given).expanduser()
     if isinstance(name_or_folder, Path) or folder.exists() or given.startswith(("/", ".", "~")):
+        if revision is not None:
+            raise ValueError(f"revision={revision!r} is for the Hub, but {given} is a folder here; leave it away")
         return _open_folder(folder, chosen, dtype, given_device(device))
+    if revision is not None:
+        downloaded = downloaded_revision(_official(given), revision)
+        model = _open_folder(downloaded, chosen, dtype, given_device(device))
+        model.cfg.model_name = _official(given)
+        # The Hub keeps every commit's files in a folder of its name.
+        note_revision(model, hub_id=_official(given), revision=revision, commit=downloaded.name)
+        return model
     return _open_name(given, chosen, dtype, given_device(device))
 
 
@@ -142,6 +158,13 @@ def _open_name(name: str, host: HostName, dtype: torch.dtype, device: torch.devi
         return TransformerBridge.boot_transformers(name, device=device, dtype=dtype).eval()
     except OSError as error:
         raise ValueError(_unknown(name, "neither this machine nor the Hugging Face Hub gave a model")) from error
+
+
+def _official(name: str) -> str:
+    """The Hub's name of a model that TransformerLens knows by a shorter one."""
+    from transformer_lens.supported_models import MODEL_ALIASES
+
+    return next((official for official, aliases in MODEL_ALIASES.items() if name in aliases), name)
 
 
 def _unknown(name: str, what: str) -> str:

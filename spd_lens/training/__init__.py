@@ -7,7 +7,8 @@ from spd_lens.training.config import Reconstruction, TrainConfig
 from spd_lens.training.cuda_graphs import GraphedStep
 from spd_lens.training.evaluations import Evaluations
 from spd_lens.training.learner import Learner, make_learner
-from spd_lens.training.loggers import Logger, tensorboard_logger, wandb_logger
+from spd_lens.training.log_figures import importance_figures
+from spd_lens.training.loggers import FigureLogger, Logger, tensorboard_logger, wandb_logger
 from spd_lens.training.loop import train
 from spd_lens.training.many import ManyResult, train_many
 from spd_lens.training.member_adam import MemberAdam
@@ -27,6 +28,7 @@ __all__ = [
     "Checkpoint",
     "Device",
     "Evaluations",
+    "FigureLogger",
     "GraphedStep",
     "Learner",
     "Logger",
@@ -46,6 +48,7 @@ __all__ = [
     "accumulate_gradients",
     "belongs_to",
     "check_belongs",
+    "importance_figures",
     "join_processes",
     "leave_processes",
     "make_learner",

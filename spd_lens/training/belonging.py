@@ -22,6 +22,7 @@ from spd_lens.core.fingerprint import difference, target_fingerprint
 from spd_lens.data.batches import Batch, as_batch, is_one_batch
 from spd_lens.support.files import plain
 from spd_lens.training.config import TrainConfig
+from spd_lens.training.processes import Processes
 
 # Fields of the configuration that no number depends on, but for the rounding of sums: they may be changed by hand in a
 # run's config.json, or when it goes on.
@@ -99,6 +100,20 @@ class SeenData:
         return {"first": self.first, "last": batch_hash(batch), "index": index}
 
 
+def keeps_place(batches: Any) -> bool:
+    """Whether data says where it is and goes on from there, as a `TokenStream` does."""
+    return hasattr(batches, "position") and hasattr(batches, "at")
+
+
+def place_of(batches: Any, processes: Processes) -> dict[str, Any] | None:
+    """What a checkpoint keeps of data that keeps its place, from all processes; None for other data."""
+    if not keeps_place(batches):
+        return None
+    places = processes.of_all(batches.position())
+    streams = {name: place for one in places for name, place in one["streams"].items()}
+    return {"position": {**places[0], "streams": streams}}
+
+
 def batch_hash(batch: Batch) -> str:
     """SHA-256 of a batch's tokens (of its inputs where there are none) and of the positions that count."""
     digest = hashlib.sha256()
@@ -116,16 +131,26 @@ def _bytes(tensor: Tensor) -> bytes:
 def same_data(batches: Any, saved: Mapping[str, Any] | None, where: str) -> Any:
     """`batches`, compared with what a checkpoint has of its data: at once, or as they are gone through.
 
+    Streams that keep their place (`TokenStream`) go on from it, and compare what they read themselves.
+
     Raises ValueError if the first batch, or the last one before the checkpoint, is another.
     """
     if not saved:
         return batches
+    if keeps_place(batches) != ("position" in saved):
+        raise ValueError(f"{where} belongs to a run on other data: then it was {_kind(saved)}")
+    if "position" in saved:
+        return batches.at(saved["position"])
     wanted = {0: saved["first"], int(saved["index"]): saved["last"]}
     if hasattr(batches, "batches_from"):
         for index, expected in wanted.items():
             _compare(next(iter(batches.batches_from(index))), expected, index, where)  # pyright: ignore[reportAttributeAccessIssue]
         return batches
     return _Compared([batches] if is_one_batch(batches) else batches, wanted, where)
+
+
+def _kind(saved: Mapping[str, Any]) -> str:
+    return "a stream that keeps its place" if "position" in saved else "batches that were taken by their number"
 
 
 def started(stream: Iterator[Batch]) -> Iterator[Batch]:

@@ -28,13 +28,24 @@ from spd_lens.data.streams import endless_batches
 from spd_lens.support.files import given_path, plain
 from spd_lens.support.given import given_function, given_instance, given_list
 from spd_lens.support.progress import tqdm
-from spd_lens.training.belonging import FREE, SeenData, belongs_to, check_belongs, compare_now, same_data, started
+from spd_lens.training.belonging import (
+    FREE,
+    SeenData,
+    belongs_to,
+    check_belongs,
+    compare_now,
+    keeps_place,
+    place_of,
+    same_data,
+    started,
+)
 from spd_lens.training.checkpoint import Checkpoint
 from spd_lens.training.conditions import Stop, not_finite, stop_on_signals, training_conditions
 from spd_lens.training.config import TrainConfig
 from spd_lens.training.evaluations import Evaluations, Evaluator
 from spd_lens.training.last_good import LastGood
 from spd_lens.training.learner import Learner, make_learner
+from spd_lens.training.log_figures import show_figures
 from spd_lens.training.loggers import Logger
 from spd_lens.training.offloading import only_entered_blocks
 from spd_lens.training.processes import Processes, join_processes
@@ -64,7 +75,7 @@ def train(
     - `config` and `changes`: the choices, and fields to change in them: `train(d, batches, steps=5_000)`.
     - `out_dir`: the run's directory (log and checkpoints), by default `runs/<date>-<time>`.
     - `loggers`: functions `(step, values)` that get every log line as well; `spd_lens.training.wandb_logger` and
-      `tensorboard_logger` make them.
+      `tensorboard_logger` make them, with figures of the importances every `figures_every` steps.
     - `evaluations`: when to evaluate on the way, and on what (`spd_lens.training.Evaluations`); nothing else changes.
     - `resume_from`: a run's directory or one of its checkpoints; model, decomposition and data must be the same, and
       what differs is named. The resumed run equals the uninterrupted one bit for bit on the same machine. Going on from
@@ -96,12 +107,13 @@ def train(
             _check_resumed(files, checkpoint, belongs)
         step = 0 if checkpoint is None else checkpoint.step
         seen = SeenData(None if checkpoint is None else checkpoint.data)
-        if checkpoint is not None and processes.is_main:
+        has_place = keeps_place(batches)
+        if checkpoint is not None and (processes.is_main or has_place):
             batches = same_data(batches, checkpoint.data, str(checkpoint.path))
-        # The first process sees whole batches: their hashes go into checkpoints.
-        shares = hasattr(batches, "for_process") and not processes.is_main
+        # Without a place of its own, data is known by its hashes: the first process sees whole batches for them.
+        shares = hasattr(batches, "for_process") and (has_place or not processes.is_main)
         given = batches.for_process(processes.rank, processes.count) if shares else batches
-        stream = endless_batches(given, decomposition, start=step, whole=not shares)
+        stream = endless_batches(given, decomposition, start=step, whole=not shares or processes.count == 1)
         if checkpoint is not None:
             if step < config.steps:
                 stream = started(stream)
@@ -155,14 +167,16 @@ def train(
                 if processes.is_main:
                     files.log(step - 1, values | (evaluator.values(step) if evaluator is not None else {}))
                 bar.set_postfix({k: f"{values[k]:.3g}" for k in ("loss", "L0") if k in values}, refresh=False)
+            if processes.is_main:
+                show_figures(loggers, step - 1, decomposition, batch, config.stop_at)
             if saves:
                 if wrong := not_finite(decomposition):
                     bar.close()
                     good.give_up(f"{wrong} became NaN or infinite at step {step - 1}", losses)
                 tensors = learner.tensors()
-                path = None
+                path, place = None, place_of(given, processes)
                 if processes.is_main:
-                    data, keep = seen.until(whole, step - 1), config.keep_checkpoints
+                    data, keep = place or seen.until(whole, step - 1), config.keep_checkpoints
                     path = files.save(step, tensors, keep=keep, belongs=belongs, data=data)
                 good.is_now(Checkpoint(processes.same(path), step, {}))
         bar.close()

@@ -149,6 +149,14 @@ class Processes:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def of_all(self, value: Any) -> list[Any]:
+        """The values of all processes, in all of them."""
+        if self.count == 1:
+            return [value]
+        found: list[Any] = [None] * self.count
+        dist.all_gather_object(found, value)
+        return found
+
     def wait(self) -> None:
         """Wait until every process is here."""
         if self.count > 1:

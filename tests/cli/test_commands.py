@@ -19,8 +19,11 @@ from typer.testing import CliRunner
 
 from spd_lens import Decomposition, decompose, train
 from spd_lens.cli import RunFile, app, load_run_data, open_saved
-from spd_lens.models import load_tiny_lm
+from spd_lens.data import TokenStream
+from spd_lens.models import load_moby_dick, load_tiny_lm
 from spd_lens.statistics import Harvest
+from spd_lens.training import tune_readout
+from tests.conftest import TL_MAJOR
 
 ROOT = Path(__file__).parents[2]
 CONFIG = """\
@@ -47,7 +50,7 @@ COMMANDS = [
 ]
 
 
-def _invoke(*arguments: Any, status: int = 0) -> Any:
+def invoke(*arguments: Any, status: int = 0) -> Any:
     result = CliRunner().invoke(app, [str(a) for a in arguments])
     assert result.exit_code == status, (result.output, result.stderr, result.exception)
     return result
@@ -59,14 +62,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     (folder / "config.yaml").write_text(CONFIG)
     for name, seed in (("a", 0), ("b", 1)):
-        _invoke("train", folder / "config.yaml", "--out", folder / name, "--set", f"decompose.seed={seed}")
-        _invoke("evaluate", folder / name)
+        invoke("train", folder / "config.yaml", "--out", folder / name, "--set", f"decompose.seed={seed}")
+        invoke("evaluate", folder / name)
     return folder
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help_with_examples(name: str) -> None:
-    text = _invoke(name, "--help").output
+    text = invoke(name, "--help").output
     assert "Examples:" in text
     assert f"spd-lens {name}" in text
     assert "--json" in text
@@ -81,51 +84,71 @@ def test_a_run_from_the_command_line_equals_one_from_python(runs: Path) -> None:
         assert torch.equal(tensor, saved.tensors()[name]), name
 
 
+def test_a_run_on_streamed_files_is_that_of_python_and_goes_on(runs: Path, tmp_path: Path) -> None:
+    for i in range(2):
+        text = load_moby_dick("train")[i * 4000 : (i + 1) * 4000]
+        (tmp_path / f"{i}.txt").write_text(text, encoding="utf-8")
+    files = [str(tmp_path / f"{i}.txt") for i in range(2)]
+    data = f"{{files: {files}, stream: true, streams: 2, shuffle: 8, context: 16, batch_size: 4}}"
+    arguments = ("train", runs / "config.yaml", "--set", f"data={data}", "--set", "evaluate={quick: true}")
+    arguments = (*arguments, "--out", tmp_path / "run", "--json")
+    assert json.loads(invoke(*arguments).stdout)["steps"] == 4
+    saved, run = open_saved(tmp_path / "run", None)
+    assert run is not None
+    decomposition = decompose(load_tiny_lm(), run.decompose.sites, seed=0)
+    tokenizer: Any = decomposition.model.tokenizer
+    stream = TokenStream(files, tokenizer, context=16, batch_size=4, streams=2, shuffle=8)
+    train(decomposition, stream, run.train_config, out_dir=tmp_path / "python")
+    for name, tensor in decomposition.tensors().items():
+        assert torch.equal(tensor, saved.tensors()[name]), name
+    assert json.loads(invoke(*arguments, "--resume", "auto").stdout)["steps"] == 4
+
+
 def test_train_refuses_a_directory_that_holds_a_run_and_goes_on_with_resume(runs: Path) -> None:
-    result = _invoke("train", runs / "config.yaml", "--out", runs / "a", status=2)
+    result = invoke("train", runs / "config.yaml", "--out", runs / "a", status=2)
     assert "--resume auto" in result.stderr
     arguments = ("train", runs / "config.yaml", "--out", runs / "a", "--resume", "auto", "--json")
-    done = json.loads(_invoke(*arguments).stdout)
+    done = json.loads(invoke(*arguments).stdout)
     assert done["steps"] == 4
     assert not done["interrupted"]
 
 
 def test_errors_are_one_line_or_one_object_and_a_status(runs: Path) -> None:
     arguments = ("train", runs / "config.yaml", "--set", "train.stps=3", "--out", runs / "x")
-    assert _invoke(*arguments, status=2).stderr.startswith("error: ")
-    found = json.loads(_invoke(*arguments, "--json", status=2).stderr)
+    assert invoke(*arguments, status=2).stderr.startswith("error: ")
+    found = json.loads(invoke(*arguments, "--json", status=2).stderr)
     assert found["status"] == 2
     assert "near: 'steps'" in found["error"]
     assert not (runs / "x").exists()
-    assert "no out_dir" in _invoke("train", runs / "config.yaml", status=2).stderr
+    assert "no out_dir" in invoke("train", runs / "config.yaml", status=2).stderr
     damaged = runs / "a" / "evaluation.json"
     copy = runs / "damaged.json"
     copy.write_text(damaged.read_text()[:100])
-    _invoke("pareto", copy, "--out", runs / "x.png", status=1)
+    invoke("pareto", copy, "--out", runs / "x.png", status=1)
 
 
 def test_evaluate_saves_a_report_with_a_verdict(runs: Path) -> None:
-    found = json.loads(_invoke("evaluate", runs / "a", "--json", "--quick").stdout)
+    found = json.loads(invoke("evaluate", runs / "a", "--json", "--quick").stdout)
     assert set(found["sites"]) == {"blocks.1.mlp.W_in"}
     assert found["verdict"]
     assert Path(found["saved"]).is_file()
 
 
 def test_compare_of_a_run_with_itself_finds_everything_again(runs: Path) -> None:
-    found = json.loads(_invoke("compare", runs / "a", runs / "a", "--all", "--json").stdout)
+    found = json.loads(invoke("compare", runs / "a", runs / "a", "--all", "--json").stdout)
     assert found["sites"]["blocks.1.mlp.W_in"]["mmcs"]["rank_one"] == pytest.approx(1.0, abs=1e-6)
-    other = json.loads(_invoke("compare", runs / "a", runs / "b", "--json").stdout)
+    other = json.loads(invoke("compare", runs / "a", runs / "b", "--json").stdout)
     assert other["sites"]["blocks.1.mlp.W_in"]["mmcs"]["rank_one"] < 0.9
 
 
 def test_pareto_draws_runs(runs: Path) -> None:
-    found = json.loads(_invoke("pareto", runs / "a", runs / "b", "--out", runs / "p.png", "--json").stdout)
+    found = json.loads(invoke("pareto", runs / "a", runs / "b", "--out", runs / "p.png", "--json").stdout)
     assert [point["label"] for point in found["points"]["SPD"]] == ["a", "b"]
     assert (runs / "p.png").stat().st_size > 1000
 
 
 def test_harvest_saves_what_python_loads(runs: Path) -> None:
-    found = json.loads(_invoke("harvest", runs / "a", "--json").stdout)
+    found = json.loads(invoke("harvest", runs / "a", "--json").stdout)
     site = found["sites"]["blocks.1.mlp.W_in"]
     assert site["subcomponents"] == 8
     loaded = Harvest.load(found["saved"])["blocks.1.mlp.W_in"]
@@ -133,37 +156,37 @@ def test_harvest_saves_what_python_loads(runs: Path) -> None:
 
 
 def test_browse_writes_the_pages_of_a_harvest(runs: Path, tmp_path: Path) -> None:
-    assert "holds no harvest" in _invoke("browse", runs, status=1).stderr
-    _invoke("harvest", runs / "b", "--max-batches", "2")
-    found = json.loads(_invoke("browse", runs / "b", "--out", tmp_path / "pages", "--json").stdout)
+    assert "holds no harvest" in invoke("browse", runs, status=1).stderr
+    invoke("harvest", runs / "b", "--max-batches", "2")
+    found = json.loads(invoke("browse", runs / "b", "--out", tmp_path / "pages", "--json").stdout)
     pages = list((tmp_path / "pages").glob("s0/*.html"))
     assert len(pages) == found["pages"]
     assert Path(found["index"]).read_text(encoding="utf-8").count("<title>") == 1
 
 
 def test_export_writes_what_from_pretrained_reads(runs: Path) -> None:
-    _invoke("export", runs / "a", "--out", runs / "exported", "--license", "mit")
+    invoke("export", runs / "a", "--out", runs / "exported", "--license", "mit")
     loaded = Decomposition.from_pretrained(runs / "exported", load_tiny_lm())
     assert list(loaded) == ["blocks.1.mlp.W_in"]
-    assert "either --out" in _invoke("export", runs / "a", status=2).stderr
-    assert "--model" in _invoke("evaluate", runs / "exported", status=2).stderr
-    assert "--data" in _invoke("evaluate", runs / "exported", "--model", "tiny_lm", status=2).stderr
+    assert "either --out" in invoke("export", runs / "a", status=2).stderr
+    assert "--model" in invoke("evaluate", runs / "exported", status=2).stderr
+    assert "--data" in invoke("evaluate", runs / "exported", "--model", "tiny_lm", status=2).stderr
 
 
 def test_edit_measures_saves_and_bakes(runs: Path, tmp_path: Path) -> None:
     arguments = ("edit", runs / "a", "--scale", "blocks.1.mlp.W_in:0,3=0", "--json")
     outputs = ("--save", tmp_path / "edit.json", "--bake", tmp_path / "model")
-    found = json.loads(_invoke(*arguments, *outputs).stdout)
+    found = json.loads(invoke(*arguments, *outputs).stdout)
     assert found["kl"] > 0
     assert (tmp_path / "edit.json").is_file()
     assert any((tmp_path / "model").iterdir())
     for wrong in ("blocks.1.mlp.W_in:x=0", "blocks.1.mlp.W_in=0", "3"):
-        assert "expected SITE:IDS=FACTOR" in _invoke("edit", runs / "a", "--scale", wrong, status=2).stderr
+        assert "expected SITE:IDS=FACTOR" in invoke("edit", runs / "a", "--scale", wrong, status=2).stderr
 
 
 def test_local_jobs_stop_behind_their_block(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(BLOCKS)
-    _invoke("plan", tmp_path / "config.yaml", "--split", "blocks", "--local", "--out", tmp_path / "jobs")
+    invoke("plan", tmp_path / "config.yaml", "--split", "blocks", "--local", "--out", tmp_path / "jobs")
     for block in (0, 1):
         config = RunFile.read(tmp_path / "jobs" / f"block-00{block}.yaml").train_config
         assert config.stop_at == block + 1
@@ -172,13 +195,13 @@ def test_local_jobs_stop_behind_their_block(tmp_path: Path) -> None:
 
 def test_plan_says_what_a_run_costs(runs: Path) -> None:
     options = ("--C", "1152", "--gpus", "2", "--device", "a100")
-    found = json.loads(_invoke("plan", "--model", "gpt2", "--sites", "blocks.5.mlp.W_*", *options, "--json").stdout)
+    found = json.loads(invoke("plan", "--model", "gpt2", "--sites", "blocks.5.mlp.W_*", *options, "--json").stdout)
     assert found["rows"] == 4
     assert found["tokens_per_second"] > 0
     assert found["bytes"] == pytest.approx(sum(found["bytes_by_kind"].values()))
-    assert "calculated" in _invoke("plan", runs / "config.yaml", "--device", "cpu").stdout
-    assert "give CONFIG, or" in _invoke("plan", status=2).stderr
-    assert "near: 'gpt2'" in _invoke("plan", "--model", "gtp2", "--sites", "blocks.0.*", status=1).stderr
+    assert "calculated" in invoke("plan", runs / "config.yaml", "--device", "cpu").stdout
+    assert "give CONFIG, or" in invoke("plan", status=2).stderr
+    assert "near: 'gpt2'" in invoke("plan", "--model", "gtp2", "--sites", "blocks.0.*", status=1).stderr
 
 
 BLOCKS = CONFIG.replace('{"blocks.1.mlp.W_in": 8}', '{"blocks.*.mlp.W_in": 8}, gate: shared, gate_width: 8')
@@ -187,14 +210,14 @@ BLOCKS = CONFIG.replace('{"blocks.1.mlp.W_in": 8}', '{"blocks.*.mlp.W_in": 8}, g
 def test_jobs_of_blocks_are_trained_apart_and_merged(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(BLOCKS)
     split = ("plan", tmp_path / "config.yaml", "--split", "blocks", "--streams", "--out", tmp_path / "jobs", "--json")
-    jobs = json.loads(_invoke(*split).stdout)["jobs"]
+    jobs = json.loads(invoke(*split).stdout)["jobs"]
     assert [job["block"] for job in jobs] == [0, 1]
     assert (tmp_path / "jobs" / "jobs.sh").read_text().splitlines()[1:] == [job["line"] for job in jobs]
     assert "--array=0-1" in (tmp_path / "jobs" / "array.sbatch").read_text()
     for job in jobs:
-        _invoke(*shlex.split(job["line"])[1:])
+        invoke(*shlex.split(job["line"])[1:])
     directories = [shlex.split(job["line"])[4] for job in jobs]
-    found = json.loads(_invoke("merge", *directories, "--out", tmp_path / "merged", "--json").stdout)
+    found = json.loads(invoke("merge", *directories, "--out", tmp_path / "merged", "--json").stdout)
     assert found["sites"] == ["blocks.0.mlp.W_in", "blocks.1.mlp.W_in"]
     merged = Decomposition.from_pretrained(tmp_path / "merged", load_tiny_lm())
     for directory in directories:
@@ -202,16 +225,16 @@ def test_jobs_of_blocks_are_trained_apart_and_merged(tmp_path: Path) -> None:
         for name, tensor in part.tensors().items():
             assert torch.equal(merged.tensors()[name], tensor)
     changes = ("--set", f"decompose.start_from={tmp_path / 'merged'}", "--out", tmp_path / "joint", "--json")
-    assert json.loads(_invoke("train", tmp_path / "config.yaml", *changes).stdout)["steps"] == 4
+    assert json.loads(invoke("train", tmp_path / "config.yaml", *changes).stdout)["steps"] == 4
 
 
 @pytest.mark.slow  # two processes at once, one of them killed
 def test_two_jobs_at_once_of_which_one_is_killed_and_goes_on(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(BLOCKS.replace("steps: 4", "steps: 30"))
     split = ("plan", tmp_path / "config.yaml", "--split", "blocks", "--streams", "--out", tmp_path / "jobs", "--json")
-    jobs = json.loads(_invoke(*split).stdout)["jobs"]
+    jobs = json.loads(invoke(*split).stdout)["jobs"]
     for job in jobs:
-        _invoke(*shlex.split(job["line"])[1:])
+        invoke(*shlex.split(job["line"])[1:])
     alone = [open_saved(Path(shlex.split(job["line"])[4]), None)[0].tensors() for job in jobs]
     for job in jobs:
         shutil.rmtree(shlex.split(job["line"])[4])
@@ -236,15 +259,85 @@ def test_two_jobs_at_once_of_which_one_is_killed_and_goes_on(tmp_path: Path) -> 
             assert torch.equal(found[name], tensor), name
 
 
+def test_evaluations_on_the_way_and_figures_go_to_the_logs(runs: Path, tmp_path: Path) -> None:
+    changes = ("evaluations={fast_every: 2, slow_every: 4}", "log={tensorboard: true, figures_every: 2}")
+    options = [part for change in changes for part in ("--set", change)]
+    options += ["--set", "evaluate={data: {split: held_out, max_rows: 8}, adversary_steps: [2], starts: 1}"]
+    invoke("train", runs / "config.yaml", "--out", tmp_path / "run", *options, "--json")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    kinds = [{name.split("/")[0] for name in line} & {"fast", "slow"} for line in lines]
+    assert kinds == [set(), {"fast"}, set(), {"fast", "slow"}]
+    saved, _ = open_saved(tmp_path / "run", None)
+    again, _ = open_saved(runs / "a", None)
+    for name, tensor in saved.tensors().items():
+        assert torch.equal(again.tensors()[name], tensor), name
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    written = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert {event.step: event.value for event in written.Scalars("loss")} == pytest.approx(
+        {line["step"]: line["loss"] for line in lines}, rel=1e-5
+    )
+    assert sorted(written.Tags()["images"]) == ["importance/L0", "importance/density", "importance/histogram"]
+    assert [event.step for event in written.Images("importance/L0")] == [0, 2]
+
+
+def test_a_run_with_a_readout_keeps_it_and_goes_on_with_it(runs: Path, tmp_path: Path) -> None:
+    local = "train={steps: 4, minimality: 1e-4, log_every: 1, checkpoint_every: 2, stop_at: 1, divergence: mse}"
+    options = ("--set", local, "--set", "readout={max_batches: 2}", "--set", "decompose.sites={blocks.0.mlp.W_in: 8}")
+    arguments = ("train", runs / "config.yaml", *options, "--json", "--out")
+    invoke(*arguments, tmp_path / "run")
+    whole, run = open_saved(tmp_path / "run", None)
+    assert run is not None
+    decomposition = decompose(load_tiny_lm(), run.decompose.sites, seed=0)
+    data = load_run_data(run.data, decomposition)
+    config = run.train_config.changed(readout=tune_readout(decomposition, data, 1, max_batches=2))
+    train(decomposition, data, config, out_dir=tmp_path / "python")
+    for name, tensor in decomposition.tensors().items():
+        assert torch.equal(whole.tensors()[name], tensor), name
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000004"
+    shutil.rmtree(checkpoint)
+    shutil.copytree(tmp_path / "python" / "checkpoints" / "step-00000004", checkpoint)
+    assert json.loads(invoke(*arguments, tmp_path / "run", "--resume", "auto").stdout)["steps"] == 4
+    wrong = invoke("train", runs / "config.yaml", "--set", "readout={}", "--out", tmp_path / "x", status=2)
+    assert "stop_at: BLOCK, divergence: mse" in wrong.stderr
+
+
+def test_local_jobs_with_a_readout_use_it_but_for_the_last_block(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(
+        BLOCKS.replace("{steps: 4", "{stop_at: 1, divergence: mse, steps: 4") + "readout: {}\n"
+    )
+    invoke("plan", tmp_path / "config.yaml", "--split", "blocks", "--local", "--joint", "5", "--out", tmp_path / "jobs")
+    first, last, joint = (RunFile.read(tmp_path / "jobs" / f"{n}.yaml") for n in ("block-000", "block-001", "joint"))
+    assert (first.train_config.stop_at, first.train_config.divergence, first.readout is None) == (1, "mse", False)
+    assert (last.train_config.stop_at, last.train_config.divergence, last.readout is None) == (None, "kl", True)
+    assert (joint.train_config.stop_at, joint.train_config.steps, joint.readout is None) == (None, 5, True)
+    assert joint.decompose.start_from == str(tmp_path / "jobs" / "merged")
+
+
+@pytest.mark.skipif(TL_MAJOR >= 4, reason="train_many cannot run a TransformerBridge")
+def test_seeds_trained_as_one_are_the_seeds_trained_apart(runs: Path, tmp_path: Path) -> None:
+    sweep = ("sweep", runs / "config.yaml", "--over", "decompose.seed=0,1", "--out", tmp_path, "--batched", "--json")
+    found = json.loads(invoke(*sweep).stdout)
+    assert [row["status"] for row in found["runs"]] == [0, 0]
+    assert Path(found["picture"]).is_file()
+    for row, name in zip(found["runs"], ("a", "b"), strict=True):
+        apart, _ = open_saved(runs / name, None)
+        together, _ = open_saved(Path(row["directory"]), None)
+        for key, tensor in apart.tensors().items():
+            torch.testing.assert_close(together.tensors()[key], tensor, rtol=1e-3, atol=1e-4, msg=key)
+    assert json.loads(invoke(*sweep).stdout) == found
+    differ = ("--over", "decompose.sites={blocks.1.mlp.W_in: 8},{blocks.1.mlp.W_in: 9}", "--batched")
+    assert "same C" in invoke("sweep", runs / "config.yaml", *differ, "--out", tmp_path / "x", status=1).stderr
+
+
 def test_demo_prints_a_file_that_train_accepts(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
-    path.write_text(_invoke("demo", "--config").output)
+    path.write_text(invoke("demo", "--config").output)
     assert RunFile.read(path).train_config.steps == 300
 
 
 @pytest.mark.slow  # a whole evaluation
 def test_demo_ends_with_a_verdict(tmp_path: Path) -> None:
-    found = json.loads(_invoke("demo", "--steps", "2", "--out", tmp_path / "demo", "--json").stdout)
+    found = json.loads(invoke("demo", "--steps", "2", "--out", tmp_path / "demo", "--json").stdout)
     assert found["verdict"]
     assert set(found["contexts"]) == {"blocks.1.mlp.W_in", "blocks.1.mlp.W_out"}
 
@@ -252,17 +345,17 @@ def test_demo_ends_with_a_verdict(tmp_path: Path) -> None:
 @pytest.mark.slow  # five processes, each of which imports torch
 def test_a_sweep_goes_on_where_it_was_and_draws_a_picture(runs: Path, tmp_path: Path) -> None:
     arguments = ("sweep", runs / "config.yaml", "--over", "train.minimality=1e-4,1e-2", "--out", tmp_path, "--json")
-    first = json.loads(_invoke(*arguments).stdout)
+    first = json.loads(invoke(*arguments).stdout)
     assert [row["status"] for row in first["runs"]] == [0, 0]
     assert Path(first["picture"]).is_file()
     report = Path(first["runs"][0]["directory"]) / "evaluation.json"
     written = report.stat().st_mtime_ns
     (Path(first["runs"][1]["directory"]) / "evaluation.json").unlink()
-    again = json.loads(_invoke(*arguments).stdout)
+    again = json.loads(invoke(*arguments).stdout)
     assert again == first
     assert report.stat().st_mtime_ns == written
-    assert "same number" in _invoke(*arguments, "--over", "train.seed=1", "--zip", status=2).stderr
-    assert "stps" in _invoke(*arguments, "--over", "train.stps=1", status=2).stderr
+    assert "same number" in invoke(*arguments, "--over", "train.seed=1", "--zip", status=2).stderr
+    assert "stps" in invoke(*arguments, "--over", "train.stps=1", status=2).stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
@@ -284,3 +377,9 @@ def test_train_stopped_by_a_signal_writes_a_checkpoint_and_ends_with_75(
     assert done["interrupted"]
     assert done["steps"] > 0
     assert (tmp_path / "run" / "checkpoints" / f"step-{done['steps']:08d}" / "state.json").is_file()
+
+
+@pytest.mark.parametrize(("words", "expected"), [("spd-lens swe", "sweep"), ("spd-lens train --res", "--resume")])
+def test_the_shell_completes_commands_and_options(words: str, expected: str) -> None:
+    given = {"_SPD_LENS_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    assert CliRunner().invoke(app, [], env=given, prog_name="spd-lens").output.split() == [expected]

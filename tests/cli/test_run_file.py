@@ -110,3 +110,15 @@ def test_files_that_are_no_mapping_are_refused(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(ConfigError, match=expected):
             read_yaml(path)
+
+
+def test_what_is_for_streamed_data_alone_is_refused_elsewhere(tmp_path: Path) -> None:
+    streamed = GOOD.replace("text: moby_dick", "files: [a.txt]\n  stream: true\n  shuffle: 8")
+    assert _read(tmp_path, streamed).data.shuffle == 8
+    for text, expected in (
+        (GOOD.replace("moby_dick", "moby_dick\n  stream: true"), "stream: true with text"),
+        (GOOD.replace("moby_dick", "moby_dick\n  shuffle: 8"), "add stream: true"),
+        (streamed.replace("shuffle: 8", "max_rows: 8"), "read whole"),
+    ):
+        with pytest.raises(ConfigError, match=expected):
+            _read(tmp_path, text)

@@ -24,7 +24,7 @@ def test_every_library_that_the_package_imports_is_declared() -> None:
     declared = names_of(PROJECT["dependencies"])
     # Imported inside functions that say what to install.
     extras = PROJECT["optional-dependencies"]
-    for name in ("plots", "loggers", "components", "baselines", "notebook"):
+    for name in ("plots", "loggers", "cluster", "components", "baselines", "notebook"):
         declared |= names_of(extras[name])
     # pandas and IPython come with TransformerLens; IPython is used where a notebook has loaded it.
     declared |= {"pandas", "ipython"}
