@@ -326,7 +326,7 @@ def test_seeds_trained_as_one_are_the_seeds_trained_apart(runs: Path, tmp_path: 
             torch.testing.assert_close(together.tensors()[key], tensor, rtol=1e-3, atol=1e-4, msg=key)
     assert json.loads(invoke(*sweep).stdout) == found
     differ = ("--over", "decompose.sites={blocks.1.mlp.W_in: 8},{blocks.1.mlp.W_in: 9}", "--batched")
-    assert "same C" in invoke("sweep", runs / "config.yaml", *differ, "--out", tmp_path / "x", status=1).stderr
+    assert "the same shape" in invoke("sweep", runs / "config.yaml", *differ, "--out", tmp_path / "x", status=1).stderr
 
 
 def test_demo_prints_a_file_that_train_accepts(tmp_path: Path) -> None:
