@@ -344,7 +344,7 @@ def main() -> None:
     parser.add_argument("--examples", nargs="*", type=int, default=[4, 10, 100])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--out", type=Path, help="a folder for one JSON file a case and number of examples")
+    parser.add_argument("--out", type=Path, help="a folder for one JSON file a case and number of examples; one that is there is not run again")
     parser.add_argument("--figure", action="store_true", help="only draw the committed results")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -360,10 +360,14 @@ def main() -> None:
     cases += tiny_lm_cases(args.cases) if set(args.cases) - {"induction"} else []
     for n in args.examples:
         for case in cases:
+            path = None if args.out is None else args.out / f"{case.name}_{n}.json"
+            if path is not None and path.exists():
+                results.append(json.loads(path.read_text()))
+                continue
             result = run_case(case, n, args.seed) | {"seed": args.seed, "versions": versions, "command": command}
             results.append(result)
-            if args.out is not None:
-                write_json(args.out / f"{case.name}_{n}.json", result)
+            if path is not None:
+                write_json(path, result)
     print(json.dumps(results, indent=1) if args.json else table(results))
 
 
