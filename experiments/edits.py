@@ -52,6 +52,7 @@ from spd_lens.models import (
     load_tiny_lm_hf,
     predictable,
 )
+from spd_lens.specialists import plain_copy
 from spd_lens.support import format_table, write_json
 
 RESULTS = Path(__file__).parent / "results" / "edits"
@@ -199,7 +200,7 @@ def induction_case() -> Case:
         found[1][:HELD_OUT],
         other[:CONTROLS],
         other[CONTROLS:],
-        None,  # peft looks for modules by name, and a bridge has renamed those of its native model
+        plain_copy(decomposition),
     )
 
 
@@ -217,8 +218,7 @@ def methods(case: Case, examples: Habit) -> Iterator[tuple[str, Callable[[], Riv
     yield "rank one, key covariance", lambda: rank_one(d, examples, controls, GOAL)
     yield "heads and neurons", lambda: heads_and_neurons(d, examples, controls, GOAL)
     yield "task vector", lambda: task_vector(d, examples)
-    if case.plain is not None:
-        yield "LoRA", lambda: lora(d, case.plain, examples)
+    yield "LoRA", lambda: lora(d, case.plain, examples)
     yield "full fine-tuning", lambda: fine_tuning(d, examples)
 
 
@@ -344,7 +344,11 @@ def main() -> None:
     parser.add_argument("--examples", nargs="*", type=int, default=[4, 10, 100])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--out", type=Path, help="a folder for one JSON file a case and number of examples; one that is there is not run again")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="a folder for one JSON file a case and number of examples; one that is there is not run again",
+    )
     parser.add_argument("--figure", action="store_true", help="only draw the committed results")
     args = parser.parse_args()
     torch.set_num_threads(1)

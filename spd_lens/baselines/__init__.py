@@ -1,5 +1,5 @@
 """What SPD is compared with: its predecessor APD, fixed subcomponents that only have their gates trained, and other
-ways to edit a model (`Rival`)."""
+ways to edit a model (`Rival`) or make it small (`small_model`)."""
 
 from spd_lens.baselines.apd import APD
 from spd_lens.baselines.apd_config import APD_RESID_MLP_1, APD_TMS_5_2, APD_TMS_40_10, APDConfig
@@ -22,6 +22,16 @@ from spd_lens.baselines.edits import (
 )
 from spd_lens.baselines.edits_tuned import fine_tuning, lora, task_vector
 from spd_lens.baselines.fixed import NO_LR, FixedKind, decompose_fixed, fixed_factors, train_gates
+from spd_lens.baselines.pruning import (
+    SMALL_METHODS,
+    SmallMethod,
+    SmallModel,
+    magnitude,
+    small_model,
+    truncated_svd,
+    wanda,
+    whitened_svd,
+)
 
 __all__ = [
     "APD",
@@ -29,11 +39,14 @@ __all__ = [
     "APD_TMS_5_2",
     "APD_TMS_40_10",
     "NO_LR",
+    "SMALL_METHODS",
     "APDConfig",
     "APDLearner",
     "APDReport",
     "FixedKind",
     "Rival",
+    "SmallMethod",
+    "SmallModel",
     "apd_report",
     "batch_top_k",
     "cheapest",
@@ -50,9 +63,14 @@ __all__ = [
     "heads_and_neurons",
     "leace",
     "lora",
+    "magnitude",
     "rank_one",
+    "small_model",
     "strength_for",
     "task_vector",
     "train_apd",
     "train_gates",
+    "truncated_svd",
+    "wanda",
+    "whitened_svd",
 ]

@@ -69,7 +69,8 @@ def lora(
 ) -> Rival:
     """LoRA (peft) on every matrix that is decomposed, trained against the habit.
 
-    `plain` is the unedited model as peft takes it: a Hugging Face GPT-2, or TransformerLens's native module.
+    `plain` is the unedited model as peft takes it: a Hugging Face GPT-2, or, for any host, `plain_copy(decomposition)`
+    of `spd_lens.specialists` (in a bridge the modules of TransformerLens's native model have other names).
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model

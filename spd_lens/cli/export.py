@@ -8,10 +8,14 @@ from typing import Annotated
 import typer
 
 from spd_lens.cli.output import JsonFlag, ends_in_words, show
-from spd_lens.cli.runs import open_saved
+from spd_lens.cli.runs import DECOMPOSITION, open_saved
 from spd_lens.cli.yaml_file import ConfigError
+from spd_lens.components import Components
+from spd_lens.core import Decomposition
 
 HELP = """Write a trained decomposition with its card to a directory, or push it to the Hugging Face Hub.
+
+A `components.json` that lies beside it goes with it.
 
 Examples:
 
@@ -33,10 +37,18 @@ def command(
 ) -> None:
     if (out is None) == (hub is None):
         raise ConfigError("give either --out, a directory, or --hub, a repository")
-    decomposition, _ = open_saved(directory, model)
+    decomposition, run = open_saved(directory, model)
+    components = _components(directory if run is None else directory / DECOMPOSITION, decomposition)
     if out is not None:
         where = str(decomposition.save_pretrained(out, license=license))
+        if components is not None:
+            components.save(out)
     else:
         assert hub is not None
-        where = decomposition.push_to_hub(hub, private=private, license=license)
+        where = decomposition.push_to_hub(hub, private=private, license=license, components=components)
     show(f"{decomposition.summary()}\nwritten: {where}", {"written": where, "sites": list(decomposition)}, as_json=json)
+
+
+def _components(directory: Path, decomposition: Decomposition) -> Components | None:
+    path = directory / "components.json"
+    return Components.load(path, decomposition) if path.is_file() else None

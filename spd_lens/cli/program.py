@@ -18,6 +18,7 @@ import spd_lens.cli.harvest as harvest
 import spd_lens.cli.merge as merge
 import spd_lens.cli.pareto as pareto
 import spd_lens.cli.plan as plan
+import spd_lens.cli.specialise as specialise
 import spd_lens.cli.sweep as sweep
 import spd_lens.cli.train as train
 
@@ -42,6 +43,7 @@ COMMANDS = {
     "pareto": pareto,
     "sweep": sweep,
     "edit": edit,
+    "specialise": specialise,
     "merge": merge,
     "export": export,
     "audit": audit,

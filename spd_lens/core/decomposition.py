@@ -395,14 +395,27 @@ class Decomposition(Mapping[str, DecomposedWeight]):
         return decomposition
 
     def push_to_hub(
-        self, repo_id: str, *, private: bool = False, token: str | None = None, license: str = "other"
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        token: str | None = None,
+        license: str = "other",
+        components: Any = None,
     ) -> str:
         """Upload the decomposition with a generated card to the Hugging Face Hub; returns the commit's address.
 
-        A README of your own that is there stays.
+        `components` (`Components` of this decomposition) go with it as `components.json`. A README of your own that is
+        there stays. Raises ValueError for components of another decomposition.
         """
+        if components is not None:
+            if not hasattr(components, "check_belongs"):
+                raise TypeError(f"components={shown(components)}; expected Components of this decomposition")
+            components.check_belongs(self)
         with tempfile.TemporaryDirectory() as folder:
             saved = self.save_pretrained(Path(folder) / "decomposition", license=license)
+            if components is not None:
+                components.save(saved)
             return upload(saved, repo_id, private=private, token=token)
 
     # -- state -------------------------------------------------------------------------------------------------

@@ -47,8 +47,10 @@ from spd_lens.models.saved_transformer import build_transformer, load_recipe, sa
 from spd_lens.models.smollm2 import load_smollm2
 from spd_lens.models.tiny_lm import (
     MOBY_DICK_PATH,
+    SPEECHES_PATH,
     TINY_LM_DIRECTORY,
     load_moby_dick,
+    load_speeches,
     load_tiny_lm,
     load_tiny_lm_hf,
     load_tiny_lm_tokenizer,
@@ -68,6 +70,7 @@ __all__ = [
     "MOBY_DICK_PATH",
     "MODULAR_ADDITION_DIRECTORY",
     "N_CTX",
+    "SPEECHES_PATH",
     "TINY_LM_DIRECTORY",
     "CreditApplicants",
     "HostName",
@@ -95,6 +98,7 @@ __all__ = [
     "load_modular_addition",
     "load_recipe",
     "load_smollm2",
+    "load_speeches",
     "load_tiny_lm",
     "load_tiny_lm_hf",
     "load_tiny_lm_tokenizer",

@@ -15,6 +15,7 @@ BOS token at position 0, which TransformerLens prepends by default, and it accep
 from __future__ import annotations
 
 import gzip
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, overload
 
@@ -44,6 +45,7 @@ TINY_LM_DIRECTORY = Path(__file__).resolve().parent / "shipped" / "tiny_lm"
 
 
 MOBY_DICK_PATH = Path(__file__).resolve().parent / "shipped" / "texts" / "moby_dick.txt.gz"
+SPEECHES_PATH = MOBY_DICK_PATH.with_name("speeches.json.gz")
 
 
 # The last tenth of the book: chapters 124 to 135 and the epilogue.
@@ -151,6 +153,20 @@ def load_moby_dick(split: Literal["train", "held_out"]) -> str:
     text = gzip.decompress(MOBY_DICK_PATH.read_bytes()).decode("utf-8")
     boundary = text.index(f"\n{FIRST_HELD_OUT_HEADING}\n") + 1
     return text[:boundary] if split == "train" else text[boundary:]
+
+
+def load_speeches(split: Literal["train", "held_out"]) -> dict[str, str]:
+    """Return the beginnings of some State of the Union addresses, `{"1795_george_washington_n": text}`, oldest first.
+
+    "train" has 10 of those that the tiny language model was trained on, "held_out" 8 of those that it never saw; at
+    most 16,000 characters each. They are works of the United States Government and in the public domain.
+
+    Raises:
+        ValueError: `split` is neither of the two.
+    """
+    if split not in ("train", "held_out"):
+        raise ValueError(f"split is {split!r}; expected 'train' or 'held_out'.")
+    return json.loads(gzip.decompress(SPEECHES_PATH.read_bytes()))[split]
 
 
 def _load_hooked(device: torch.device, dtype: torch.dtype) -> HookedTransformer:

@@ -138,10 +138,17 @@ def in_words(path: Path) -> Iterator[None]:
             raise
         if code in _NO_ROOM:
             code = errno.ENOSPC
-            what = f"no room to write {path} ({error}); nothing was changed there. Free some space and save again"
+            what = (
+                f"no room to write {path} ({_reason(error)}); nothing was changed there. Free some space and save again"
+            )
         else:
-            what = f"{path} cannot be written ({error}); nothing was changed there. Choose another place"
+            what = f"{path} cannot be written ({_reason(error)}); nothing was changed there. Choose another place"
         raise CannotWrite(code, what) from error
+
+
+def _reason(error: OSError | SafetensorError) -> str:
+    """What happened, without the name of a temporary file that nobody asked for."""
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
 
 
 def _code(error: OSError | SafetensorError) -> int | None:

@@ -23,6 +23,7 @@ from spd_lens.baselines import (
     task_vector,
 )
 from spd_lens.editing import Habit, find
+from spd_lens.specialists import plain_copy
 from tests import bridge_models as bridges
 
 GOAL = 0.5
@@ -58,6 +59,7 @@ def all_of(decomposition: Decomposition, habit: Habit) -> dict[str, Any]:
         "heads": lambda: heads_and_neurons(decomposition, habit, CONTROLS, GOAL, n_measured=6),
         "task vector": lambda: task_vector(decomposition, habit, steps=4),
         "lora": lambda: lora(decomposition, bridges.pristine("gpt2"), habit, steps=4),
+        "lora, plain copy": lambda: lora(decomposition, plain_copy(decomposition), habit, steps=4),
         "fine-tuning": lambda: fine_tuning(decomposition, habit, steps=4),
     }
 
@@ -114,6 +116,6 @@ def test_a_rank_one_edit_moves_the_mean_key_by_the_value_and_is_of_rank_one(
 
 
 def test_trained_changes_go_against_the_habit(decomposition: Decomposition, habit: Habit) -> None:
-    for name in ("task vector", "lora", "fine-tuning", "writes"):
+    for name in ("task vector", "lora", "lora, plain copy", "fine-tuning", "writes"):
         rival = all_of(decomposition, habit)[name]()
         assert effect_at(decomposition, rival, habit, 1.0) > 0, name

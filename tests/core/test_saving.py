@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from spd_lens import Decomposition, decompose, train
-from spd_lens.core import CONFIG, TENSORS, model_card
+from spd_lens.components import Components
+from spd_lens.core import CONFIG, TENSORS, Unit, model_card
 from spd_lens.support import file_hash
 from tests.small_models import TiedAutoencoder, tiny_transformer, tokens
 
@@ -305,6 +306,13 @@ def test_the_hub_round_trip_uploads_what_loading_downloads(monkeypatch: pytest.M
     loaded.save_pretrained(tmp_path / "again")
     provenance = json.loads((tmp_path / "again" / CONFIG).read_text())["provenance"]
     assert provenance["loaded_from"] == {"hub_id": "me/thing", "revision": "v1", "commit": "abc123"}
+    # Components go with it, if they are its own.
+    components = Components.of(original, [Unit(((site, 0),), name=site) for site in original])
+    original.push_to_hub("me/thing", components=components)
+    assert [unit.name for unit in Components.load(hub / "me/thing", original)] == list(original)
+    with pytest.raises(ValueError, match="another"):
+        decompose(tiny_transformer(seed=1), SITES, seed=1).push_to_hub("me/other", components=components)
+    assert not (hub / "me/other").exists()
     # A card that its owner edited on the Hub stays.
     (hub / "me/thing" / "README.md").write_text("mine")
     original.push_to_hub("me/thing")

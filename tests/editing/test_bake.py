@@ -276,6 +276,7 @@ def test_a_full_disk_leaves_nothing_behind_and_says_so(baked: nn.Module, tmp_pat
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert caught.value.errno == errno.ENOSPC
+    assert ".tmp" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -29,7 +29,7 @@ LEVELS = [
     {"core"},
     {"objective", "data", "tasks", "patching"},
     {"evaluation", "statistics", "circuits"},
-    {"training", "graphs", "components", "editing"},
+    {"training", "graphs", "components", "editing", "specialists"},
     {"pictures"},
     {"audit"},
     {"models"},

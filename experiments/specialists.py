@@ -1,0 +1,184 @@
+"""Specialists: small models of one of the tiny language model's two sources, by seven methods at equal parameters.
+
+    python experiments/specialists.py --json                    # both cases; prints JSON
+    python experiments/specialists.py --cases speeches --shares 0.5 --distil 0
+    python experiments/specialists.py --figure                  # the picture of the results that are committed
+
+The 12 matrices of the model's blocks (42 % of its parameters) are left the shares SHARES of their numbers; embeddings
+and norms stay. Every method sees the same 64 rows of 127 tokens of the domain (`speeches`: addresses the model was
+trained on; `book`: Moby Dick), low-rank methods share out the room equally and by effect and take what has the lower
+loss on those rows. `loss_in` and `loss_out` are cross-entropies on 32 held-out rows of the domain and of the other
+source. `distilled`: after 40 steps of distillation from the whole model on the domain's rows, the same for all methods.
+
+`parameters` of magnitude and Wanda are those that are not 0; their matrices stay as they are, so `bytes`, `flops` and
+`milliseconds` do, too. `milliseconds` is the shortest of 5 passes over 8 rows on one thread, `milliseconds_whole` that
+of the whole model at the same time. A file that is there is gone on with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spd_lens import Decomposition, pack_tokens
+from spd_lens.baselines import SMALL_METHODS, SmallModel, small_model
+from spd_lens.models import load_moby_dick, load_speeches, load_tiny_lm
+from spd_lens.specialists import Domain, checked_plain, costs_of, distil, domain_of, matrix_budget, mean_loss
+from spd_lens.support import format_table, write_json
+
+RESULTS = Path(__file__).parent / "results" / "specialists"
+CASES = ("speeches", "book")
+SHARES = (0.75, 0.5, 0.25)
+DISTILLED = (0.5, 0.25)
+ROWS, HELD_OUT = 64, 32
+
+
+def texts(decomposition: Decomposition) -> dict[str, tuple[Tensor, Tensor]]:
+    """For each source rows to specialise on, and held-out rows, both spread over all of it."""
+    tokenizer = decomposition.host.tokenizer()
+    found = {}
+    for name, load in (("speeches", lambda split: list(load_speeches(split).values())),
+                       ("book", lambda split: [load_moby_dick(split)])):  # fmt: skip
+        rows = [pack_tokens(load(split), tokenizer, context=128) for split in ("train", "held_out")]
+        found[name] = tuple(r[:: len(r) // n][:n] for r, n in zip(rows, (ROWS, HELD_OUT), strict=True))
+    return found
+
+
+def run_case(case: str, decomposition: Decomposition, args: argparse.Namespace, path: Path | None) -> dict[str, Any]:
+    """One domain: every method at every share, written after each row."""
+    sources = texts(decomposition)
+    inside, outside = sources[case][1], sources[next(other for other in CASES if other != case)][1]
+    result: dict[str, Any] = {"case": case, "rows": []}
+    if path is not None and path.exists():
+        result = json.loads(path.read_text())
+    domain = domain_of(decomposition, sources[case][0], seed=args.seed)
+    whole = checked_plain(decomposition, domain)
+    total = sum(decomposition[s].target_weight.numel() for s in domain.sites)
+    fixed = sum(p.numel() for p in whole.parameters()) - total
+
+    def row(made: SmallModel, **more: Any) -> dict[str, Any]:
+        costs = asdict(costs_of(made.model, inside[:8])) | {"parameters": made.parameters}
+        now = costs_of(whole, inside[:8]).milliseconds
+        losses = {"loss_in": mean_loss(made.model, inside), "loss_out": mean_loss(made.model, outside)}
+        return {"case": case, "method": made.method, **more, **costs, "milliseconds_whole": now, **losses}
+
+    def note(made: dict[str, Any]) -> None:
+        result["rows"].append(made)
+        versions = {n: importlib.metadata.version(n) for n in ("torch", "transformer_lens")}
+        command = " ".join(["python", "experiments/specialists.py", *sys.argv[1:]])
+        result.update(seed=args.seed, versions=versions, command=command, domain_rows=ROWS, held_out_rows=HELD_OUT)
+        if path is not None:
+            write_json(path, result)
+
+    done = {(r["method"], r["share"], r["distilled"]) for r in result["rows"]}
+    if ("whole", 1.0, 0) not in done:
+        note(row(SmallModel("whole", whole, False), share=1.0, distilled=0))
+    for share in args.shares:
+        room = matrix_budget(decomposition, domain, whole, fixed + int(share * total), None)
+        for method in SMALL_METHODS:
+            steps = args.distil if share in DISTILLED else 0
+            if {(method, share, 0), (method, share, steps)} <= done:
+                continue
+            started = time.process_time()
+            made = small_model(decomposition, domain, room, method, seed=args.seed)
+            if (method, share, 0) not in done:
+                note(row(made, share=share, distilled=0))
+            if steps:
+                note(row(distilled(made, decomposition, domain, steps, args.seed), share=share, distilled=steps))
+            print(f"{case} {share} {method} {time.process_time() - started:.0f} CPU-s", file=sys.stderr, flush=True)
+    return result
+
+
+def distilled(made: SmallModel, decomposition: Decomposition, domain: Domain, steps: int, seed: int) -> SmallModel:
+    """The model after a short distillation."""
+    distil(made.model, decomposition.host.forward, domain.rows, steps=steps, seed=seed, keep_zeros=made.is_sparse)
+    return made
+
+
+# -- output ------------------------------------------------------------------------------------------------------------
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """All rows."""
+    header = ("case", "share", "method", "distilled", "parameters", "MB", "MFLOP", "ms (whole)", "loss in", "loss out")
+    rows = []
+    for r in (row for result in results for row in result["rows"]):
+        costs = (f"{r['parameters']:,}", f"{r['bytes'] / 1e6:.2f}", f"{r['flops'] / 1e6:,.0f}")
+        time_taken = f"{r['milliseconds']:.0f} ({r['milliseconds_whole']:.0f})"
+        losses = (f"{r['loss_in']:.3f}", f"{r['loss_out']:.3f}")
+        rows.append(
+            (r["case"], f"{r['share']:.2f}", r["method"], str(r["distilled"] or ""), *costs, time_taken, *losses)
+        )
+    return format_table(header, rows)
+
+
+def figure(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """Loss in and out of the domain against parameters, one colour a method; dashed with circles after distillation."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, axes = plt.subplots(len(results), 2, figsize=(10.5, 3.6 * len(results)), squeeze=False, layout="constrained")
+    for line, result in zip(axes, results, strict=True):
+        whole = next(r for r in result["rows"] if r["method"] == "whole")
+        for axis, which in zip(line, ("in", "out"), strict=True):
+            for k, method in enumerate(SMALL_METHODS):
+                for after, style in ((False, "-"), (True, "--o")):
+                    rows = [r for r in result["rows"] if r["method"] == method and bool(r["distilled"]) == after]
+                    rows = sorted(rows, key=lambda r: r["parameters"])
+                    x, y = [r["parameters"] / 1e3 for r in rows], [r[f"loss_{which}"] for r in rows]
+                    axis.plot(x, y, style, color=f"C{k}", label=method + (", distilled" if after else ""), markersize=4)
+            axis.axhline(whole[f"loss_{which}"], color="0.5", lw=0.8)
+            axis.set(title=f"specialist of {result['case']}: loss {which} of the domain", ylim=(3.2, 9),
+                     xlabel="parameters (thousands)", ylabel="nats per token")  # fmt: skip
+            axis.grid(alpha=0.25)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="outside right center", fontsize=8)
+    fig.savefig(path, dpi=130)
+
+
+def committed() -> list[dict[str, Any]]:
+    """The results in the repository."""
+    paths = [RESULTS / f"tiny_lm_{case}.json" for case in CASES]
+    return [json.loads(path.read_text()) for path in paths if path.exists()]
+
+
+def main() -> None:
+    """Run cases, print them, and write them where asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--cases", nargs="*", default=list(CASES), choices=CASES)
+    parser.add_argument("--shares", nargs="*", type=float, default=list(SHARES))
+    parser.add_argument("--distil", type=int, default=40, help="steps of distillation; 0: none")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true", help="print a JSON list of rows instead of a table")
+    parser.add_argument("--out", type=Path, help="a folder for one JSON file a case; rows that are there are kept")
+    parser.add_argument("--figure", action="store_true", help="only draw the committed results")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    if args.figure:
+        figure(committed(), RESULTS / "specialists.png")
+        print(table(committed()))
+        return
+    decomposition = load_tiny_lm(decomposed=True)
+    results = []
+    for case in args.cases:
+        path = None if args.out is None else args.out / f"tiny_lm_{case}.json"
+        results.append(run_case(case, decomposition, args, path))
+    print(json.dumps([r for result in results for r in result["rows"]], indent=1) if args.json else table(results))
+
+
+if __name__ == "__main__":
+    main()

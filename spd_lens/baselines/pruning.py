@@ -1,0 +1,150 @@
+"""Other ways to make a model small, at equal parameters: what specialists of subcomponents are compared with.
+
+Low rank, with the same allocations and the same way to write factors: truncated SVD, SVD of what the domain's inputs
+bring out (whitened), random subcomponents. Entries set to zero: the smallest (magnitude), and the smallest of
+`|W_ij|` times the size of input i (Wanda, for every output by itself). Those stay whole matrices: their parameters are
+counted as what is not zero, without the indices that storing them so would need, and they are no faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from spd_lens.core import Decomposition
+from spd_lens.specialists import (
+    Directions,
+    Domain,
+    PlainTransformer,
+    SmallMatrix,
+    allocations,
+    mean_loss,
+    ordered,
+    plain_copy,
+    refitted,
+    whole_matrices,
+)
+
+SmallMethod = Literal[
+    "subcomponents", "subcomponents, refitted", "random subcomponents", "truncated SVD", "whitened SVD", "magnitude",
+    "Wanda"
+]  # fmt: skip
+SMALL_METHODS: tuple[SmallMethod, ...] = (
+    "subcomponents", "subcomponents, refitted", "random subcomponents", "truncated SVD", "whitened SVD", "magnitude",
+    "Wanda"
+)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class SmallModel:
+    """A model that a method made: `is_sparse` if its parameters are those that are not zero."""
+
+    method: str
+    model: PlainTransformer
+    is_sparse: bool
+
+    @property
+    def parameters(self) -> int:
+        """Numbers that count."""
+        return sum(int(p.count_nonzero()) if self.is_sparse else p.numel() for p in self.model.parameters())
+
+
+def small_model(
+    decomposition: Decomposition, domain: Domain, room: int, method: SmallMethod, *, seed: int = 0
+) -> SmallModel:
+    """The model by one method, with `room` parameters for the matrices that shrink (`matrix_budget` says how many).
+
+    Methods of low rank share out the room in two ways, equally and by effect; the lower loss on the domain is taken.
+    """
+    whole = whole_matrices(decomposition, domain)
+    if method in ("magnitude", "Wanda"):
+        share = room / sum(W.numel() for W in whole.values())
+        score = magnitude if method == "magnitude" else wanda
+        pruned = {site: SmallMatrix(score(W, domain.moments[site], share)) for site, W in whole.items()}
+        return SmallModel(method, plain_copy(decomposition, pruned), True)
+    directions = _directions(decomposition, domain, whole, method, seed)
+    found: dict[float, PlainTransformer] = {}
+    for kept in allocations(decomposition, directions, room, "measured"):
+        matrices = directions.kept(kept, whole)
+        if method == "subcomponents, refitted":
+            matrices = {site: refitted(m, whole[site], domain.moments[site]) for site, m in matrices.items()}
+        model = plain_copy(decomposition, matrices)
+        found[mean_loss(model, domain.rows[:16])] = model
+    return SmallModel(method, found[min(found)], False)
+
+
+def _directions(
+    decomposition: Decomposition, domain: Domain, whole: Mapping[str, Tensor], method: SmallMethod, seed: int
+) -> Directions:
+    if method in ("truncated SVD", "whitened SVD"):
+        make: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = (
+            truncated_svd if method == "truncated SVD" else whitened_svd
+        )
+        factors = {site: make(W, domain.moments[site]) for site, W in whole.items()}
+        if method == "truncated SVD":  # in the order of singular values, as it is known
+            return Directions(*({s: f[i] for s, f in factors.items()} for i in (0, 1)), _falling(domain, factors), {})
+        return ordered(domain, factors)
+    factors = {s: (decomposition[s].V.detach(), decomposition[s].U.detach()) for s in domain.sites}
+    if method != "random subcomponents":
+        return ordered(domain, factors)
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = {}
+    for site, (V, U) in factors.items():
+        order = torch.randperm(V.shape[1], generator=generator).to(V.device)
+        shuffled[site] = V[:, order], U[order]
+    # The numbers per matrix are those of our own choice; which they are is drawn.
+    worth = ordered(domain, factors).worth
+    return Directions({s: f[0] for s, f in shuffled.items()}, {s: f[1] for s, f in shuffled.items()}, worth, {})
+
+
+def _falling(domain: Domain, factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """What directions are worth, with the order of the singular values kept: a running mean never rises."""
+    found = {}
+    for site, (V, U) in factors.items():
+        effects = domain.effects(site, V, U)
+        found[site] = effects.cummin(0).values
+    return found
+
+
+def truncated_svd(W: Float[Tensor, "d_in d_out"], moments: Tensor) -> tuple[Tensor, Tensor]:
+    """`W = A B`, with the directions in the order of W's singular values."""
+    P, sizes, Q = torch.linalg.svd(W.double(), full_matrices=False)
+    return (P * sizes).to(W.dtype), Q.to(W.dtype)
+
+
+def whitened_svd(
+    W: Float[Tensor, "d_in d_out"], moments: Float[Tensor, "d_in d_in"], *, damping: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """`W = A B` whose first k directions are, for every k, the nearest to `x W` on the domain in the mean square.
+
+    With `E x x^T = L L^T` (Cholesky) and `L^T W = P S Q`, `A = L^-T P S` and `B = Q`.
+    """
+    scale = moments.diagonal().mean()
+    L = torch.linalg.cholesky(moments + damping * scale * torch.eye(len(moments)).to(moments))
+    P, sizes, Q = torch.linalg.svd(L.T @ W.double(), full_matrices=False)
+    A = torch.linalg.solve_triangular(L.T, P * sizes, upper=True)
+    return A.to(W.dtype), Q.to(W.dtype)
+
+
+def magnitude(W: Float[Tensor, "d_in d_out"], moments: Tensor, share: float) -> Tensor:
+    """W without all but its largest entries."""
+    return _largest(W, W.abs().flatten()[None], share)
+
+
+def wanda(W: Float[Tensor, "d_in d_out"], moments: Float[Tensor, "d_in d_in"], share: float) -> Tensor:
+    """W without all but the entries of each column with the largest `|W_ij| sqrt(E x_i^2)`."""
+    score = W.abs() * moments.diagonal().sqrt().to(W)[:, None]
+    return _largest(W, score.T, share)
+
+
+def _largest(W: Tensor, score: Float[Tensor, "group n"], share: float) -> Tensor:
+    """W where the score is among the share of largest of its group, 0 elsewhere."""
+    n = int(share * score.shape[1])
+    kept = torch.zeros_like(score, dtype=torch.bool).scatter_(1, score.topk(n, dim=1).indices, True)
+    mask = kept.view_as(W) if len(score) == 1 else kept.T
+    return torch.where(mask, W, 0.0)

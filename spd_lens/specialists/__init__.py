@@ -1,0 +1,45 @@
+"""Smaller models of a domain: keep the subcomponents that its text needs, write smaller matrices, run without us.
+
+`specialise` makes one, `Specialist` says what it keeps, costs and has lost, `Specialist.save` writes it."""
+
+from spd_lens.specialists.allocation import effect_allocation, uniform_allocation
+from spd_lens.specialists.costs import Costs, costs_of, mean_loss
+from spd_lens.specialists.distilling import distil
+from spd_lens.specialists.domain import Domain, domain_of
+from spd_lens.specialists.matrices import SmallMatrix
+from spd_lens.specialists.plain_transformer import PlainTransformer
+from spd_lens.specialists.specialising import (
+    Directions,
+    allocations,
+    checked_plain,
+    matrix_budget,
+    ordered,
+    refitted,
+    specialise,
+    whole_matrices,
+)
+from spd_lens.specialists.specialist import Specialist
+from spd_lens.specialists.writing import plain_copy
+
+__all__ = [
+    "Costs",
+    "Directions",
+    "Domain",
+    "PlainTransformer",
+    "SmallMatrix",
+    "Specialist",
+    "allocations",
+    "checked_plain",
+    "costs_of",
+    "distil",
+    "domain_of",
+    "effect_allocation",
+    "matrix_budget",
+    "mean_loss",
+    "ordered",
+    "plain_copy",
+    "refitted",
+    "specialise",
+    "uniform_allocation",
+    "whole_matrices",
+]
