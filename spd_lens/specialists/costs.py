@@ -18,6 +18,7 @@ class Costs:
     - `bytes`: of parameters and buffers.
     - `flops`: of the matrix products of a pass over `timed_on` tokens, as torch counts them (a multiply-add is two).
     - `milliseconds`: of such a pass, the shortest of several; other programs on the machine make it longer.
+    - `cpu_milliseconds`: what the processor worked for it, all threads together: steadier on a busy machine.
     """
 
     parameters: int
@@ -25,6 +26,7 @@ class Costs:
     bytes: int
     flops: int
     milliseconds: float
+    cpu_milliseconds: float
     timed_on: tuple[int, int]
 
 
@@ -36,19 +38,21 @@ def costs_of(model: nn.Module, tokens: Tensor, *, repeats: int = 5) -> Costs:
     counter = FlopCounterMode(display=False)
     with counter:
         model(tokens)
-    seconds = []
+    seconds, worked = [], []
     for _ in range(repeats):
         _finish(tokens.device)
-        start = time.perf_counter()
+        start, start_cpu = time.perf_counter(), time.process_time()
         model(tokens)
         _finish(tokens.device)
         seconds.append(time.perf_counter() - start)
+        worked.append(time.process_time() - start_cpu)
     return Costs(
         parameters=sum(p.numel() for p in parameters),
         nonzero=sum(int(p.count_nonzero()) for p in parameters),
         bytes=sum(t.numel() * t.element_size() for t in stored),
         flops=counter.get_total_flops(),
         milliseconds=1000 * min(seconds),
+        cpu_milliseconds=1000 * min(worked),
         timed_on=(tokens.shape[0], tokens.shape[1]),
     )
 
