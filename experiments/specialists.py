@@ -113,7 +113,18 @@ def distilled(made: SmallModel, decomposition: Decomposition, domain: Domain, st
 
 def table(results: Sequence[dict[str, Any]]) -> str:
     """All rows."""
-    header = ("case", "share", "method", "distilled", "parameters", "MB", "MFLOP", "CPU ms (whole)", "loss in", "loss out")
+    header = (
+        "case",
+        "share",
+        "method",
+        "distilled",
+        "parameters",
+        "MB",
+        "MFLOP",
+        "CPU ms (whole)",
+        "loss in",
+        "loss out",
+    )
     rows = []
     for r in (row for result in results for row in result["rows"]):
         costs = (f"{r['parameters']:,}", f"{r['bytes'] / 1e6:.2f}", f"{r['flops'] / 1e6:,.0f}")
