@@ -39,7 +39,8 @@ class Constant(nn.Module):
         self.bias = nn.Parameter(torch.zeros(d_out))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.bias.expand(*x.shape[:-1], -1)
+        # Not `expand`: without gradients torch cannot tell whose view that is, and its FLOP counter stops there.
+        return x.new_zeros(*x.shape[:-1], 1) + self.bias
 
 
 def matrix(d_in: int, d_out: int, rank: int | None, bias: bool) -> nn.Module:

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+import spd_lens.specialists.plain_transformer as model_file
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.inputs import checked_tokens
-from spd_lens.specialists import plain_transformer
 from spd_lens.specialists.costs import Costs, costs_of, mean_loss
 from spd_lens.specialists.plain_transformer import PlainTransformer
 from spd_lens.support.files import given_directory, new_directory, write_json, write_tensors
@@ -73,7 +73,7 @@ class Specialist:
         """
         directory = given_directory(directory)
         with new_directory(directory) as temporary:
-            shutil.copyfile(Path(plain_transformer.__file__), temporary / "model.py")
+            shutil.copyfile(Path(model_file.__file__), temporary / "model.py")
             state = {n: v.detach().cpu().contiguous().clone() for n, v in self.model.state_dict().items()}
             if self.model.config["tied"]:
                 del state["unembed.weight"]

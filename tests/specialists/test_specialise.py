@@ -124,6 +124,8 @@ def test_flops_are_two_a_multiplication(decomposition: Decomposition) -> None:
     matrix_flops = 2 * n * (2 * (4 * d * d + 2 * d * d_mlp) + d * D_VOCAB)
     scores = 2 * 2 * (2 * 12 * 12 * d) * 2
     assert costs_of(plain_copy(decomposition), rows).flops == matrix_flops + scores
+    none = {"blocks.1.attn.W_Q": SmallMatrix(torch.zeros(16, 0), torch.zeros(0, 16))}
+    assert costs_of(plain_copy(decomposition, none), rows).flops == matrix_flops + scores - 2 * n * d * d
     saved = 2 * n * (d * d_mlp - 3 * (d + d_mlp))
     assert costs_of(plain_copy(decomposition, matrices), rows).flops == matrix_flops + scores - saved
 
