@@ -121,9 +121,14 @@ def clean_failure(path: Path, *temporaries: Path) -> Iterator[None]:
     try:
         with in_words(path):
             yield
-    except BaseException:
+    except BaseException as error:
         for temporary in temporaries:
             discard(temporary)
+        if isinstance(error, CannotWrite):
+            what = str(error.strerror)
+            for temporary in temporaries:
+                what = what.replace(str(temporary), str(path))
+            raise CannotWrite(error.errno, what) from error
         raise
 
 
