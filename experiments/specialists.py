@@ -146,15 +146,17 @@ def figure(results: Sequence[dict[str, Any]], path: Path) -> None:
     fig, axes = plt.subplots(len(results), 2, figsize=(10.5, 3.6 * len(results)), squeeze=False, layout="constrained")
     for line, result in zip(axes, results, strict=True):
         whole = next(r for r in result["rows"] if r["method"] == "whole")
-        for axis, which in zip(line, ("in", "out"), strict=True):
+        for axis, which, where in zip(line, ("in", "out"), ("inside", "outside"), strict=True):
             for k, method in enumerate(SMALL_METHODS):
                 for after, style in ((False, "-"), (True, "--o")):
                     rows = [r for r in result["rows"] if r["method"] == method and bool(r["distilled"]) == after]
                     rows = sorted(rows, key=lambda r: r["parameters"])
                     x, y = [r["parameters"] / 1e3 for r in rows], [r[f"loss_{which}"] for r in rows]
-                    axis.plot(x, y, style, color=f"C{k}", label=method + (", distilled" if after else ""), markersize=4)
+                    label = method + (", distilled" if after else "")
+                    if rows:
+                        axis.plot(x, y, style, color=f"C{k}", label=label, markersize=4)
             axis.axhline(whole[f"loss_{which}"], color="0.5", lw=0.8)
-            axis.set(title=f"specialist of {result['case']}: loss {which} of the domain", ylim=(3.2, 9),
+            axis.set(title=f"specialist of {result['case']}: loss {where}", ylim=(3.2, 9),
                      xlabel="parameters (thousands)", ylabel="nats per token")  # fmt: skip
             axis.grid(alpha=0.25)
     handles, labels = axes[0][0].get_legend_handles_labels()
