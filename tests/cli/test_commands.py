@@ -176,11 +176,11 @@ def test_export_writes_what_from_pretrained_reads(runs: Path) -> None:
 
 def test_specialise_prints_costs_and_losses_and_writes_a_model(runs: Path, tmp_path: Path) -> None:
     arguments = ("specialise", runs / "a", "--budget", "0.95", "--max-rows", "4", "--json")
-    values = json.loads(_invoke(*arguments, "--out", tmp_path / "small").stdout)
+    values = json.loads(invoke(*arguments, "--out", tmp_path / "small").stdout)
     assert values["costs"]["after"]["parameters"] <= 0.95 * values["costs"]["before"]["parameters"]
     assert set(values["losses"]["inside"]) == {"before", "after"}
     assert (tmp_path / "small" / "model.py").is_file()
-    assert "expected a budget" in _invoke("specialise", runs / "a", "--budget", "0.01", status=1).stderr
+    assert "expected a budget" in invoke("specialise", runs / "a", "--budget", "0.01", status=1).stderr
 
 
 def test_edit_measures_saves_and_bakes(runs: Path, tmp_path: Path) -> None:
