@@ -115,10 +115,12 @@ def place_of(batches: Any, processes: Processes) -> dict[str, Any] | None:
 
 
 def batch_hash(batch: Batch) -> str:
-    """SHA-256 of a batch's tokens (of its inputs where there are none) and of the positions that count."""
+    """SHA-256 of a batch's tokens (of its inputs where there are none), the positions that count, and the padding."""
     digest = hashlib.sha256()
     for tensor in (batch.inputs if batch.tokens is None else batch.tokens, batch.position_mask):
         digest.update(_bytes(tensor) if tensor is not None else b"none")
+    if batch.attention_mask is not None:
+        digest.update(b"attention" + _bytes(batch.attention_mask))
     return digest.hexdigest()
 
 

@@ -292,6 +292,7 @@ def _log_values(
     line = dict(zip(names, learner.processes.mean(values).tolist(), strict=True))
     line["L0"] = sum(line[name] for name in per_site)
     line["lr"] = learner.optimizer.param_groups[0]["lr"]
-    line["p"] = learner.config.p_at(step)
+    config = learner.config
+    line |= {"p": config.p_at(step)} if config.penalty == "power" else {"gamma": config.gamma_at(step)}
     line["positions_per_second"] = round(rate, 1)
     return line

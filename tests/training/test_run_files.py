@@ -177,6 +177,23 @@ def test_a_finished_run_on_other_data_is_refused_too(tmp_path: Path, again: Any)
     assert train(fresh(), again(rows), resume_from=tmp_path).steps == 3
 
 
+def test_the_same_tokens_with_another_padding_are_other_data(tmp_path: Path) -> None:
+    rows, ones = tokens(4), torch.ones_like(tokens(4))
+    padded = ones.clone()
+    padded[:, :2] = 0
+    train(fresh(), [{"tokens": rows, "attention_mask": padded}] * 9, CONFIG, out_dir=tmp_path)
+    with pytest.raises(ValueError, match="batch number 0 is another"):
+        train(fresh(), [{"tokens": rows, "attention_mask": ones}] * 9, resume_from=tmp_path)
+
+
+@pytest.mark.parametrize(("penalty", "name", "first"), [("power", "p", 1.0), ("smooth_l0", "gamma", 0.7)])
+def test_the_log_has_the_number_that_the_penalty_anneals(tmp_path: Path, penalty: Any, name: str, first: float) -> None:
+    config = CONFIG.changed(steps=2, penalty=penalty, gamma_start=0.7)
+    lines = train(fresh(), data(), config, out_dir=tmp_path).log
+    assert lines[0][name] == first
+    assert {"p", "gamma"} & lines[0].keys() == {name}
+
+
 @needs_hooked
 def test_train_many_refuses_other_members(tmp_path: Path) -> None:
     config = CONFIG.changed(divergence="mse")
