@@ -87,7 +87,8 @@ def _directions(
         )
         factors = {site: make(W, domain.moments[site]) for site, W in whole.items()}
         if method == "truncated SVD":  # in the order of singular values, as it is known
-            return Directions(*({s: f[i] for s, f in factors.items()} for i in (0, 1)), _falling(domain, factors), {})
+            V, U = ({site: f[i] for site, f in factors.items()} for i in (0, 1))
+            return Directions(V, U, _falling(domain, factors), {})
         return ordered(domain, factors)
     factors = {s: (decomposition[s].V.detach(), decomposition[s].U.detach()) for s in domain.sites}
     if method != "random subcomponents":

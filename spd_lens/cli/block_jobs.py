@@ -11,7 +11,7 @@ from spd_lens.cli.run_file import RunFile
 from spd_lens.cli.runs import decompose_run, load_run_data, open_run_model
 from spd_lens.cli.sections import DataSection
 from spd_lens.cli.yaml_file import ConfigError
-from spd_lens.data import write_residuals
+from spd_lens.data import TokenBatches, write_residuals
 from spd_lens.support.files import write_text
 from spd_lens.training import ModelShape, sites_by_block
 
@@ -127,6 +127,8 @@ def _write_streams(run: RunFile, blocks: list[int], directory: Path) -> DataSect
     model = open_run_model(run.model)
     decomposition = decompose_run(model, run.decompose)
     if not directory.exists():
-        write_residuals(decomposition, load_run_data(run.data, decomposition), blocks, directory)
+        batches = load_run_data(run.data, decomposition)
+        assert isinstance(batches, TokenBatches)
+        write_residuals(decomposition, batches, blocks, directory)
     kept = {"batch_size": run.data.batch_size, "seed": run.data.seed, "exclude": run.data.exclude}
     return DataSection(residuals=str(directory), **kept)

@@ -11,6 +11,7 @@ import typer
 from spd_lens.cli.output import JsonFlag, ends_in_words, show
 from spd_lens.cli.runs import data_for, open_saved
 from spd_lens.cli.yaml_file import ConfigError
+from spd_lens.data import first_batches
 from spd_lens.editing import edit, save_baked, save_edit
 from spd_lens.objective import divergence_per_position
 
@@ -44,7 +45,8 @@ def command(
     kl: list[torch.Tensor] = []
     top: list[torch.Tensor] = []
     with torch.no_grad():
-        for _, batch in zip(range(max_batches), data_for(decomposition, run, data).once(), strict=False):
+        batches = data_for(decomposition, run, data)
+        for batch in first_batches(batches, decomposition, max_batches, purpose="measure an edit on"):
             if batch.tokens is None:
                 raise ConfigError("an edit is measured on tokens; leave cached residual streams away")
             clean, edited = decomposition.host.forward(batch.tokens), made.logits(batch.tokens)

@@ -89,13 +89,13 @@ def submit(
 
 def statuses_of(jobs: Sequence[Any]) -> list[int]:
     """Wait for jobs; their exit statuses. A job that was cancelled or lost counts as stopped."""
-    import submitit
+    from submitit.core.utils import FailedJobError, UncompletedJobError
 
     found = []
     for job in jobs:
         try:
             found.append(int(job.result()))
-        except (submitit.core.utils.UncompletedJobError, submitit.core.utils.FailedJobError):
+        except (UncompletedJobError, FailedJobError):
             found.append(STOPPED)
     return found
 

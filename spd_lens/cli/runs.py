@@ -97,7 +97,7 @@ def load_run_data(section: DataSection, decomposition: Decomposition) -> TokenBa
     return cache_residuals(decomposition, batches) if section.cache_residuals else batches
 
 
-def _hub_arguments(section: DataSection) -> dict[str, str]:
+def _hub_arguments(section: DataSection) -> dict[str, Any]:
     """What `load_dataset` gets besides the name."""
     return {key: value for key in ("name", "revision") if (value := getattr(section, key)) is not None}
 

@@ -173,6 +173,7 @@ def _start(
 ) -> tuple[Tensor, Tensor]:
     """`V` and `U` at the start, checked if they come from an object of the user's."""
     if settings.own_init is None:
+        assert settings.init != "own"
         return initial_factors(target, count, settings.init, generator)
     made = settings.own_init(target.detach(), count, generator)
     expected = ((target.shape[0], count), (count, target.shape[1]))

@@ -92,7 +92,10 @@ def removal(
     targets = [(name, data) for name, data in graph.nodes(data=True) if data["kind"] == "readout"]
     given = _readouts_given([data for _, data in targets], metrics or {})
     readouts = chosen_readouts(decomposition, tokens, given, settings["readout_position"])
-    senders = [sender_of((d["kind"], d["site"]), d["subcomponent"], d["position"]) for d in map(graph.nodes.get, nodes)]
+    senders = [
+        sender_of((d["kind"], d["site"]), d["subcomponent"], d["position"])
+        for d in (graph.nodes[name] for name in nodes)
+    ]
     clean, after = removed_together(decomposition, tokens, senders, [readout.value for readout in readouts])
     fallen = predicted_falls(graph, set(nodes))
     return Removal(

@@ -62,6 +62,11 @@ def norm(kind: str, d_model: int, eps: float) -> nn.Module:
 class Attention(nn.Module):
     """Causal attention of the heads that are left; `kv_of_head[h]` says whose keys and values head h reads."""
 
+    q: nn.Module
+    k: nn.Module
+    v: nn.Module
+    o: nn.Module
+
     def __init__(self, config: Mapping[str, Any], block: Mapping[str, Any]) -> None:
         super().__init__()
         self.d_head, self.scale, self.base = config["d_head"], config["attention_scale"], config["rotary_base"]
@@ -98,6 +103,9 @@ def rotated(x: Tensor, base: float) -> Tensor:
 class MLP(nn.Module):
     """`out(act(in(x)))`, or with a gate `out(act(gate(x)) * in(x))`; where no neuron is left, a constant."""
 
+    gate: nn.Module
+    out: nn.Module
+
     def __init__(self, config: Mapping[str, Any], block: Mapping[str, Any]) -> None:
         super().__init__()
         self.act, self.gated = ACTIVATIONS[config["activation"]], config["gated"]
@@ -131,6 +139,8 @@ class Block(nn.Module):
 class PlainTransformer(nn.Module):
     """The model that `config` describes; see the module's docstring."""
 
+    row_of_token: Tensor
+
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
         self.config = dict(config)
@@ -140,7 +150,7 @@ class PlainTransformer(nn.Module):
             self.positions = nn.Embedding(config["n_ctx"], d_model)
         self.blocks = nn.ModuleList([Block(config, block) for block in config["blocks"]])
         self.ln_final = norm(config["norm"], d_model, config["eps"])
-        self.kept = config["kept_tokens"]
+        self.kept: int | None = config["kept_tokens"]
         if self.kept is not None:
             # Tokens without a row of their own share the last one, and get no probability.
             self.register_buffer("token_of_row", torch.zeros(self.kept, dtype=torch.long))
