@@ -372,11 +372,13 @@ def weighted_sum(losses: Mapping[str, Tensor], config: Any) -> Tensor:
 def _check(config: Any) -> None:
     """Refuse every choice that is not written here."""
     plain = {"squash": "straight", "precision": "fp32", "hidden": 0.0, "p_end": None, "tolerance": None}
-    plain |= {"relative_reconstruction": False, "frequency_reference": None if config.frequency == 0 else 32_768}
+    plain |= {"relative_reconstruction": False}
     plain |= {"clip_subcomponents": None, "clip_gates": None, "schedule": "constant", "lr_warmup": 0}
     for name, only in plain.items():
         if getattr(config, name) != only:
             raise ValueError(f"{name}={getattr(config, name)!r}; the reference knows only {only!r}")
+    if config.frequency > 0 and config.frequency_reference is None:
+        raise ValueError(f"frequency={config.frequency}; the reference knows it only with a frequency_reference")
     for term in config.reconstructions:
         pgd = isinstance(term.masks, PGD) and term.masks.scope == "batch"
         known = (term.masks == "stochastic" or pgd) and term.routing in ("all", "layerwise", "subset")

@@ -286,7 +286,11 @@ def main(
         **{key: result.pop(key) for key in HEADLINE if key in result},
         **result,
         "sizes": dataclasses.asdict(dataclasses.replace(sizes, **changes)),
-        "losses": {n: getattr(used, n) for n in ("faithfulness", "minimality", "frequency")}
+        "losses": {
+            n: getattr(used, n)
+            for n in ("faithfulness", "minimality", "frequency")
+            if n != "frequency" or used.frequency > 0
+        }
         | {term.name: term.coefficient for term in used.reconstructions},
         "delta": used.delta,
         "rounds": rounds,

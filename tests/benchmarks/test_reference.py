@@ -107,7 +107,9 @@ def test_cached_residual_streams_give_the_losses_of_whole_passes() -> None:
 
 def test_the_reference_refuses_what_it_does_not_compute() -> None:
     small: dict[str, Any] = {"batch": 4}
-    with pytest.raises(ValueError, match=r"frequency=0\.5; the reference knows only 0\.0"):
+    with pytest.raises(ValueError, match=r"clip_gates=0\.5; the reference knows only None"):
+        build("tms_5_2", **small, clip_gates=0.5)
+    with pytest.raises(ValueError, match=r"frequency=0\.5; the reference knows it only with a frequency_reference"):
         build("tms_5_2", **small, frequency=0.5)
     with pytest.raises(ValueError, match="the reference knows stochastic and PGD"):
         build("tms_5_2", **small, reconstructions=(Reconstruction(masks="bernoulli"),))

@@ -324,6 +324,7 @@ def test_local_jobs_with_a_readout_use_it_but_for_the_last_block(tmp_path: Path)
 
 
 @pytest.mark.skipif(TL_MAJOR >= 4, reason="train_many cannot run a TransformerBridge")
+@pytest.mark.slow
 def test_seeds_trained_as_one_are_the_seeds_trained_apart(runs: Path, tmp_path: Path) -> None:
     sweep = ("sweep", runs / "config.yaml", "--over", "decompose.seed=0,1", "--out", tmp_path, "--batched", "--json")
     found = json.loads(invoke(*sweep).stdout)

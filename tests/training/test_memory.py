@@ -107,6 +107,7 @@ def _peak(**options: Any) -> int:
     return peak_bytes(lambda: take_step(learner, batch, 1))
 
 
+@pytest.mark.slow
 def test_each_option_saves_memory() -> None:
     plain = _peak()
     assert _peak(accumulate=8) < 0.5 * plain

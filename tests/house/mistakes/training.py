@@ -60,7 +60,7 @@ add(
 )
 add(
     "train_many adversary",
-    lambda d, m, p: train_many([d], [T], TrainConfig(steps=1, reconstructions=[Reconstruction(masks="pgd")])),
+    lambda d, m, p: train_many([d], [T], TrainConfig(steps=1, reconstructions=[Reconstruction(masks="persistent")])),
 )
 add("train_many text data", lambda d, m, p: train_many([d], ["abc"], TrainConfig(steps=1)))
 add("train_many None data", lambda d, m, p: train_many([d], [None], TrainConfig(steps=1)))
