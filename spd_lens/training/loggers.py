@@ -42,6 +42,8 @@ def wandb_logger(*, figures_every: int | None = None, **init_arguments: Any) -> 
     run = wandb.init(**init_arguments)
 
     def figure(step: int, name: str, drawn: Any) -> None:
+        import matplotlib.pyplot  # noqa: F401  # wandb looks it up as an attribute of matplotlib and does not import it
+
         run.log({name: wandb.Image(drawn)}, step=step)
 
     return FigureLogger(lambda step, values: run.log(dict(values), step=step), figure, figures_every)
