@@ -17,6 +17,7 @@ from spd_lens.statistics.browser import inline_page
 from spd_lens.statistics.labels import Labels
 from spd_lens.statistics.result import Harvest
 from spd_lens.support.pages import shortened
+from spd_lens.support.shown import with_widget
 
 # A frame of another origin: its scripts run, and can reach neither the notebook nor its files.
 _SANDBOX = "allow-scripts allow-downloads"
@@ -86,15 +87,7 @@ class InlineBrowser:
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         """The widget where there is one, and the page alone for whoever has no kernel."""
-        bundle = {"text/html": self._repr_html_(), "text/plain": repr(self)}
-        if self.decomposition is None:
-            return bundle
-        try:
-            shown = self.widget()._repr_mimebundle_()
-        except ImportError:
-            return bundle
-        data = shown[0] if isinstance(shown, tuple) else shown
-        return {**bundle, **{kind: value for kind, value in (data or {}).items() if kind not in bundle}}
+        return with_widget(self._repr_html_(), repr(self), None if self.decomposition is None else self.widget)
 
 
 def browse(

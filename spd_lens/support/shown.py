@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -46,3 +46,16 @@ def _shown(value: Any) -> str:
 def text_html(self: Any) -> str:
     """What `print` shows of an object, as a `_repr_html_` for notebooks."""
     return f"<pre>{html.escape(str(self))}</pre>"
+
+
+def with_widget(page: str, text: str, widget: Callable[[], Any] | None) -> dict[str, Any]:
+    """What a notebook is given to show: the page, the text, and the widget where ipywidgets is there."""
+    bundle = {"text/html": page, "text/plain": text}
+    if widget is None:
+        return bundle
+    try:
+        shown = widget()._repr_mimebundle_()
+    except ImportError:
+        return bundle
+    data = shown[0] if isinstance(shown, tuple) else shown
+    return {**bundle, **{kind: value for kind, value in (data or {}).items() if kind not in bundle}}
