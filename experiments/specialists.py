@@ -136,8 +136,12 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     return format_table(header, rows)
 
 
+# Told apart by the colour-blind (Okabe and Ito's palette).
+COLOURS = ("#0072B2", "#56B4E9", "#999999", "#E69F00", "#D55E00", "#009E73", "#CC79A7")
+
+
 def figure(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """Loss in and out of the domain against parameters, one colour a method; dashed with circles after distillation."""
+    """Loss in and out of the domain against parameters, one colour and mark a method; dashed after distillation."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -148,15 +152,15 @@ def figure(results: Sequence[dict[str, Any]], path: Path) -> None:
         whole = next(r for r in result["rows"] if r["method"] == "whole")
         for axis, which, where in zip(line, ("in", "out"), ("inside", "outside"), strict=True):
             for k, method in enumerate(SMALL_METHODS):
-                for after, style in ((False, "-"), (True, "--o")):
+                for after, style in ((False, "-"), (True, "--")):
                     rows = [r for r in result["rows"] if r["method"] == method and bool(r["distilled"]) == after]
                     rows = sorted(rows, key=lambda r: r["parameters"])
                     x, y = [r["parameters"] / 1e3 for r in rows], [r[f"loss_{which}"] for r in rows]
                     label = method + (", distilled" if after else "")
                     if rows:
-                        axis.plot(x, y, style, color=f"C{k}", label=label, markersize=4)
+                        axis.plot(x, y, style, color=COLOURS[k], marker="os^Dv<>"[k], label=label, markersize=4.5)
             axis.axhline(whole[f"loss_{which}"], color="0.5", lw=0.8)
-            axis.set(title=f"specialist of {result['case']}: loss {where}", ylim=(3.2, 9),
+            axis.set(title=f"specialist of {result['case']}: loss {where}", ylim=(3.2, 6.6),
                      xlabel="parameters (thousands)", ylabel="nats per token")  # fmt: skip
             axis.grid(alpha=0.25)
     handles, labels = axes[0][0].get_legend_handles_labels()
