@@ -2,7 +2,7 @@
 
     python tests/support/fuzz_files.py --n 1091
 
-makes that many mutations of a save, a run and a graph file, and counts what became of them. Every mutation has to be
+makes that many mutations of a save, a run, a graph file and an evaluation, and counts what became of them. Every mutation has to be
 refused with a ValueError that names the file, or to be harmless: what is loaded then equals what was saved.
 """
 
@@ -13,6 +13,7 @@ import json
 import os
 import random
 import shutil
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
@@ -21,6 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+if __package__ in (None, ""):  # run as a script
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 # -- what is saved, and how it is loaded -------------------------------------------------------------------------------
 
@@ -38,10 +42,11 @@ class Saved:
 
 
 def saved_things(scratch: Path) -> dict[str, Saved]:
-    """A saved decomposition, a run with two checkpoints, and a graph."""
-    from spd_lens import Decomposition, TokenBatches, TrainConfig, decompose, train
+    """A saved decomposition, a run with two checkpoints, a graph, and an evaluation."""
+    from spd_lens import Decomposition, EvaluationReport, TokenBatches, TrainConfig, decompose, evaluate, train
     from spd_lens.graphs import AttributionGraph, attribution_graph
     from spd_lens.training import RunFiles
+    from spd_lens.training.belonging import FREE
     from tests.small_models import tiny_transformer, tokens
 
     sites: dict[str, int | None] = {"blocks.1.mlp.W_in": 4}
@@ -51,6 +56,8 @@ def saved_things(scratch: Path) -> dict[str, Saved]:
     graph.to_json(scratch / "graph" / "graph.json")
     config = TrainConfig(steps=4, checkpoint_every=2, log_every=1)
     train(decomposition, TokenBatches(tokens(8), 4), config, out_dir=scratch / "run")
+    (scratch / "evaluation").mkdir()
+    evaluate(decomposition, [tokens(2)], adversary_steps=(1,)).save(scratch / "evaluation")
     model = tiny_transformer()
 
     def load_save(path: Path) -> Any:
@@ -65,9 +72,7 @@ def saved_things(scratch: Path) -> dict[str, Saved]:
         files = RunFiles(path)
         newest = files.newest()
         assert newest is not None
-        numbers = {
-            k: v for k, v in files.read_config().to_json().items() if k not in ("checkpoint_every", "keep_checkpoints")
-        }
+        numbers = {k: v for k, v in files.read_config().to_json().items() if k not in FREE}
         return newest.tensors, newest.step, newest.belongs, newest.data, numbers, files.belongs()
 
     def load_graph(path: Path) -> Any:
@@ -80,6 +85,9 @@ def saved_things(scratch: Path) -> dict[str, Saved]:
         "save": Saved(scratch / "save", load_save, ("subcomponents.safetensors", "spd_config.json")),
         "run": Saved(scratch / "run", load_run, (f"{newest}/state.safetensors", f"{newest}/state.json", "config.json")),
         "graph": Saved(scratch / "graph", load_graph, ("graph.json",)),
+        "evaluation": Saved(
+            scratch / "evaluation", lambda at: EvaluationReport.load(at).to_json(), ("evaluation.json",)
+        ),
     }
 
 

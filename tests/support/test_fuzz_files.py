@@ -25,7 +25,7 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Saved, A
     return {name: (saved, saved.expected()) for name, saved in saved_things(scratch).items()}
 
 
-@pytest.mark.parametrize("kind", ["save", "run", "graph"])
+@pytest.mark.parametrize("kind", ["save", "run", "graph", "evaluation"])
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**32))
 def test_any_mutation_of_a_kind_of_file(kind: str, things: Any, tmp_path_factory: Any, seed: int) -> None:
