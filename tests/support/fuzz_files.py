@@ -2,8 +2,9 @@
 
     python tests/support/fuzz_files.py --n 1091
 
-makes that many mutations of a save, a run, a graph file and an evaluation, and counts what became of them. Every mutation has to be
-refused with a ValueError that names the file, or to be harmless: what is loaded then equals what was saved.
+makes that many mutations of a save, a run, a graph file and an evaluation, and counts what became of them. Every
+mutation has to be refused with a ValueError that names the file, or to be harmless: what is loaded then equals what was
+saved.
 """
 
 from __future__ import annotations
