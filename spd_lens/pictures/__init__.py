@@ -1,8 +1,9 @@
-"""Pictures of importances, effects, attention and components, and the browser in notebooks."""
+"""Pictures of importances, effects, attention, graphs and components, and the browser in notebooks."""
 
 from spd_lens.pictures.attention import qk_figure
 from spd_lens.pictures.components import coactivation_figure, dendrogram_figure, description_length_figure
 from spd_lens.pictures.effects import effects_heatmap
+from spd_lens.pictures.graphs import graph_figure
 from spd_lens.pictures.importance import importance_figure, importance_page, save_importance, strongest
 from spd_lens.pictures.inline import InlineBrowser, browse
 from spd_lens.pictures.ticking import GraphView, graph_view
@@ -15,6 +16,7 @@ __all__ = [
     "dendrogram_figure",
     "description_length_figure",
     "effects_heatmap",
+    "graph_figure",
     "graph_view",
     "importance_figure",
     "importance_page",

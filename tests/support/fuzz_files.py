@@ -30,6 +30,10 @@ if __package__ in (None, ""):  # run as a script
 # -- what is saved, and how it is loaded -------------------------------------------------------------------------------
 
 
+# Fields of a run's configuration that may be changed by hand: no number depends on them.
+FREE = ("checkpoint_every", "keep_checkpoints", "accumulate", "recompute", "offload")
+
+
 @dataclass(frozen=True)
 class Saved:
     """A directory that was written, and a function that loads it into something comparable."""
@@ -47,7 +51,6 @@ def saved_things(scratch: Path) -> dict[str, Saved]:
     from spd_lens import Decomposition, EvaluationReport, TokenBatches, TrainConfig, decompose, evaluate, train
     from spd_lens.graphs import AttributionGraph, attribution_graph
     from spd_lens.training import RunFiles
-    from spd_lens.training.belonging import FREE
     from tests.small_models import tiny_transformer, tokens
 
     sites: dict[str, int | None] = {"blocks.1.mlp.W_in": 4}
