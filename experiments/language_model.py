@@ -16,26 +16,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from tqdm import trange
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from experiments.graphed import train_graphed
 from spd_lens import Decomposition, Reconstruction, TokenBatches, TrainConfig, decompose, evaluate, pack_tokens, train
 from spd_lens.baselines import NO_LR, fixed_factors
 from spd_lens.evaluation import EvaluationReport
 from spd_lens.models import load_moby_dick, load_tiny_lm
 from spd_lens.objective import Merged, Persistent, Scope
 from spd_lens.support import library_versions
-from spd_lens.training import GraphedStep, make_learner
 
 # Published ratios for language models: multiples of d_model 128 and d_mlp 512.
 SUBCOMPONENTS = {
@@ -159,35 +156,6 @@ def train_run(args: argparse.Namespace) -> dict[str, Any]:
     if not result.interrupted:
         decomposition.save_pretrained(out / "decomposition")
     return {"out": str(out), "steps": result.steps, "final": result.final}
-
-
-def train_graphed(
-    decomposition: Decomposition, batches: TokenBatches, config: TrainConfig, out: Path
-) -> dict[str, float]:
-    """`train` for a GPU, with every step a CUDA graph: log and result, no checkpoints. Returns the log's last line."""
-    out.mkdir(parents=True, exist_ok=True)
-    for p in decomposition.model.parameters():
-        p.requires_grad_(False)
-    for p in decomposition.subcomponent_parameters() + decomposition.gate_parameters():
-        p.requires_grad_(True)
-    graphed = GraphedStep(make_learner(decomposition, config), steps_per_capture=100)
-    line: dict[str, float] = {}
-    began = time.perf_counter()
-    with (out / "log.jsonl").open("w") as log:
-        for step, batch in zip(trange(config.steps), batches, strict=False):
-            losses, active, norms = graphed(batch.to(decomposition.device), step)
-            if step % 100 == 0 or step == config.steps - 1:
-                line = {name: float(value) for name, value in {**losses, **norms}.items()}
-                line |= {f"L0/{name}": float(mean) for name, mean in active.items()}
-                line["L0"] = sum(v for k, v in line.items() if k.startswith("L0/"))
-                line |= {"step": step, "seconds": round(time.perf_counter() - began, 1)}
-                if not all(map(math.isfinite, line.values())):
-                    raise ValueError(f"a loss became NaN or infinite before step {step}: {line}")
-                print(json.dumps(line), file=log, flush=True)
-    record = {"config": config.to_json(), "steps": config.steps, "final": line, "cuda_graphs": True}
-    decomposition.training_record = record
-    decomposition.save_pretrained(out / "decomposition")
-    return line
 
 
 def measured(

@@ -1,6 +1,7 @@
 """Attention and MLP of one block of SmolLM2-135M, decomposed by local training, checked against the logits.
 
     python experiments/smollm2.py train --block 3 --steps 1500 --out RUN    # a killed run goes on where it was
+    python experiments/smollm2.py train --device cuda --cuda-graphs --rows 32 --windows 4000 --steps 6000 --out RUN
     python experiments/smollm2.py evaluate RUN --json                       # KL on the logits, adversary, deletion
 
 Local training: what is reconstructed is the residual stream behind the block, read by a tuned read-out (the root of the
@@ -23,6 +24,7 @@ import torch
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from experiments.graphed import train_graphed
 from spd_lens import (
     Decomposition,
     Reconstruction,
@@ -43,10 +45,10 @@ from spd_lens.training import Readout, tune_readout
 CONTEXT = 64
 
 
-def decomposed(block: int, gate_width: int, seed: int) -> Decomposition:
+def decomposed(block: int, gate_width: int, seed: int, device: str = "cpu") -> Decomposition:
     """All seven matrices of a block, as many subcomponents as each one's rank bound, started at its own singular
     vectors."""
-    model: Any = load_smollm2(host="bridge")
+    model: Any = load_smollm2(device, host="bridge")
     counts: dict[str, int | None] = {
         f"blocks.{block}.attn.W_[QO]": 576,
         f"blocks.{block}.attn.W_[KV]": 192,
@@ -108,7 +110,7 @@ def configuration(block: int, readout: Readout, steps: int, minimality: float, s
 
 def train_run(args: argparse.Namespace) -> dict[str, Any]:
     """Train one run, or go on with it where it was."""
-    decomposition = decomposed(args.block, args.gate_width, args.seed)
+    decomposition = decomposed(args.block, args.gate_width, args.seed, args.device)
     text = windows_of(decomposition.model, load_moby_dick("train"), args.windows)
     batches = cache_residuals(decomposition, TokenBatches(text, args.rows, seed=args.seed))
     args.out.mkdir(parents=True, exist_ok=True)
@@ -119,6 +121,11 @@ def train_run(args: argparse.Namespace) -> dict[str, Any]:
         readout = tune_readout(decomposition, tuning, args.block + 1, max_batches=4)
         torch.save(readout.matrix, kept)
     config = configuration(args.block, readout, args.steps, args.minimality, args.seed)
+    if args.cuda_graphs:
+        began = time.perf_counter()
+        final = train_graphed(decomposition, batches, config, args.out)
+        seconds = time.perf_counter() - began
+        return {"out": str(args.out), "steps": config.steps, "seconds": seconds, "final": final}
     run = args.out / "run"
     place: dict[str, Any] = {"resume_from" if (run / "checkpoints").exists() else "out_dir": run}
     began = time.perf_counter()
@@ -127,15 +134,17 @@ def train_run(args: argparse.Namespace) -> dict[str, Any]:
     return {"out": str(args.out), "steps": result.steps, "seconds": time.perf_counter() - began, "final": result.final}
 
 
-def measured(decomposition: Decomposition, rows: int, ladder: tuple[int, ...], starts: int) -> EvaluationReport:
+def measured(
+    decomposition: Decomposition, rows: int, ladder: tuple[int, ...], starts: int, at_once: int = 4
+) -> EvaluationReport:
     """On held-out chapters, against the logits; needs for the deletion test also from training chapters."""
     model = decomposition.model
     held_out = windows_of(model, load_moby_dick("held_out"), rows)
-    sample = list(windows_of(model, load_moby_dick("train"), 2 * rows).split(4))
+    sample = list(windows_of(model, load_moby_dick("train"), 2 * rows).split(at_once))
     return evaluate(
         decomposition,
-        cache_residuals(decomposition, TokenBatches(held_out, min(4, rows))),
-        max_batches=-(-rows // 4),
+        cache_residuals(decomposition, TokenBatches(held_out, min(at_once, rows))),
+        max_batches=-(-rows // at_once),
         adversary_steps=ladder,
         starts=starts,
         deletion_sample=sample,
@@ -154,18 +163,22 @@ def main() -> None:
     training.add_argument("--windows", type=int, default=400, help="of 64 tokens to train on")
     training.add_argument("--gate-width", type=int, default=128)
     training.add_argument("--out", type=Path, required=True)
+    training.add_argument("--device", default="cpu")
+    training.add_argument("--cuda-graphs", action="store_true", help="every step a CUDA graph; no checkpoints")
     measuring = commands.add_parser("evaluate", help="measure a run's decomposition")
     measuring.add_argument("run", type=Path)
     measuring.add_argument("--rows", type=int, default=8)
     measuring.add_argument("--ladder", type=int, nargs="*", default=(20,))
     measuring.add_argument("--starts", type=int, default=1)
+    measuring.add_argument("--device", default="cpu")
+    measuring.add_argument("--at-once", type=int, default=4, help="rows in a batch")
     measuring.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     if args.command == "train":
         print(json.dumps(train_run(args), indent=2))
         return
-    decomposition = Decomposition.from_pretrained(args.run / "decomposition", load_smollm2(host="bridge"))
-    report = measured(decomposition, args.rows, tuple(args.ladder), args.starts)
+    decomposition = Decomposition.from_pretrained(args.run / "decomposition", load_smollm2(args.device, host="bridge"))
+    report = measured(decomposition, args.rows, tuple(args.ladder), args.starts, args.at_once)
     if not args.json:
         print(report)
         return
