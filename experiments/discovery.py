@@ -1,7 +1,10 @@
 """Does a decomposition name what nobody put in? A table of patients with one hidden marker, ten seeds.
 
-    python experiments/discovery.py --json            # ten seeds; writes results/discovery/summary.json
-    python experiments/discovery.py --json --keep     # goes on with the seeds that this file lacks
+    python experiments/discovery.py --json                # ten seeds; writes results/discovery/summary.json
+    python experiments/discovery.py slice --seeds 3:4     # one, in runs/discovery: run several at once
+    python experiments/discovery.py merge --json          # the table of all that are there
+
+A killed run goes on where it was.
 
 The data are made here. A patient has ten attributes of three or four values each, drawn independently: age, sex,
 smoking, blood pressure, cholesterol, glucose, and four laboratory markers A to D. The log odds of illness are
@@ -28,6 +31,7 @@ import json
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -208,7 +212,7 @@ def rank_of(text: str, named: list[str], *, values: bool) -> int | None:
 
 def run(seed: int, steps: int) -> dict[str, Any]:
     """One seed."""
-    started = time.perf_counter()
+    started = time.process_time()
     tokens, labels = patients(seed)
     model = trained(tokens, labels, seed)
     with torch.no_grad():
@@ -228,36 +232,73 @@ def run(seed: int, steps: int) -> dict[str, Any]:
         "marker": {name: rank_of(planted(seed), own, values=False) for name, own in named.items()},
         "value": {name: rank_of(planted(seed), own, values=True) for name, own in named.items()},
         "named": {name: own[:6] for name, own in named.items()},
-        "seconds": round(time.perf_counter() - started, 1),
+        "cpu_seconds": round(time.process_time() - started, 1),
     }
+
+
+def about(steps: int) -> dict[str, Any]:
+    """What a run's numbers depend on, besides its seed."""
+    return {"steps": steps, "versions": {**library_versions(), "shap": importlib.metadata.version("shap")}}
+
+
+def run_seeds(seeds: range, steps: int, folder: Path) -> None:
+    """A file for every seed; those that are there are left as they are."""
+    for seed in tqdm(seeds, desc="seeds"):
+        path = folder / f"seed-{seed}.json"
+        if not path.is_file():
+            write_json(path, {**about(steps), "run": run(seed, steps)})
+
+
+def table(files: Sequence[Path]) -> dict[str, Any]:
+    """Success over seeds. Raises ValueError for no run at all, and for runs of other settings or versions."""
+    if not files:
+        raise ValueError("there is no run; `discovery.py slice --seeds A:B` makes them")
+    found = [json.loads(path.read_text()) for path in files]
+    for path, own in zip(files, found, strict=True):
+        odd = [name for name in ("steps", "versions") if own[name] != found[0][name]]
+        if odd:
+            raise ValueError(f"{path} has other {odd[0]} than {files[0]}; move it away")
+    runs = sorted((own["run"] for own in found), key=lambda own: own["seed"])
+    methods = list(runs[0]["marker"])
+    return {
+        "command": (
+            f"python experiments/discovery.py --json --steps {found[0]['steps']} "
+            f"--seeds {runs[0]['seed']}:{runs[-1]['seed'] + 1}"
+        ),
+        "versions": found[0]["versions"],
+        "seeds": [own["seed"] for own in runs],
+        "success": {name: sum(r["marker"][name] == 1 for r in runs) for name in methods},
+        "value_first": {name: sum(r["value"][name] == 1 for r in runs) for name in methods},
+        "named_at_all": {name: sum(r["marker"][name] is not None for r in runs) for name in methods},
+        "runs": runs,
+    }
+
+
+def seeds_of(text: str) -> range:
+    """`"0:10"` as a range. Raises ValueError for anything else."""
+    parts = text.split(":")
+    if len(parts) != 2 or not all(part.isdecimal() for part in parts) or int(parts[0]) >= int(parts[1]):
+        raise ValueError(f"--seeds {text!r}; expected FIRST:STOP, for example 0:10")
+    return range(int(parts[0]), int(parts[1]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("command", choices=["all", "slice", "merge"], nargs="?", default="all")
+    parser.add_argument("--seeds", default="0:10", help="FIRST:STOP")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--keep", action="store_true", help="go on with the file that is there")
+    parser.add_argument("--runs", type=Path, default=Path("runs/discovery"), help="directory of a file for every seed")
     parser.add_argument("--json", action="store_true", help="print the whole result")
     args = parser.parse_args()
-    kept = json.loads((args.out / "summary.json").read_text()) if args.keep else {"runs": []}
-    runs = kept["runs"][: args.seeds]
-    if any("fires_most" not in " ".join(own["named"]) for own in runs):
-        raise ValueError(f"{args.out / 'summary.json'} is of an older version of this program; run it without --keep")
-    for seed in tqdm(range(len(runs), args.seeds), desc="seeds"):
-        runs.append(run(seed, args.steps))
-        methods = list(runs[0]["marker"])
-        found = {
-            "command": f"python experiments/discovery.py --json --seeds {len(runs)} --steps {args.steps}",
-            "versions": {**library_versions(), "shap": importlib.metadata.version("shap")},
-            "seeds": len(runs),
-            "success": {name: sum(r["marker"][name] == 1 for r in runs) for name in methods},
-            "value_first": {name: sum(r["value"][name] == 1 for r in runs) for name in methods},
-            "named_at_all": {name: sum(r["marker"][name] is not None for r in runs) for name in methods},
-            "runs": runs,
-        }
-        write_json(args.out / "summary.json", found)
-    print(json.dumps(found, indent=1) if args.json else found["success"])  # pyright: ignore[reportPossiblyUnbound]
+    if args.command != "merge":
+        args.runs.mkdir(parents=True, exist_ok=True)
+        run_seeds(seeds_of(args.seeds), args.steps, args.runs)
+    if args.command == "slice":
+        return
+    found = table(sorted(args.runs.glob("seed-*.json")))
+    write_json(args.out / "summary.json", found)
+    print(json.dumps(found, indent=1) if args.json else found["success"])
 
 
 if __name__ == "__main__":

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from experiments.audit import judged_claims, largest
+from experiments.audit import applicants, ask_slice, judged_claims, largest
+from experiments.audit_table import merged, table
 from experiments.credit_table import mended
-from experiments.discovery import KNOWN, MARKERS, VOCABULARY, patients, planted, rank_of
-from spd_lens.audit import Judged
+from experiments.discovery import KNOWN, MARKERS, VOCABULARY, patients, planted, rank_of, seeds_of
+from experiments.discovery import table as discovery_table
+from spd_lens.audit import Budget, Choices, Judged
 
 RESULTS = Path(__file__).parents[2] / "experiments" / "results" / "audit"
 
@@ -63,9 +66,84 @@ def test_only_the_sorted_column_is_taken_from_the_coded_table_and_the_others_hav
 
 def test_the_committed_table_has_what_was_promised() -> None:
     found = json.loads((RESULTS / "summary-0.json").read_text())
-    assert found["command"].endswith(f"--first 100 --cases {found['cases']}")
+    assert "--cases 100:" in found["command"] or found["command"].endswith(f"--cases {found['cases']}")
     assert found["cases"] == found["adds_up"] >= 20
     for row in (found, *found["baselines"].values()):
         for name in ("reasons", "verified_share", "survive_pgd20_share", "counterfactual_agreement"):
             assert 0 <= row[name] <= (1e4 if name == "reasons" else 1)
     assert {"gradient x input", "integrated gradients", "SHAP"} <= set(found["baselines"])
+
+
+# -- slices ----------------------------------------------------------------------------------------------------------
+
+
+def slice_of(folder: Path, *numbers: int, **changes: Any) -> Path:
+    path = folder / f"slice-{numbers[0]}.json"
+    same = {"decomposition": 0, "seed": 0, "choices": {}, "versions": {}}
+    path.write_text(json.dumps({**same, **changes, "asked": [{"applicant": n} for n in numbers]}))
+    return path
+
+
+def test_slices_are_merged_in_the_order_of_the_applicants(tmp_path: Path) -> None:
+    whole = merged([slice_of(tmp_path, 102, 103), slice_of(tmp_path, 100, 101)])
+    assert [one["applicant"] for one in whole["asked"]] == [100, 101, 102, 103]
+
+
+def test_slices_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
+    first = slice_of(tmp_path, 100, 101)
+    with pytest.raises(ValueError, match="applicant 101 stands in two slices"):
+        merged([first, slice_of(tmp_path, 101, 102)])
+    with pytest.raises(ValueError, match=r"applicants \[102, 103\] are missing between 100 and 104"):
+        merged([first, slice_of(tmp_path, 104)])
+    with pytest.raises(ValueError, match="has another decomposition than"):
+        merged([first, slice_of(tmp_path, 102, decomposition=1)])
+    with pytest.raises(ValueError, match="there are no slices to merge"):
+        merged([])
+
+
+def test_applicants_are_a_range_of_held_out_ones() -> None:
+    assert applicants("100:110") == range(100, 110)
+    for wrong in ("10", "110:100", "290:301", "a:b", "-1:3"):
+        with pytest.raises(ValueError, match=f"--cases '{wrong}'; expected FIRST"):
+            applicants(wrong)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The set_:PendingDeprecationWarning")
+def test_the_table_does_not_depend_on_the_slices(tmp_path: Path) -> None:
+    """40 s: two applicants at once, and one by one, and one slice killed after its first."""
+    small = Choices(n_controls=4, n_draws=16, budget=Budget(steps=2, starts=1))
+
+    def rows(folder: str, *parts: range) -> dict[str, Any]:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        paths = [ask_slice(part, 0, 0, tmp_path / folder, small) for part in parts]
+        whole = merged(paths)
+        for one in whole["asked"]:
+            one["cpu_seconds"] = dict.fromkeys(one["cpu_seconds"], 0.0)
+        return table(whole)
+
+    at_once = rows("once", range(100, 102))
+    assert at_once["reasons"] > 0
+    assert rows("parts", range(101, 102), range(100, 101)) == at_once
+    path = tmp_path / "once" / "slice-0-0-100-102.json"
+    whole = json.loads(path.read_text())
+    path.write_text(json.dumps({**whole, "asked": whole["asked"][:1]}))
+    assert rows("once", range(100, 102)) == at_once
+
+
+def test_runs_of_discovery_are_merged_and_other_settings_refused(tmp_path: Path) -> None:
+    def run_of(seed: int, rank: int | None, steps: int = 5) -> Path:
+        own = {"seed": seed, "marker": {"tree": rank}, "value": {"tree": None}}
+        path = tmp_path / f"seed-{seed}.json"
+        path.write_text(json.dumps({"steps": steps, "versions": {}, "run": own}))
+        return path
+
+    found = discovery_table([run_of(3, 2), run_of(1, 1), run_of(2, None)])
+    assert found["seeds"] == [1, 2, 3]
+    assert (found["success"], found["value_first"], found["named_at_all"]) == ({"tree": 1}, {"tree": 0}, {"tree": 2})
+    with pytest.raises(ValueError, match="has other steps than"):
+        discovery_table([run_of(1, 1), run_of(4, 1, steps=6)])
+    with pytest.raises(ValueError, match="there is no run"):
+        discovery_table([])
+    with pytest.raises(ValueError, match="--seeds '3'; expected FIRST:STOP"):
+        seeds_of("3")
