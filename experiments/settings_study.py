@@ -1,20 +1,26 @@
-"""One setting for every toy: success over a decade or two of shares, with nothing else fitted to the model.
+"""One setting for every toy: success over several decades of one number, with nothing else fitted to the model.
 
-    python experiments/settings_study.py --rule share --toys tms_5-2 --seeds 3        continues where it was stopped
-    python experiments/settings_study.py --rule tolerance --toys tms_5-2,tms_5-2_id,tms_40-10,resid_mlp_1
-    python experiments/settings_study.py --table                               only the table of what was run
+    python experiments/settings_study.py --rule share --penalty smooth --toys tms_5-2     continues where it was stopped
+    python experiments/settings_study.py --rule tolerance --adversary
+    python experiments/settings_study.py --rule share --device cuda                       minutes on a large GPU
+    python experiments/settings_study.py --table                                only table and picture of what was run
 
-Both rules divide reconstruction by what everything off costs (`relative_reconstruction`), so that the number named
-means the same on every toy:
+What the number means is the rule:
 
-- `share`: the coefficient, the share of the behaviour that a subcomponent has to be worth;
+- `absolute`: the coefficient of minimality, against the divergence as it is;
+- `share`: the coefficient with reconstruction divided by what everything off costs (`relative_reconstruction`), so the
+  share of the behaviour that a subcomponent has to be worth;
 - `tolerance`: the share of everything off that may be spent; the coefficient starts at `START` and follows.
 
-Everything else is that of `EXPERIMENTS[toy]` (steps, batch, learning rates), but without stages, factors by site or
-starts made by hand: every toy starts from `init="exact"` and trains all sites from the first step. Penalty: `power`
-with p 1, or `smooth` (smooth L0, gamma from 1 to 0.05).
+Penalties: `power` (p 1), `falling` (p from 2 to .5), `smooth` (smooth L0, gamma from 1 to .05). With `--adversary` the
+pass over all sites is under a one-step adversary instead of random masks, as in the maps of `sensitivity.py`.
 
-    experiments/results/settings/runs.jsonl   a line per run: toy, rule, penalty, value, run, verdict, L0, spent
+Everything else is that of `EXPERIMENTS[toy]` (steps, batch, learning rates), but without stages, factors by site or
+starts made by hand: every toy starts from `init="exact"` and trains all sites from the first step. `--steps` caps the
+steps of the longest.
+
+    experiments/results/settings/runs.jsonl   a line per run: what was asked for, verdict, L0, what was spent
+    experiments/results/settings/basins.png   successes over the number, a row per toy, a panel per rule
 """
 
 from __future__ import annotations
@@ -22,7 +28,9 @@ from __future__ import annotations
 import copy
 import json
 import sys
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,25 +42,59 @@ if __package__ in (None, ""):  # run as a script
 
 from experiments.paper import EXPERIMENTS
 from experiments.runs import DECOMPOSITION_SEED, RESULTS, WORK, accepted_targets, cpu_hours, measured_cpu, settings_hash
-from spd_lens import Decomposition, TrainConfig, decompose
-from spd_lens.support import library_versions
+from experiments.settings_figure import save_basins
+from spd_lens import Decomposition, Reconstruction, TrainConfig, decompose
+from spd_lens.objective import PGD
+from spd_lens.support import format_table, library_versions
 from spd_lens.training import train_many
 
-TOYS = ("tms_5-2", "tms_5-2_id", "tms_40-10", "resid_mlp_1")
-SHARES = tuple(10 ** (n / 2) for n in (-6, -5, -4, -3, -2, -1))
-PENALTIES: dict[str, dict[str, Any]] = {"power": {}, "smooth": {"penalty": "smooth_l0", "gamma_end": 0.05}}
+TOYS = ("tms_5-2", "tms_5-2_id", "tms_40-10", "resid_mlp_1", "resid_mlp_2")
+# Half decades, over which the rules' numbers are tried.
+VALUES = {
+    "share": tuple(10 ** (n / 2) for n in range(-8, 2)),
+    "tolerance": tuple(10 ** (n / 2) for n in range(-8, 1)),
+    "absolute": tuple(10 ** (n / 2) for n in range(-12, -1)),
+}
+PENALTIES: dict[str, dict[str, Any]] = {
+    "power": {},
+    "falling": {"p_start": 2.0, "p_end": 0.5},
+    "smooth": {"penalty": "smooth_l0", "gamma_end": 0.05},
+}
+ADVERSARY = (Reconstruction(masks=PGD(1, 1.0)), Reconstruction(routing="layerwise"))
 # Where a coefficient that follows a tolerance starts: above what any toy needs, so that it comes down.
 START = 0.3
 # Logged steps at the end of a run over which what was spent is averaged.
 LAST = 10
 
 
-def configuration(toy: str, rule: str, penalty: str, value: float, seed: int) -> TrainConfig:
-    """The toy's own configuration under one of the two rules."""
-    named = {"minimality": value} if rule == "share" else {"minimality": START, "tolerance": value}
-    config = EXPERIMENTS[toy].config
-    log_every = max(1, config.steps // 100)
-    return config.changed(seed=seed, relative_reconstruction=True, log_every=log_every, **named, **PENALTIES[penalty])
+@dataclass(frozen=True)
+class How:
+    """Where runs are trained, and at most how many steps."""
+
+    device: str
+    steps: int | None
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a run's number means, what importances cost, and who attacks."""
+
+    rule: str
+    penalty: str
+    adversary: bool
+
+    def configuration(self, toy: str, value: float, seed: int, steps: int | None = None) -> TrainConfig:
+        """The toy's own configuration under the rule, with at most `steps` steps."""
+        config = EXPERIMENTS[toy].config
+        steps = config.steps if steps is None else min(steps, config.steps)
+        named: dict[str, Any] = {"minimality": START, "tolerance": value}
+        if self.rule != "tolerance":
+            named = {"minimality": value}
+        if self.adversary:
+            named["reconstructions"] = ADVERSARY
+        relative = self.rule != "absolute"
+        common = {"steps": steps, "seed": seed, "log_every": max(1, steps // 100), "relative_reconstruction": relative}
+        return config.changed(**common, **named, **PENALTIES[self.penalty])
 
 
 def decomposed(toy: str, target: Any, seed: int) -> Decomposition:
@@ -62,26 +104,39 @@ def decomposed(toy: str, target: Any, seed: int) -> Decomposition:
     return decompose(target, counts, gate="scalar", gate_width=experiment.gate_width, init="exact", seed=seed)
 
 
-def run_toy(toy: str, rule: str, penalty: str, values: Sequence[float], seeds: int, *, path: Path, work: Path) -> None:
+def run_toy(
+    toy: str, variant: Variant, values: Sequence[float], seeds: int, *, path: Path, work: Path, how: How
+) -> None:
     """Train what is missing, all in one program, and add its lines to `path`."""
-    done = {(r["toy"], r["rule"], r["penalty"], r["value"], r["run"]) for r in read(path)}
-    jobs = [(v, i) for v in values for i in range(seeds) if (toy, rule, penalty, v, i) not in done]
+    of = (variant.rule, variant.penalty, variant.adversary)
+    done = {(r["toy"], r["rule"], r["penalty"], r["adversary"], r["value"], r["run"]) for r in read(path)}
+    jobs = [(v, i) for v in values for i in range(seeds) if (toy, *of, v, i) not in done]
     if not jobs:
         return
     experiment = EXPERIMENTS[toy]
     targets = accepted_targets(experiment, seeds, work / "targets")
     members = [decomposed(toy, copy.deepcopy(targets.models[i]), DECOMPOSITION_SEED + i) for _, i in jobs]
-    configs = [configuration(toy, rule, penalty, v, DECOMPOSITION_SEED + i) for v, i in jobs]
-    data = [experiment.features(DECOMPOSITION_SEED + i) for _, i in jobs]
-    place = work / "settings" / f"{toy}-{rule}-{penalty}-{settings_hash({'jobs': jobs})}"
-    with measured_cpu(place / "cpu"):
-        result = train_many(members, data, configs, out_dir=place / "run")
+    configs = [variant.configuration(toy, v, DECOMPOSITION_SEED + i, how.steps) for v, i in jobs]
+    features = [experiment.features(DECOMPOSITION_SEED + i) for i in range(seeds)]
+    data = [features[i] for _, i in jobs]
+    began = time.perf_counter()
+    if how.device == "cpu":
+        place = work / "settings" / f"{toy}-{'-'.join(map(str, of))}-{settings_hash({'jobs': jobs, 'n': how.steps})}"
+        with measured_cpu(place / "cpu"):
+            result = train_many(members, data, configs, out_dir=place / "run")
+        seconds = {"cpu_seconds": round(3600 * cpu_hours(place / "cpu") / len(jobs), 1)}
+    else:
+        members = [member.to(torch.device(how.device)) for member in members]
+        result = train_many(members, data, configs, cuda_graphs=True)
+        members = [member.to(torch.device("cpu")) for member in members]
+        seconds = {"seconds": round((time.perf_counter() - began) / len(jobs), 2)}
     if result.interrupted:
         raise typer.Exit(130)
-    seconds = 3600 * cpu_hours(place / "cpu") / len(jobs)
+    named = {"toy": toy, "rule": variant.rule, "penalty": variant.penalty, "adversary": variant.adversary}
+    machine = {"steps": configs[0].steps, "device": device_name(how.device), **seconds, "versions": library_versions()}
     lines = [
-        _record(toy, rule, penalty, v, i, experiment.report(member), _last(result.log, k), seconds)
-        for k, ((v, i), member) in enumerate(zip(jobs, members, strict=True))
+        {**named, "value": v, "run": i, **_found(experiment.report(m), _last(result.log, k), variant), **machine}
+        for k, ((v, i), m) in enumerate(zip(jobs, members, strict=True))
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
@@ -94,42 +149,69 @@ def _last(log: Sequence[dict[str, Any]], member: int) -> dict[str, float]:
     return {name: sum(line[name][member] for line in tail) / len(tail) for name in tail[0] if name != "step"}
 
 
-def _record(
-    toy: str, rule: str, penalty: str, value: float, run: int, report: Any, last: dict[str, float], seconds: float
-) -> dict[str, Any]:
-    spent = last["stochastic_all"] / last["everything_off"]
-    named = {"toy": toy, "rule": rule, "penalty": penalty, "value": value, "run": run}
+def _found(report: Any, last: dict[str, float], variant: Variant) -> dict[str, Any]:
+    """A run's verdict and its last numbers."""
     found = {"success": report.success, "problems": list(report.problems)[:3], "l0": round(last["L0"], 3)}
-    measured = {"spent": round(spent, 5), "coefficient": last.get("minimality_coefficient", value)}
-    return named | found | measured | {"cpu_seconds": round(seconds, 1), "versions": library_versions()}
+    reconstruction = last["pgd_all" if variant.adversary else "stochastic_all"]
+    found["spent"] = round(reconstruction / last.get("everything_off", 1.0), 7)
+    if "minimality_coefficient" in last:
+        found["coefficient"] = last["minimality_coefficient"]
+    return found
 
 
 def read(path: Path) -> list[dict[str, Any]]:
     """All runs so far."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [{"adversary": False, **json.loads(line)} for line in lines]
+
+
+def rows_of(records: Sequence[dict[str, Any]]) -> dict[tuple[str, str, bool, str], dict[float, list[bool]]]:
+    """Verdicts by value, of every rule, penalty, adversary and toy."""
+    found: dict[tuple[str, str, bool, str], dict[float, list[bool]]] = {}
+    order = sorted(records, key=lambda r: (r["rule"], r["penalty"], r["adversary"], list(EXPERIMENTS).index(r["toy"])))
+    for r in order:
+        row = found.setdefault((r["rule"], r["penalty"], r["adversary"], r["toy"]), {})
+        row.setdefault(rounded(r["value"]), []).append(r["success"])
+    return {row: dict(sorted(cells.items())) for row, cells in found.items()}
+
+
+def rounded(value: float) -> float:
+    """A value as it is shown, so that the same half decade is the same column."""
+    return float(f"{value:.2g}")
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:
-    """A row per toy, rule and penalty; in the cells, successes of runs."""
-    values = sorted({r["value"] for r in records})
-    lines = [
-        "| toy | rule | penalty | " + " | ".join(f"{v:.2g}" for v in values) + " |",
-        "|---" * (3 + len(values)) + "|",
-    ]
-    for row in sorted({(r["toy"], r["rule"], r["penalty"]) for r in records}):
-        own = [r for r in records if (r["toy"], r["rule"], r["penalty"]) == row]
-        cells = [[r["success"] for r in own if r["value"] == v] for v in values]
-        shown = [f"{sum(cell)} of {len(cell)}" if cell else "-" for cell in cells]
-        lines.append(f"| {' | '.join(row)} | {' | '.join(shown)} |")
-    return "\n".join(lines)
+    """A table per rule, a row per penalty, adversary and toy; in the cells, successes of runs."""
+    parts = []
+    rows = rows_of(records)
+    for rule in VALUES:
+        own = {row[1:]: cells for row, cells in rows.items() if row[0] == rule}
+        values = sorted({v for cells in own.values() for v in cells})
+        if not own:
+            continue
+        shown = [
+            [penalty + (", adversary" if adversary else ""), toy]
+            + [f"{sum(cells[v])}/{len(cells[v])}" if v in cells else "-" for v in values]
+            for (penalty, adversary, toy), cells in own.items()
+        ]
+        parts.append(format_table([rule, "toy", *(f"{v:.2g}" for v in values)], shown))
+    return "\n\n".join(parts)
+
+
+def device_name(device: str) -> str:
+    """The card's name, or "cpu"."""
+    return device if device == "cpu" else torch.cuda.get_device_name(device)
 
 
 def main(
-    rule: Annotated[str, typer.Option(help="share or tolerance")] = "share",
-    penalty: Annotated[str, typer.Option(help=", ".join(PENALTIES))] = "power",
+    rule: Annotated[str, typer.Option(help=", ".join(VALUES))] = "share",
+    penalty: Annotated[str, typer.Option(help=", ".join(PENALTIES))] = "smooth",
+    adversary: Annotated[bool, typer.Option("--adversary", help="one step against the masks of all sites")] = False,
     toys: Annotated[str, typer.Option(help="names, with commas between")] = ",".join(TOYS),
-    values: Annotated[str, typer.Option(help="shares, with commas between")] = ",".join(f"{v:.3g}" for v in SHARES),
+    values: Annotated[str | None, typer.Option(help="numbers, with commas between; by default the rule's")] = None,
     seeds: int = 3,
+    steps: Annotated[int | None, typer.Option(help="at most so many steps")] = None,
+    device: Annotated[str, typer.Option(help="cpu, or cuda: no checkpoints, every step a CUDA graph")] = "cpu",
     only_table: Annotated[bool, typer.Option("--table", help="train nothing")] = False,
     results: Annotated[Path, typer.Option(help="where results go")] = RESULTS / "settings",
     work: Annotated[Path, typer.Option(help="where checkpoints and targets are kept")] = WORK,
@@ -137,13 +219,18 @@ def main(
     """Success of one setting on every toy."""
     torch.set_num_threads(1)
     chosen = toys.split(",")
-    if rule not in ("share", "tolerance") or penalty not in PENALTIES or set(chosen) - EXPERIMENTS.keys():
+    if rule not in VALUES or penalty not in PENALTIES or set(chosen) - EXPERIMENTS.keys():
         raise typer.BadParameter(f"rule {rule!r}, penalty {penalty!r}, toys {toys!r}; see --help")
     path = results / "runs.jsonl"
     if not only_table:
+        numbers = [float(v) for v in values.split(",")] if values else [rounded(v) for v in VALUES[rule]]
         for toy in chosen:
-            run_toy(toy, rule, penalty, [float(v) for v in values.split(",")], seeds, path=path, work=work)
-    print(table(read(path)))
+            variant = Variant(rule, penalty, adversary)
+            run_toy(toy, variant, numbers, seeds, path=path, work=work, how=How(device, steps))
+    records = read(path)
+    print(table(records))
+    if records:
+        print(save_basins(results / "basins.png", rows_of(records)))
 
 
 if __name__ == "__main__":

@@ -12,16 +12,67 @@ draws differ, their distribution does not. Batches must keep their shape. Memory
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from spd_lens.data.batches import Batch
+from spd_lens.support.given import given_whole
 from spd_lens.training.learner import Learner
 from spd_lens.training.step import take_step
 
 # Optimisers make their state, and libraries their handles, in ordinary steps before anything is recorded.
 STEPS_BEFORE = 5
+
+Results = TypeVar("Results")
+
+
+class Recording(Generic[Results]):
+    """`take(step)`, a function that only launches kernels, as a CUDA graph that is recorded anew every so many steps.
+
+    - `generators`: everything that it draws from, all on the card.
+    - `ordinary`: so many calls come before the first recording.
+
+    What a call returns is overwritten by the next one.
+    """
+
+    def __init__(
+        self,
+        take: Callable[[int], Results],
+        generators: Iterable[torch.Generator],
+        *,
+        steps_per_capture: int,
+        ordinary: int = STEPS_BEFORE,
+    ) -> None:
+        self._take, self._generators = take, list(generators)
+        self.steps_per_capture = given_whole("steps_per_capture", steps_per_capture, least=1)
+        self._ordinary_left, self._replays_left = ordinary, 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._results: Results | None = None
+
+    def __call__(self, step: int) -> Results:
+        """What `take(step)` returns."""
+        if self._ordinary_left > 0:
+            self._ordinary_left -= 1
+            return self._take(step)
+        if self._replays_left == 0:
+            self._capture(step)
+        assert self._graph is not None
+        assert self._results is not None
+        self._graph.replay()
+        self._replays_left -= 1
+        return self._results
+
+    def _capture(self, step: int) -> None:
+        self._graph, self._results = None, None
+        graph = torch.cuda.CUDAGraph()
+        for generator in self._generators:
+            graph.register_generator_state(generator)
+        with torch.cuda.graph(graph):
+            self._results = self._take(step)
+        self._graph, self._replays_left = graph, self.steps_per_capture
 
 
 class GraphedStep:
@@ -40,54 +91,34 @@ class GraphedStep:
             raise ValueError(f"the decomposition is on {device}; CUDA graphs need a CUDA device (use `train`)")
         if learner.config.accumulate > 1:
             raise ValueError(f"accumulate={learner.config.accumulate}; a recorded step takes a batch in one part")
-        if steps_per_capture < 1:
-            raise ValueError(f"steps_per_capture={steps_per_capture}; expected at least 1")
-        self.learner, self.steps_per_capture = learner, steps_per_capture
+        self.learner = learner
         routing = torch.Generator(device).manual_seed(learner.generators["routing"].initial_seed())
         learner.generators["routing"] = routing
         self._batch: Batch | None = None
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._replays_left = 0
-        self._ordinary_left = STEPS_BEFORE
-        self._results: tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]] | None = None
+        self._recording = Recording(self._take_step, learner.generators.values(), steps_per_capture=steps_per_capture)
 
     def __call__(self, batch: Batch, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
         """One step on `batch`: losses by name (unweighted), L0 by site, and gradient norms before clipping."""
-        held = self._hold(batch)
-        if self._ordinary_left > 0:
-            self._ordinary_left -= 1
-            return take_step(self.learner, held, step)
-        if self._replays_left == 0:
-            self._capture(held, step)
-        assert self._graph is not None
-        assert self._results is not None
-        self._graph.replay()
-        self._replays_left -= 1
-        return self._results
+        self._hold(batch)
+        return self._recording(step)
 
-    def _hold(self, batch: Batch) -> Batch:
-        """The batch's numbers, in the memory that the recording reads."""
+    def _take_step(self, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+        assert self._batch is not None
+        return take_step(self.learner, self._batch, step)
+
+    def _hold(self, batch: Batch) -> None:
+        """Put the batch's numbers into the memory that the recording reads."""
         if self._batch is None:
             device = self.learner.decomposition.device
             copies = {k: v.to(device).clone() for k, v in _tensors(batch).items()}
             self._batch = dataclasses.replace(batch, **copies)
-            return self._batch
+            return
         given, held = _tensors(batch), _tensors(self._batch)
         shapes = [{name: tuple(t.shape) for name, t in tensors.items()} for tensors in (given, held)]
         if shapes[0] != shapes[1] or batch.start_at != self._batch.start_at:
             raise ValueError(f"a batch has shapes {shapes[0]}, the recorded step {shapes[1]}; keep the batch size")
         for name, tensor in held.items():
             tensor.copy_(given[name], non_blocking=True)
-        return self._batch
-
-    def _capture(self, batch: Batch, step: int) -> None:
-        self._graph, self._results = None, None
-        graph = torch.cuda.CUDAGraph()
-        for generator in self.learner.generators.values():
-            graph.register_generator_state(generator)
-        with torch.cuda.graph(graph):
-            self._results = take_step(self.learner, batch, step)
-        self._graph, self._replays_left = graph, self.steps_per_capture
 
 
 def _tensors(batch: Batch) -> dict[str, Tensor]:

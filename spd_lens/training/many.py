@@ -32,6 +32,7 @@ from spd_lens.support.progress import tqdm
 from spd_lens.support.shown import short_repr
 from spd_lens.training.conditions import stop_on_signals, training_conditions
 from spd_lens.training.config import TrainConfig
+from spd_lens.training.graphed_members import GraphedMembers
 from spd_lens.training.member_files import member_data, members_belong_to, open_members
 from spd_lens.training.member_learner import MemberLearner
 from spd_lens.training.run_files import RunFiles
@@ -64,14 +65,18 @@ def train_many(
     configs: TrainConfig | Sequence[TrainConfig],
     *,
     out_dir: str | Path | None = None,
+    cuda_graphs: bool = False,
 ) -> ManyResult:
     """Train every decomposition on batches of its own; each ends as after `train(decomposition, batches, config)`.
 
     - `configs`: one for all, or one for each; they may differ in seed, learning rates and coefficients.
     - `out_dir`: where checkpoints go; a run that finds its own there is continued, on the same models and data only.
       None: no files.
+    - `cuda_graphs`: steps are recorded and replayed (`spd_lens.training.graphed_members`), which takes a small model's
+      step from the host to the card; annealed penalties then move in stairs. Needs decompositions on a CUDA device.
 
-    Members do not influence each other: one whose loss becomes infinite or NaN is reported in `failed`.
+    Members that are given one and the same endless data (an object with `batches_from`) share its batches. Members do
+    not influence each other: one whose loss becomes infinite or NaN is reported in `failed`.
     Ctrl-C finishes the step, writes a checkpoint if there is an `out_dir`, and returns with `interrupted=True`.
     Raises ValueError for members that do not fit together, and for choices that this does not support.
     """
@@ -82,6 +87,7 @@ def train_many(
         for decomposition in decompositions:
             running.enter_context(training_conditions(decomposition))
         learner = MemberLearner(decompositions, members)
+        take_step = GraphedMembers(learner).step if cuda_graphs else learner.step
         files, belongs, checkpoint = None, {}, None
         if out_dir is not None:
             files = RunFiles(given_directory(out_dir, "out_dir"))
@@ -101,8 +107,7 @@ def train_many(
         bar = tqdm(total=config.steps, initial=step, desc=f"SPD x {n_members}", unit="step")
         while step < config.steps and not interrupted:
             given = [own.note(next(stream)) for own, stream in zip(seen, streams, strict=True)]
-            inputs = torch.stack([_inputs(batch) for batch in given]).to(learner.stack.device)
-            losses, importances = learner.step(inputs, step)
+            losses, importances = take_step(_stacked(given, learner.stack.device), step)
             step += 1
             bar.update()
             interrupted = stop.is_set()
@@ -131,6 +136,18 @@ def _first_failure(log: Sequence[Mapping[str, Any]], member: int) -> int | None:
 def _log_values(losses: Mapping[str, Tensor], importances: Mapping[str, Tensor]) -> dict[str, list[float]]:
     l0 = [(g.detach() > ALIVE_ABOVE).float().sum(-1).flatten(1).mean(1) for g in importances.values()]
     return {name: v.detach().float().tolist() for name, v in {**losses, "L0": torch.stack(l0).sum(0)}.items()}
+
+
+def _stacked(batches: Sequence[Batch], device: torch.device) -> Tensor:
+    """The inputs of all members, `[S ...]`; what members share is moved to the device once."""
+    kept: dict[int, Tensor] = {}
+    for batch in batches:
+        kept.setdefault(id(batch.inputs), _inputs(batch))
+    moved = torch.stack(list(kept.values())).to(device)
+    if len(kept) == len(batches):
+        return moved
+    places = {key: place for place, key in enumerate(kept)}
+    return moved[torch.tensor([places[id(batch.inputs)] for batch in batches], device=device)]
 
 
 def _inputs(batch: Batch) -> Tensor:

@@ -19,17 +19,31 @@ class MemberAdam:
 
     def __init__(self, parameters: Mapping[str, Tensor], rates: Float[Tensor, " S"]) -> None:
         self.parameters = dict(parameters)
-        self.rates = rates
+        device = next(iter(self.parameters.values())).device
+        self.rates = rates.to(device)
         self.steps = 0
+        # Of the step that is taken, as tensors: a recorded step reads them, and nothing is sent to the device.
+        self._length = torch.zeros((), dtype=torch.float64, device=device)
+        self._root = torch.zeros((), dtype=torch.float64, device=device)
         self.means = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
         self.squares = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
 
     @torch.no_grad()
     def step(self, factor: float, clip: float | None = None) -> None:
         """One step at `factor` times the learning rates, gradients clipped to norm `clip` per member."""
+        self.begin(factor)
+        self.descend(clip)
+
+    def begin(self, factor: float) -> None:
+        """The half of a step that the host computes."""
         self.steps += 1
+        self._length.fill_(factor / (1 - BETA1**self.steps))
+        self._root.fill_((1 - BETA2**self.steps) ** 0.5)
+
+    @torch.no_grad()
+    def descend(self, clip: float | None = None) -> None:
+        """The half of a step that the device computes."""
         scales = None if clip is None else self._clipping(clip)
-        root = (1 - BETA2**self.steps) ** 0.5
         for name, p in self.parameters.items():
             if p.grad is None:
                 continue
@@ -37,8 +51,8 @@ class MemberAdam:
             mean, square = self.means[name], self.squares[name]
             mean.lerp_(grad, 1 - BETA1)
             square.mul_(BETA2).addcmul_(grad, grad, value=1 - BETA2)
-            rate = _per_member(self.rates.to(p) * (factor / (1 - BETA1**self.steps)), p)
-            p.sub_(rate * mean / (square.sqrt().div_(root).add_(EPSILON)))
+            rate = _per_member(self.rates.to(p) * self._length, p)
+            p.sub_(rate * mean / (square.sqrt().div_(self._root).add_(EPSILON)))
             p.grad = None
 
     def _clipping(self, clip: float) -> Float[Tensor, " S"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import tee
 from typing import Any
 
 from spd_lens.core.decomposition import Decomposition
@@ -69,6 +70,7 @@ def member_data(
 ) -> tuple[list[SeenData], list[Iterator[Batch]]]:
     """For every member the record of its data and the batches that come next; ValueError for other data than before."""
     seen, streams = [], []
+    shared: dict[int, Iterator[Batch]] = {}
     for i, (source, member) in enumerate(zip(batches, decompositions, strict=True)):
         before = None if checkpoint is None else checkpoint.data[str(i)]
         if checkpoint is not None:
@@ -76,6 +78,9 @@ def member_data(
             if not goes_on:
                 compare_now(source)
         stream = endless_batches(source, member, start=0 if checkpoint is None else checkpoint.step)
+        if hasattr(source, "batches_from"):
+            # Its batches depend on their number alone; members go through them in step.
+            stream, shared[id(source)] = tee(shared.get(id(source), stream))
         seen.append(SeenData(before))
         streams.append(started(stream) if checkpoint is not None and goes_on else stream)
     return seen, streams

@@ -58,12 +58,21 @@ class MemberLearner:
 
     def step(self, x: Tensor, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """One training step; the losses `[S]` (with the weighted sum as `"loss"`) and the importances."""
+        self.begin(step)
+        return self.take(x, step)
+
+    def begin(self, step: int) -> None:
+        """The half of a step that the host computes: learning rates."""
+        for adam in self.optimizers.values():
+            adam.begin(self.config.lr_factor(step))
+
+    def take(self, x: Tensor, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The half of a step that the device computes; nothing in it waits for the device or sends it anything."""
         losses, lower = self._losses(x, step)
         total = torch.stack([self.weights.of(name) * loss for name, loss in losses.items()]).sum(0)
         total.sum().backward()
-        factor = self.config.lr_factor(step)
-        self.optimizers["subcomponents"].step(factor, self.config.clip_subcomponents)
-        self.optimizers["gates"].step(factor, self.config.clip_gates)
+        self.optimizers["subcomponents"].descend(self.config.clip_subcomponents)
+        self.optimizers["gates"].descend(self.config.clip_gates)
         if self.config.tolerance is not None:
             self.weights.spend(self.weights.mean_reconstruction(losses).detach(), step)
             self.weights.adapt()

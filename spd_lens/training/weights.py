@@ -42,6 +42,7 @@ class Weights:
         self._log = torch.zeros(shape, dtype=dtype, device=like.device)
         self._spent: Tensor | None = None
         self._rate = 0.0
+        self._sent: dict[tuple[float, ...], Tensor] = {}
 
     def of(self, name: str) -> float | Float[Tensor, "*S"]:
         """The weight of a term in the total loss."""
@@ -119,5 +120,10 @@ class Weights:
         return self._each([coefficient(config, name) for config in self.configs])
 
     def _each(self, values: Sequence[float]) -> float | Tensor:
-        """A value of every member; one number where there is one configuration, which costs no transfer."""
-        return self._log.new_tensor(values) if self._log.ndim else values[0]
+        """A value of every member, sent to the device once; one number where there is one configuration."""
+        if not self._log.ndim:
+            return values[0]
+        key = tuple(values)
+        if key not in self._sent:
+            self._sent[key] = self._log.new_tensor(values)
+        return self._sent[key]

@@ -14,7 +14,7 @@ from torch import Tensor
 from spd_lens import Decomposition, Reconstruction, TrainConfig, decompose, train
 from spd_lens.data import Batch
 from spd_lens.objective import PGD
-from spd_lens.toys import TMS, tms_features
+from spd_lens.toys import TMS, SparseFeatures, tms_features
 from spd_lens.training import MemberAdam, train_many
 from tests.bridge_models import boot, random_tokens
 from tests.conftest import needs_hooked
@@ -44,6 +44,11 @@ def member(seed: int, *, identity: bool = False, gate: Any = "scalar") -> Decomp
 def data(seed: int) -> list[Tensor]:
     features = tms_features(4, 16, seed=seed)
     return [features.batch(i).double() for i in range(8)]
+
+
+def tms_features_in_double(seed: int) -> list[Tensor]:
+    features = tms_features(4, 16, seed=seed)
+    return [features.batch(i).double() for i in range(60)]
 
 
 def tensors(decomposition: Decomposition) -> dict[str, Tensor]:
@@ -96,6 +101,46 @@ def test_members_have_adversaries_and_weights_of_their_own_and_resume_with_them(
     train_many(parts, [data(i) for i in range(2)], configs, out_dir=tmp_path / "parts")
     for one, other in zip(parts, together, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(tensors(one).values(), tensors(other).values(), strict=True))
+
+
+def test_members_that_share_endless_data_have_its_batches_made_once() -> None:
+    made: list[int] = []
+
+    class Counted(SparseFeatures):
+        def batch(self, index: int) -> Tensor:
+            made.append(index)
+            return super().batch(index).double()
+
+    shared, own = Counted(4, 16, probability=0.05, seed=0), Counted(4, 16, probability=0.05, seed=1)
+    together, alone = [member(i) for i in range(3)], [member(i) for i in range(3)]
+    train_many(together, [shared, own, shared], CONFIG)
+    assert sorted(made) == sorted(2 * [*range(CONFIG.steps)])
+    train_many(alone, [data(0), data(1), data(0)], CONFIG)
+    for one, other in zip(together, alone, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(tensors(one).values(), tensors(other).values(), strict=True))
+
+
+def test_graphs_of_members_want_a_cuda_device_and_say_so() -> None:
+    with pytest.raises(ValueError, match=r"the members are on cpu; cuda_graphs=True needs a CUDA device"):
+        train_many([member(0)], [data(0)], CONFIG, cuda_graphs=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
+@pytest.mark.parametrize("config", [CONFIG, FOUND_ON_THE_WAY], ids=["sampled", "adversary"])
+def test_recorded_steps_of_members_are_the_ordinary_ones(config: TrainConfig) -> None:
+    # What moves in stairs stays: penalties and the rate of a tolerance.
+    config = config.changed(steps=60, p_end=None, schedule="constant", log_every=1)
+    runs = []
+    for graphs in (False, True):
+        members = [member(i).to("cuda") for i in range(2)]
+        result = train_many(members, [tms_features_in_double(i) for i in range(2)], config, cuda_graphs=graphs)
+        runs.append((result.log, [tensors(m) for m in members]))
+    (plain, ordinary), (replayed, recorded) = runs
+    for one, other in zip(plain, replayed, strict=True):
+        for name, values in one.items():
+            assert other[name] == pytest.approx(values, rel=1e-6), (one["step"], name)
+    for one, other in zip(ordinary, recorded, strict=True):
+        assert_close(other, one)
 
 
 @needs_hooked
