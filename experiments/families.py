@@ -108,7 +108,7 @@ def _oracle_error(decomposition: Decomposition, folder: Path, host: str, site: s
         got = decomposition.model(tokens)
     copy: Any = open_model(folder, host=host)  # pyright: ignore[reportArgumentType]
     before = copy(tokens)
-    _write(copy, host, site, masked)
+    write_weight(copy, host, site, masked)
     expected = copy(tokens)
     scale = float(expected.abs().max())
     if float((expected - before).abs().max()) < 1e-3 * scale:
@@ -116,7 +116,7 @@ def _oracle_error(decomposition: Decomposition, folder: Path, host: str, site: s
     return float((got - expected).abs().max()) / scale
 
 
-def _write(model: Any, host: str, site: str, W: Tensor) -> None:
+def write_weight(model: Any, host: str, site: str, W: Tensor) -> None:
     """Put `W [d_in, d_out]` where this host multiplies with it."""
     _, layer, part, short = site.split(".")
     block = model.blocks[int(layer)]

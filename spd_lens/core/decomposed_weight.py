@@ -167,16 +167,29 @@ class DecomposedWeight(ReadPoint):
         """Keep the input that the matmul is about to read, if this pass needs it."""
         site, state = self.swapped.site, self.swapped.state
         if self.is_needed():
-            state.keep(site.name, site.layer, x)
+            state.keep(site.name, site.layer, self.with_positions(x))
         else:
             state.forget(site.name, site.layer)
 
     def forward(self, x: Tensor) -> Tensor:
         """`y` of M2 for the clean output `x` (called `y0` there)."""
-        y0, state, name = x, self.swapped.state, self.swapped.site.name
+        if not self.is_needed():
+            return x
+        y0 = self.with_positions(x)
+        y = self._output(y0)
+        if y is y0:
+            return x
+        return y if y0.ndim == x.ndim else self.hook_conversion.revert(y)  # pyright: ignore[reportOptionalMemberAccess]
+
+    def with_positions(self, value: Tensor) -> Tensor:
+        """What a model computes as `[batch * pos, d]` (the MLPs of OPT) as `[batch pos d]`, as HookPoints show it."""
+        conversion = getattr(self, "hook_conversion", None)
+        flat = conversion is not None and value.ndim == 2 and not self.swapped.site.is_lookup
+        return conversion.convert(value) if flat else value
+
+    def _output(self, y0: Tensor) -> Tensor:
+        state, name = self.swapped.state, self.swapped.site.name
         recording, given = state.recording, state.given.get(name)
-        if recording is None and given is None and not self.is_watched():
-            return y0
         x = self._take_input(y0)
         if isinstance(x, MaskedAlready):
             return y0 if x.rest is None else (y0 + x.rest).to(y0.dtype)

@@ -258,20 +258,21 @@ def _reader_on(module: nn.Module) -> InputReader | None:
 class _Tap:
     """Stands among the readers of an input, and keeps what they get, by thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, weight: DecomposedWeight) -> None:
+        self.weight = weight
         self.taken: dict[int, Tensor] = {}
 
     def is_needed(self) -> bool:
         return True
 
     def receive_input(self, x: Tensor) -> None:
-        self.taken[threading.get_ident()] = x
+        self.taken[threading.get_ident()] = self.weight.with_positions(x)
 
 
 @contextmanager
 def tapped_input(weight: DecomposedWeight) -> Iterator[dict[int, Tensor]]:
     """While open, a pass leaves what the site's matmul reads in the dict, under the number of its thread."""
-    read_from, tap = weight.site.read_from, _Tap()
+    read_from, tap = weight.site.read_from, _Tap(weight)
     if isinstance(read_from, ModuleInput):
         reader = _reader_on(read_from.module)
         assert reader is not None
