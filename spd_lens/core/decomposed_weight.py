@@ -14,6 +14,7 @@ Cost when watched: `2 C (d_in + d_out)` multiply-adds per position, against `d_i
 from __future__ import annotations
 
 import html
+from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
@@ -231,9 +232,12 @@ class DecomposedWeight(ReadPoint):
         z = state.take(site.name, site.layer)
         if z is None:
             return results  # the output's HookPoint will say so
+        return self.whole(self._masked_heads, results, z, state.given.get(site.name))
+
+    def _masked_heads(self, results: Tensor, z: Tensor, given: SiteMask | None) -> Tensor:
+        state, site = self.swapped.state, self.site
         x = rearrange(z, "... head d_head -> ... (head d_head)")
-        a = self.activations(x)
-        given = state.given.get(site.name)
+        a = self._activations(x)
         patched, mask, delta = (a, *self._given_factors(given, a)) if given is not None else self._hooked_factors(x, a)
         rest = None
         if patched is not a:
@@ -253,15 +257,28 @@ class DecomposedWeight(ReadPoint):
 
     def activations(self, x: Tensor) -> Float[Tensor, "*batch C"]:
         """`a = x @ V` (a row look-up at embedding sites, M4)."""
+        return self.whole(self._activations, x)
+
+    def whole(self, use: Callable[..., Tensor], *tensors: Any) -> Tensor:
+        """`use(*tensors)`, which may read V and U: they are whole meanwhile, also where processes share them out."""
+        return (self.tied_to or self).subcomponents(use, *tensors)
+
+    def _activations(self, x: Tensor) -> Tensor:
         return matmul_or_lookup(x, self.V)
 
     def masked_output(self, y0: Tensor, x: Tensor, given: SiteMask) -> Tensor:
         """M2 with masks handed over directly instead of by hooks; the result is the same."""
+        y = self.whole(self._masked_output, y0, x, given.mask, given.delta, given.routed)
+        return y if y.shape == y0.shape else y.reshape(y0.shape)
+
+    def _masked_output(
+        self, y0: Tensor, x: Tensor, mask: Tensor | None, delta: Tensor | None, routed: Tensor | None
+    ) -> Tensor:
+        given = SiteMask(mask, delta, routed)
         n_leading = x.ndim - (0 if self.site.is_lookup else 1)
-        routed = given.routed
         if routed is not None and routed.device.type == "cpu" and routed.ndim == n_leading <= 2:
             return self._routed_output(y0, x, given, routed)
-        a = self.activations(x)
+        a = self._activations(x)
         return self._combine(y0, a, a, *self._given_factors(given, a))
 
     def _given_factors(self, given: SiteMask, a: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -277,7 +294,7 @@ class DecomposedWeight(ReadPoint):
         return mask, delta
 
     def _routed_output(self, y0: Tensor, x: Tensor, given: SiteMask, routed: Bool[Tensor, "*batch"]) -> Tensor:
-        """M2 at the routed rows alone; the others keep `y0`."""
+        """M2 at the routed rows alone; the others keep `y0`. One row below the other, as no view leaves `whole`."""
         rows = routed.flatten().nonzero().squeeze(1).to(x.device, non_blocking=True)
 
         def at_rows(value: Tensor, n_trailing: int) -> Tensor:
@@ -287,13 +304,13 @@ class DecomposedWeight(ReadPoint):
         x_rows, y_rows = at_rows(x, x.ndim - routed.ndim), at_rows(y0, y0.ndim - routed.ndim)
         mask = None if given.mask is None else at_rows(given.mask, 1)
         delta = None if given.delta is None else at_rows(given.delta, 0)
-        a = self.activations(x_rows)
+        a = self._activations(x_rows)
         mask, delta = self._as_factor(mask, a), self._as_factor(delta, a)
         change = self._change(y_rows, a, a, mask, delta).to(y0.dtype)
-        return y0.flatten(0, routed.ndim - 1).index_add(0, rows, change).reshape(y0.shape)
+        return y0.flatten(0, routed.ndim - 1).index_add(0, rows, change)
 
     def _hooked_output(self, y0: Tensor, x: Tensor) -> Tensor:
-        a = self.activations(x)
+        a = self._activations(x)
         patched, mask, delta = self._hooked_factors(x, a)
         if patched is a and mask is None and delta is None:
             return y0

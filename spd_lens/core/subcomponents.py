@@ -6,13 +6,15 @@ Column c of `V` and row c of `U` are subcomponent c: the rank-one matrix `V[:, c
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 InitKind = Literal["normal", "paper", "exact", "singular"]
+T = TypeVar("T")
 
 
 class Subcomponents(nn.Module):
@@ -22,6 +24,14 @@ class Subcomponents(nn.Module):
         super().__init__()
         self.V = nn.Parameter(V)
         self.U = nn.Parameter(U)
+
+    def forward(self, use: Callable[..., T], *tensors: Any) -> T:
+        """`use(*tensors)`, with V and U whole meanwhile.
+
+        Where they are sharded over processes, FSDP gathers them around this call, and again around its backward pass;
+        it looks for gradients in `tensors` and in what comes out.
+        """
+        return use(*tensors)
 
 
 def initial_factors(

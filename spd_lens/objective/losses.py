@@ -19,6 +19,8 @@ from spd_lens.objective.divergences import divergence, mean_over_positions
 
 # Unbound axis names: every site has its own sizes, and one annotation is checked against several sites.
 Factors = tuple[Float[Tensor, "_d_in _d_out"], Float[Tensor, "_d_in _C"], Float[Tensor, "_C _d_out"]]
+# `|W - V U|_F^2` of a site, and its `W`.
+Error = tuple[Float[Tensor, ""], Float[Tensor, "_d_in _d_out"]]
 
 
 def faithfulness_loss(sites: Iterable[Factors]) -> Float[Tensor, ""]:
@@ -30,10 +32,15 @@ def faithfulness_loss(sites: Iterable[Factors]) -> Float[Tensor, ""]:
     >>> float(faithfulness_loss([(W, torch.zeros(2, 3), torch.zeros(3, 2))]))
     0.5
     """
+    return error_per_entry((squared_error(W, V, U), W) for W, V, U in sites)
+
+
+def error_per_entry(errors: Iterable[Error]) -> Float[Tensor, ""]:
+    """L1 from what `squared_error` gave of every site, with its `W`."""
     total: Tensor | float = 0.0
     entries = 0
-    for W, V, U in sites:
-        total = total + squared_error(W, V, U)
+    for error, W in errors:
+        total = total + error
         entries += W.numel()
     if entries == 0:
         raise ValueError("faithfulness_loss was given no site")
@@ -60,13 +67,18 @@ def relative_faithfulness_loss(sites: Iterable[Factors]) -> Float[Tensor, ""]:
     >>> float(relative_faithfulness_loss([(W, torch.zeros(2, 3), torch.zeros(3, 2)), (2 * W, W, 2 * W)]))
     0.5
     """
-    errors = []
-    for W, V, U in sites:
-        scale = at_least_float32(W).to(at_least_float32(V).dtype).square().sum()
-        errors.append(squared_error(W, V, U) / torch.where(scale > 0, scale, float(W.numel())))
-    if not errors:
+    return mean_relative_error((squared_error(W, V, U), W) for W, V, U in sites)
+
+
+def mean_relative_error(errors: Iterable[Error]) -> Float[Tensor, ""]:
+    """L1r from what `squared_error` gave of every site, with its `W`."""
+    relative = []
+    for error, W in errors:
+        scale = at_least_float32(W).to(error.dtype).square().sum()
+        relative.append(error / torch.where(scale > 0, scale, float(W.numel())))
+    if not relative:
         raise ValueError("relative_faithfulness_loss was given no site")
-    return torch.stack(errors).mean()
+    return torch.stack(relative).mean()
 
 
 def minimality_loss(

@@ -18,7 +18,7 @@ from spd_lens.training.planning import DEVICES, Device, Plan, plan
 from spd_lens.training.processes import Processes, join_processes, leave_processes
 from spd_lens.training.readout import Readout, tune_readout
 from spd_lens.training.run_files import RunFiles, open_run
-from spd_lens.training.step import accumulate_gradients, take_step
+from spd_lens.training.step import accumulate_gradients, apply_gradients, set_learning_rates, take_step
 from spd_lens.training.terms import LossTerm, StepView
 from spd_lens.training.train_result import TrainResult
 
@@ -46,6 +46,7 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "accumulate_gradients",
+    "apply_gradients",
     "belongs_to",
     "check_belongs",
     "importance_figures",
@@ -56,6 +57,7 @@ __all__ = [
     "open_run",
     "plan",
     "read_checkpoint",
+    "set_learning_rates",
     "sites_by_block",
     "take_step",
     "tensorboard_logger",

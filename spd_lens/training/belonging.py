@@ -26,7 +26,7 @@ from spd_lens.training.processes import Processes
 
 # Fields of the configuration that no number depends on, but for the rounding of sums: they may be changed by hand in a
 # run's config.json, or when it goes on.
-FREE = ("checkpoint_every", "keep_checkpoints", "accumulate", "recompute", "offload")
+FREE = ("checkpoint_every", "keep_checkpoints", "accumulate", "recompute", "offload", "shard")
 _UNSEEDED = "shuffled by the global random state"
 
 

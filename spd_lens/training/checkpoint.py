@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ from torch import Tensor
 from spd_lens.support.checked_json import CheckedContent, read_checked, write_checked
 from spd_lens.support.files import file_hash, given_path, new_directory, put_tensors, read_tensors
 from spd_lens.support.shown import short_repr
+from spd_lens.training.processes import Processes
+from spd_lens.training.shards import check_shards, put_shards
 
 FORMAT = "spd_lens training checkpoint"
 FORMAT_VERSION = 2
@@ -21,23 +25,31 @@ TENSORS, STATE = "state.safetensors", "state.json"
 
 
 class CheckpointState(CheckedContent):
-    """The fields of `state.json`: finished steps, hash of the tensors, and what run it is of."""
+    """The fields of `state.json`: finished steps, hash of the tensors, and what run it is of.
+
+    With `shards` the tensors lie in these files, by name with the hash of each, and `sha256` is that of `shards`.
+    """
 
     step: int = Field(ge=0)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    shards: dict[str, str] = Field(default_factory=dict)
     belongs: dict[str, Any]
     data: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on disk: the number of finished steps, all tensors by name, and what it belongs to."""
+    """A checkpoint on disk: the number of finished steps, all tensors by name, and what it belongs to.
+
+    With `shards` its tensors are in these files (`spd_lens.training.shards`), and none are here.
+    """
 
     path: Path
     step: int
     tensors: dict[str, Tensor]
     belongs: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
+    shards: dict[str, str] = field(default_factory=dict)
 
     __repr__ = short_repr
 
@@ -52,6 +64,30 @@ def write_checkpoint(
         write_checked(temporary / STATE, content, format_name=FORMAT, version=FORMAT_VERSION)
 
 
+def write_shards(
+    path: Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    *,
+    belongs: Mapping[str, Any],
+    data: Mapping[str, Any],
+    processes: Processes,
+) -> None:
+    """As `write_checkpoint`, by all processes together, each its own shards."""
+    with new_directory(path) if processes.is_main else nullcontext() as made:
+        temporary = Path(processes.same(str(made)))
+        shards = put_shards(temporary, tensors, processes)
+        if processes.is_main:
+            content = {"step": step, "sha256": hash_of(shards), "shards": shards, "belongs": belongs, "data": data}
+            write_checked(temporary / STATE, content, format_name=FORMAT, version=FORMAT_VERSION)
+    processes.wait()
+
+
+def hash_of(shards: Mapping[str, str]) -> str:
+    """One hash of the hashes of all shards."""
+    return hashlib.sha256("\n".join(f"{name} {shards[name]}" for name in sorted(shards)).encode()).hexdigest()
+
+
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read one checkpoint. Raises ValueError for a damaged, foreign, renamed or newer one."""
     path = given_path(path, "the checkpoint")
@@ -60,6 +96,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
     state = read_checked(path / STATE, CheckpointState, format_name=FORMAT, version=FORMAT_VERSION)
     if path.name != checkpoint_name(state.step):
         raise ValueError(f"{path} holds step {state.step}; expected the name {checkpoint_name(state.step)}")
+    if state.shards:
+        if hash_of(state.shards) != state.sha256:
+            raise ValueError(f"{path / STATE} is damaged: it names other shards than were written")
+        check_shards(path, state.shards)
+        return Checkpoint(path, state.step, {}, state.belongs, state.data, state.shards)
     return Checkpoint(path, state.step, read_tensors(path / TENSORS, state.sha256), state.belongs, state.data)
 
 

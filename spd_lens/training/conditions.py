@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from spd_lens.core.decomposition import Decomposition
+from spd_lens.training.processes import whole
 
 
 @contextmanager
@@ -61,7 +62,7 @@ def training_conditions(decomposition: Decomposition) -> Iterator[None]:
 def not_finite(decomposition: Decomposition) -> str | None:
     """The name of a trained tensor with NaN or infinite entries, or None; waits for the device once."""
     tensors = decomposition.tensors()
-    finite = torch.stack([tensor.detach().isfinite().all() for tensor in tensors.values()]).tolist()
+    finite = torch.stack([whole(tensor.detach().isfinite().all()) for tensor in tensors.values()]).tolist()
     return next((name for name, is_finite in zip(tensors, finite, strict=True) if not is_finite), None)
 
 

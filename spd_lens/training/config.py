@@ -110,6 +110,8 @@ class TrainConfig:
       Costs one more forward pass of what is named.
     - `offload`: blocks of the target that no pass enters (before cached residual streams, behind `stop_at`) lie in main
       memory while the run lasts.
+    - `shard`: several processes share out V, U, gates, their gradients and Adam's moments (FSDP2), each keeps its part
+      of every one (`spd_lens.training.sharding`). Costs a gathering of V and U for every pass, forward and backward.
 
     Losses
     - `faithfulness` (L1; with `relative_faithfulness` L1r, the mean over sites of relative errors).
@@ -159,6 +161,7 @@ class TrainConfig:
     accumulate: Count = 1
     recompute: Literal["none", "gates", "passes", "all"] = "none"
     offload: Flag = False
+    shard: Flag = False
 
     faithfulness: NonNegative = 1.0
     relative_faithfulness: Flag = False
@@ -324,7 +327,7 @@ class TrainConfig:
         return TrainConfig(**{**values, "reconstructions": terms, "extra_terms": ()})
 
 
-_ADDED = {"relative_reconstruction": False, "tolerance": None, "tolerance_rate": 20.0}
+_ADDED = {"shard": False, "relative_reconstruction": False, "tolerance": None, "tolerance_rate": 20.0}
 
 
 def _masks_to_json(masks: MasksGiven) -> Any:

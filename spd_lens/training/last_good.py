@@ -8,6 +8,11 @@ from torch import Tensor
 
 from spd_lens.training.checkpoint import Checkpoint, read_checkpoint
 from spd_lens.training.learner import Learner
+from spd_lens.training.shards import read_shards
+
+
+class Diverged(ValueError):
+    """A loss or a parameter is not finite: all processes find that at the same step, and are back at the same state."""
 
 
 class LastGood:
@@ -31,16 +36,23 @@ class LastGood:
             return "there was no checkpoint yet, the decomposition is as it was before"
         checkpoint = self.checkpoint
         try:
-            self.learner.load(checkpoint.tensors or read_checkpoint(checkpoint.path).tensors)
+            self.learner.load(_tensors_of(checkpoint, self.learner))
         except (KeyError, TypeError, RuntimeError) as error:
             raise ValueError(f"{checkpoint.path} does not fit this run: {error}") from error
         return f"the decomposition is back at step {checkpoint.step} ({checkpoint.path})"
 
     def give_up(self, what: str, losses: Mapping[str, Tensor]) -> None:
-        """Raise ValueError, with the last good state put back."""
+        """Raise Diverged, with the last good state put back."""
         wrong = [name for name, loss in losses.items() if not bool(loss.isfinite())]
         kept = self.put_back()
-        raise ValueError(
+        raise Diverged(
             f"{what} (terms: {', '.join(wrong) or 'all finite here'}); {kept}. Lower lr, or clip gradients with "
             "clip_subcomponents=1.0 and clip_gates=1.0"
         )
+
+
+def _tensors_of(checkpoint: Checkpoint, learner: Learner) -> Mapping[str, Tensor]:
+    """What a checkpoint holds; of shards those that the learner needs."""
+    if not checkpoint.tensors and not checkpoint.shards:
+        checkpoint = read_checkpoint(checkpoint.path)
+    return read_shards(checkpoint.path, learner.shared()) if checkpoint.shards else checkpoint.tensors

@@ -18,7 +18,8 @@ from spd_lens.objective.mask_sources import AdversarialMasks, MaskSource, Persis
 from spd_lens.support.shown import short_repr
 from spd_lens.training.checkpoint import load_optimizer_tensors, optimizer_tensors
 from spd_lens.training.config import TrainConfig
-from spd_lens.training.processes import Processes
+from spd_lens.training.processes import Processes, is_shared
+from spd_lens.training.shards import shared_like
 from spd_lens.training.weights import Weights
 
 
@@ -60,12 +61,25 @@ class Learner:
             tensors |= {f"masks.{term}|{key}": value for key, value in state.items()}
         return tensors
 
+    def shared(self) -> dict[str, Tensor]:
+        """Those of `tensors` of which every process has its part, by name, each as a parameter of its kind."""
+        found = {f"decomposition.{name}": t for name, t in self.decomposition.tensors().items()}
+        for i, p in enumerate(p for group in self.optimizer.param_groups for p in group["params"]):
+            found |= {f"adam.{i}.{key}": p for key in ("exp_avg", "exp_avg_sq")}
+        return {name: t for name, t in found.items() if is_shared(t)}
+
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Undo `tensors`."""
+        """Undo `tensors`, which may be whole where this learner shares them out."""
 
         def below(prefix: str) -> dict[str, Tensor]:
             return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
+        if shared := self.shared():
+            # A checkpoint of whole tensors; those of shards have been read as shards.
+            tensors = {
+                name: shared_like(t, shared[name]) if name in shared and not is_shared(t) else t
+                for name, t in tensors.items()
+            }
         self.decomposition.load_tensors(below("decomposition."))
         load_optimizer_tensors(self.optimizer, "adam", tensors)
         self.weights.load(below("weights."))

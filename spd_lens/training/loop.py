@@ -50,6 +50,7 @@ from spd_lens.training.loggers import Logger
 from spd_lens.training.offloading import only_entered_blocks
 from spd_lens.training.processes import Processes, join_processes
 from spd_lens.training.run_files import RunFiles, open_run
+from spd_lens.training.sharding import sharded
 from spd_lens.training.step import accumulate_gradients, apply_gradients, faithfulness, set_learning_rates
 from spd_lens.training.train_result import TrainResult
 
@@ -101,10 +102,13 @@ def train(
         raise ValueError("offload=True with evaluations, which run the whole model; evaluate when the run is done")
 
     with stop_on_signals() as stop, training_conditions(decomposition), ExitStack() as running:
-        learner = make_learner(decomposition, config, processes)
+        _check_shared(config, evaluations, loggers)
         belongs = processes.same(belongs_to(decomposition, config, batches) if processes.is_main else None)
         if resume_from is not None:
             _check_resumed(files, checkpoint, belongs)
+        if config.shard:
+            running.enter_context(sharded(decomposition))
+        learner = make_learner(decomposition, config, processes)
         step = 0 if checkpoint is None else checkpoint.step
         seen = SeenData(None if checkpoint is None else checkpoint.data)
         has_place = keeps_place(batches)
@@ -175,9 +179,11 @@ def train(
                     good.give_up(f"{wrong} became NaN or infinite at step {step - 1}", losses)
                 tensors = learner.tensors()
                 path, place = None, place_of(given, processes)
-                if processes.is_main:
-                    data, keep = place or seen.until(whole, step - 1), config.keep_checkpoints
-                    path = files.save(step, tensors, keep=keep, belongs=belongs, data=data)
+                together = processes if learner.shared() else None
+                if processes.is_main or together is not None:
+                    data = place or (seen.until(whole, step - 1) if processes.is_main else {})
+                    keep = config.keep_checkpoints
+                    path = files.save(step, tensors, keep=keep, belongs=belongs, data=data, together=together)
                 good.is_now(Checkpoint(processes.same(path), step, {}))
         bar.close()
         processes.wait()
@@ -218,6 +224,22 @@ def _first_start(stream: Iterator[Batch]) -> tuple[Iterator[Batch], int | None]:
     """The stream, and the block that its batches enter."""
     first = next(stream)
     return chain([first], stream), first.start_at
+
+
+def _check_shared(config: TrainConfig, evaluations: Evaluations | None, loggers: Sequence[Logger]) -> None:
+    """ValueError for what reads parameters in one process alone, or as they are, while all share them out."""
+    if not config.shard:
+        return
+    found = {
+        "evaluations": evaluations is not None,
+        "loggers with figures_every": any(getattr(own, "figures_every", None) for own in loggers),
+        "extra_terms": bool(config.extra_terms),
+    }
+    if wrong := [name for name, given in found.items() if given]:
+        raise ValueError(
+            f"shard=True with {', '.join(wrong)}, for which V, U and gates have to be whole; expected shard=False, or "
+            "none of these"
+        )
 
 
 def _is_run(resume_from: str | Path) -> bool:

@@ -81,8 +81,8 @@ class MemberStack:
 
     def faithfulness(self, config: TrainConfig) -> Tensor:
         """L1 of every member, `[S]`."""
-        weights = [weight for weight in self.template.values() if weight.tied_to is None]
-        return self.call(lambda: faithfulness_term(config, ((w.target_weight.detach(), w.V, w.U) for w in weights)))
+        weights = list(self.template.values())
+        return self.call(lambda: faithfulness_term(config, ((w, w.target_weight.detach()) for w in weights)))
 
     @torch.no_grad()
     def write_back(self) -> None:

@@ -72,13 +72,18 @@ class Processes:
     # -- sums ------------------------------------------------------------------------------------------------------
 
     def send_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> Callable[[], None]:
-        """`send` the gradients of these parameters; a missing one counts as zeros."""
+        """`send` the gradients of these parameters; a missing one counts as zeros.
+
+        Those of parameters that are shared out are averaged already.
+        """
         if self.count == 1:
             return _nothing
         parameters = list(parameters)
         for p in parameters:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
+        if any(map(is_shared, parameters)):
+            return _nothing
         return self.send([p.grad for p in parameters if p.grad is not None])
 
     def average_tensors(self, tensors: Sequence[Tensor]) -> None:
@@ -179,6 +184,16 @@ class Processes:
         if len(whole) % self.count:
             raise ValueError(f"the checkpoint has adversaries of {len(whole)} rows, which {self.count} cannot share")
         return whole[self.rank :: self.count].contiguous()
+
+
+def is_shared(tensor: Tensor) -> bool:
+    """Whether every process has only its part of this tensor (`TrainConfig.shard`)."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole tensor, in every process; all of them have to ask for it if they share it."""
+    return tensor.full_tensor() if is_shared(tensor) else tensor  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _nothing() -> None:

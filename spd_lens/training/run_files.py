@@ -45,9 +45,11 @@ from spd_lens.training.checkpoint import (
     checkpoint_name,
     read_checkpoint,
     write_checkpoint,
+    write_shards,
 )
 from spd_lens.training.config import TrainConfig
 from spd_lens.training.loggers import Logger
+from spd_lens.training.processes import Processes
 
 _CHECKPOINT_NAME = re.compile(r"step-\d{8,}")
 _HEADER: dict[str, Any] = {
@@ -179,10 +181,19 @@ class RunFiles:
         keep: int,
         belongs: Mapping[str, Any],
         data: Mapping[str, Any],
+        together: Processes | None = None,
     ) -> Path:
-        """Write the checkpoint of `step` finished steps and delete all but the newest `keep`."""
+        """Write the checkpoint of `step` finished steps and delete all but the newest `keep`.
+
+        `together`: all processes call this and write their shards; the first one does the rest.
+        """
         path = self.checkpoint_directory / checkpoint_name(step)
-        write_checkpoint(path, step, tensors, belongs=belongs, data=data)
+        if together is None:
+            write_checkpoint(path, step, tensors, belongs=belongs, data=data)
+        else:
+            write_shards(path, step, tensors, belongs=belongs, data=data, processes=together)
+            if not together.is_main:
+                return path
         for old in self.checkpoints()[: -max(keep, 1)]:
             if old != path:
                 # Renamed first: half a checkpoint never has a checkpoint's name.

@@ -16,6 +16,7 @@ from spd_lens.objective.divergences import mean_over_positions
 from spd_lens.training.learner import Learner
 from spd_lens.training.masked_terms import Passes, climbed, everything_off, masked_terms, weighed
 from spd_lens.training.parts import Part, Parts
+from spd_lens.training.processes import whole
 from spd_lens.training.terms import IMPORTANCE_TERMS, StepView, coefficient
 from spd_lens.training.terms import faithfulness as faithfulness_term
 from spd_lens.training.totals import Totals
@@ -140,10 +141,8 @@ def _losses_without_passes(
 
 
 def faithfulness(learner: Learner) -> Tensor:
-    """The faithfulness term of a step; tied matrices count once."""
-    weights = learner.decomposition
-    sites = ((learner.targets[name], w.V, w.U) for name, w in weights.items() if w.tied_to is None)
-    return faithfulness_term(learner.config, sites)
+    """The faithfulness term of a step."""
+    return faithfulness_term(learner.config, ((w, learner.targets[name]) for name, w in learner.decomposition.items()))
 
 
 def take_step(
@@ -174,7 +173,7 @@ def apply_gradients(learner: Learner) -> dict[str, Tensor]:
     limits = (learner.config.clip_subcomponents, learner.config.clip_gates)
     for name, group, limit in zip(("subcomponents", "gates"), learner.optimizer.param_groups, limits, strict=True):
         if limit is not None:
-            norms[f"grad_norm_{name}"] = torch.nn.utils.clip_grad_norm_(group["params"], limit)
+            norms[f"grad_norm_{name}"] = whole(torch.nn.utils.clip_grad_norm_(group["params"], limit))
     learner.optimizer.step()
     learner.optimizer.zero_grad(set_to_none=True)
     for source in learner.sources.values():

@@ -6,21 +6,23 @@ next is computed. A term of one's own is an object with a name, a coefficient an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 from jaxtyping import Bool
 from torch import Tensor
 
+from spd_lens.core.decomposed_weight import DecomposedWeight
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.masks import Importances
+from spd_lens.core.subcomponents import squared_error
 from spd_lens.objective.losses import (
-    Factors,
-    faithfulness_loss,
+    Error,
+    error_per_entry,
     frequency_loss,
+    mean_relative_error,
     minimality_loss,
-    relative_faithfulness_loss,
 )
 from spd_lens.training.config import TrainConfig
 
@@ -70,9 +72,15 @@ def _frequency(view: StepView) -> Tensor:
 IMPORTANCE_TERMS: dict[str, Callable[[StepView], Tensor]] = {"minimality": _minimality, "frequency": _frequency}
 
 
-def faithfulness(config: TrainConfig, sites: Iterable[Factors]) -> Tensor:
-    """L1, or L1r with `relative_faithfulness`."""
-    return relative_faithfulness_loss(sites) if config.relative_faithfulness else faithfulness_loss(sites)
+def faithfulness(config: TrainConfig, sites: Iterable[tuple[DecomposedWeight, Tensor]]) -> Tensor:
+    """L1 of sites and their targets `W`, or L1r with `relative_faithfulness`; tied matrices count once."""
+
+    def errors() -> Iterator[Error]:
+        for weight, W in sites:
+            if weight.tied_to is None:
+                yield weight.whole(lambda weight=weight, W=W: squared_error(W, weight.V, weight.U)), W
+
+    return mean_relative_error(errors()) if config.relative_faithfulness else error_per_entry(errors())
 
 
 def coefficient(config: TrainConfig, name: str) -> float:
