@@ -15,7 +15,7 @@ from spd_lens.training import GraphedStep, make_learner
 
 
 def train_graphed(
-    decomposition: Decomposition, batches: Iterable[Batch], config: TrainConfig, out: Path
+    decomposition: Decomposition, batches: Iterable[Batch], config: TrainConfig, out: Path, steps_per_capture: int = 100
 ) -> dict[str, float]:
     """`train` for a GPU, with every step a CUDA graph: log and result, no checkpoints. Returns the log's last line."""
     out.mkdir(parents=True, exist_ok=True)
@@ -23,7 +23,7 @@ def train_graphed(
         p.requires_grad_(False)
     for p in decomposition.subcomponent_parameters() + decomposition.gate_parameters():
         p.requires_grad_(True)
-    graphed = GraphedStep(make_learner(decomposition, config), steps_per_capture=100)
+    graphed = GraphedStep(make_learner(decomposition, config), steps_per_capture=steps_per_capture)
     line: dict[str, float] = {}
     began = time.perf_counter()
     with (out / "log.jsonl").open("w") as log:

@@ -1,7 +1,7 @@
 """Attention and MLP of one block of SmolLM2-135M, decomposed by local training, checked against the logits.
 
     python experiments/smollm2.py train --block 3 --steps 1500 --out RUN    # a killed run goes on where it was
-    python experiments/smollm2.py train --device cuda --cuda-graphs --rows 32 --windows 4000 --steps 6000 --out RUN
+    python experiments/smollm2.py train --device cuda --cuda-graphs --host hooked --rows 32 --steps 6000 --out RUN
     python experiments/smollm2.py evaluate RUN --json                       # KL on the logits, adversary, deletion
 
 Local training: what is reconstructed is the residual stream behind the block, read by a tuned read-out (the root of the
@@ -37,7 +37,7 @@ from spd_lens import (
     train,
 )
 from spd_lens.evaluation import EvaluationReport
-from spd_lens.models import load_moby_dick, load_smollm2
+from spd_lens.models import HostName, load_moby_dick, load_smollm2
 from spd_lens.objective import Merged, Persistent
 from spd_lens.support import library_versions
 from spd_lens.training import Readout, tune_readout
@@ -45,10 +45,10 @@ from spd_lens.training import Readout, tune_readout
 CONTEXT = 64
 
 
-def decomposed(block: int, gate_width: int, seed: int, device: str = "cpu") -> Decomposition:
+def decomposed(block: int, gate_width: int, seed: int, device: str = "cpu", host: HostName = "bridge") -> Decomposition:
     """All seven matrices of a block, as many subcomponents as each one's rank bound, started at its own singular
     vectors."""
-    model: Any = load_smollm2(device, host="bridge")
+    model: Any = load_smollm2(device, host=host)
     counts: dict[str, int | None] = {
         f"blocks.{block}.attn.W_[QO]": 576,
         f"blocks.{block}.attn.W_[KV]": 192,
@@ -110,7 +110,7 @@ def configuration(block: int, readout: Readout, steps: int, minimality: float, s
 
 def train_run(args: argparse.Namespace) -> dict[str, Any]:
     """Train one run, or go on with it where it was."""
-    decomposition = decomposed(args.block, args.gate_width, args.seed, args.device)
+    decomposition = decomposed(args.block, args.gate_width, args.seed, args.device, args.host)
     text = windows_of(decomposition.model, load_moby_dick("train"), args.windows)
     batches = cache_residuals(decomposition, TokenBatches(text, args.rows, seed=args.seed))
     args.out.mkdir(parents=True, exist_ok=True)
@@ -123,7 +123,7 @@ def train_run(args: argparse.Namespace) -> dict[str, Any]:
     config = configuration(args.block, readout, args.steps, args.minimality, args.seed)
     if args.cuda_graphs:
         began = time.perf_counter()
-        final = train_graphed(decomposition, batches, config, args.out)
+        final = train_graphed(decomposition, batches, config, args.out, max(100, args.steps // 20))
         seconds = time.perf_counter() - began
         return {"out": str(args.out), "steps": config.steps, "seconds": seconds, "final": final}
     run = args.out / "run"
@@ -164,6 +164,7 @@ def main() -> None:
     training.add_argument("--gate-width", type=int, default=128)
     training.add_argument("--out", type=Path, required=True)
     training.add_argument("--device", default="cpu")
+    training.add_argument("--host", choices=("bridge", "hooked"), default="bridge", help="CUDA graphs need hooked")
     training.add_argument("--cuda-graphs", action="store_true", help="every step a CUDA graph; no checkpoints")
     measuring = commands.add_parser("evaluate", help="measure a run's decomposition")
     measuring.add_argument("run", type=Path)
@@ -171,13 +172,14 @@ def main() -> None:
     measuring.add_argument("--ladder", type=int, nargs="*", default=(20,))
     measuring.add_argument("--starts", type=int, default=1)
     measuring.add_argument("--device", default="cpu")
+    measuring.add_argument("--host", choices=("bridge", "hooked"), default="bridge", help="CUDA graphs need hooked")
     measuring.add_argument("--at-once", type=int, default=4, help="rows in a batch")
     measuring.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     if args.command == "train":
         print(json.dumps(train_run(args), indent=2))
         return
-    decomposition = Decomposition.from_pretrained(args.run / "decomposition", load_smollm2(args.device, host="bridge"))
+    decomposition = Decomposition.from_pretrained(args.run / "decomposition", load_smollm2(args.device, host=args.host))
     report = measured(decomposition, args.rows, tuple(args.ladder), args.starts, args.at_once)
     if not args.json:
         print(report)
