@@ -42,13 +42,21 @@ SUBCOMPONENTS = {
     "blocks.*.mlp.W_in": 768,
     "blocks.*.mlp.W_out": 640,
 }
+# An option: the matrices that read and write tokens.
+EMBEDDING = {"embed.W_E": 256, "unembed.W_U": 256}
 CONTEXT, VOCABULARY = 128, 2048
 LADDER = (20, 40, 80, 160)
 
 
-def decomposed(seed: int, scale: float, gate_width: int = 128, device: str = "cpu") -> Decomposition:
-    """The tiny language model with all matrices of its blocks decomposed, C at `scale` times the published ratios."""
-    counts: dict[str, int | None] = {pattern: round(scale * count) for pattern, count in SUBCOMPONENTS.items()}
+def decomposed(
+    seed: int, scale: float, gate_width: int = 128, device: str = "cpu", embedding: bool = False
+) -> Decomposition:
+    """The tiny language model with all matrices of its blocks decomposed, C at `scale` times the published ratios.
+
+    With `embedding` its embedding and unembedding, too.
+    """
+    sites = SUBCOMPONENTS | (EMBEDDING if embedding else {})
+    counts: dict[str, int | None] = {pattern: round(scale * count) for pattern, count in sites.items()}
     return decompose(
         load_tiny_lm(device),
         counts,
@@ -137,7 +145,7 @@ def train_run(args: argparse.Namespace) -> dict[str, Any]:
     name = f"c{args.coefficient:g}-s{args.seed}-x{args.scale:g}-n{args.steps}-{args.fixed or 'spd'}"
     out = args.out or Path("runs/language_model") / name
     if args.start is None:
-        decomposition = decomposed(args.seed, args.scale, args.gate_width, args.device)
+        decomposition = decomposed(args.seed, args.scale, args.gate_width, args.device, args.embedding)
     else:
         decomposition = Decomposition.from_pretrained(args.start, load_tiny_lm(args.device))
     config = configuration(args.coefficient, args.steps, args.seed, scope=args.scope, source_lr=args.source_lr)
@@ -215,6 +223,7 @@ def main() -> None:
     training.add_argument("--start", type=Path, help="a saved decomposition to go on with, at --lr")
     training.add_argument("--lr", type=float, default=3e-4, help="with --start")
     training.add_argument("--fixed", choices=["svd", "random"], help="train gates alone on these subcomponents")
+    training.add_argument("--embedding", action="store_true", help="decompose embedding and unembedding, too")
     training.add_argument("--device", default="cpu")
     training.add_argument("--cuda-graphs", action="store_true", help="every step a CUDA graph; no checkpoints")
     training.add_argument("--out", type=Path)

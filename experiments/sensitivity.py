@@ -1,7 +1,7 @@
 """How much the settings matter: the share of runs that succeed over coefficients, learning rates and C, on TMS 5-2.
 
     python experiments/sensitivity.py                      all maps, then the picture; continues where it was stopped
-    python experiments/sensitivity.py --method spd_smooth
+    python experiments/sensitivity.py --method spd_smooth        (--device cuda: every step a CUDA graph)
     python experiments/sensitivity.py --method apd --seeds 5
     python experiments/sensitivity.py --plot               only the picture and summary.json, from the saved runs
 
@@ -15,7 +15,8 @@ Two verdicts are kept for every run: `success`, the criterion of `reproduce.py`,
 bounds on ML2R. APD shortens what it finds, which alone can put the first out of its reach; the picture's colour is
 therefore the second, for both, and ML2R stands in the cells.
 
-    experiments/results/sensitivity/   spd.jsonl, apd.jsonl (a line per run), settings.json, summary.json, map.png
+    experiments/results/sensitivity/   spd.jsonl, apd.jsonl, ... (a line per run), settings.json, summary.json,
+                                       map.png, and rules.png with what `CHANGES` makes of the map of SPD
 """
 
 from __future__ import annotations
@@ -62,36 +63,47 @@ SECOND_FACTORS = tuple(10 ** (n / 4) for n in (-2, -1, 0, 1, 2))
 C_PER_FEATURE = (1, 2, 4, 8)
 
 
-# What is changed in a map of SPD, by its name, and for which C it is drawn.
+# What is changed in a map of SPD, by its name.
 CHANGES: dict[str, dict[str, Any]] = {
     "spd": {},
+    "spd_falling": {"p_start": 2.0, "p_end": 0.5},
     "spd_smooth": {"penalty": "smooth_l0", "gamma_end": 0.05},
     "spd_adversary": {"reconstructions": (Reconstruction(masks=PGD(1, 1.0)), Reconstruction(routing="layerwise"))},
+    "spd_share": {"penalty": "smooth_l0", "gamma_end": 0.05, "relative_reconstruction": True},
+    "spd_tolerance": {"penalty": "smooth_l0", "gamma_end": 0.05, "relative_reconstruction": True, "minimality": 0.3},
 }
+# The field that a map's coefficient is, where it is not minimality, and the middle of it, where it is not that of SPD.
+FIELDS = {"spd_tolerance": "tolerance"}
+MIDDLES = {"spd_share": 0.1, "spd_tolerance": 0.01}
 
 
 @dataclass(frozen=True)
 class SPDGrid:
-    """Minimality x learning rate, one batched program for every C and seed; `method` names what is changed besides."""
+    """Minimality x learning rate, one batched program for every C and seed; `method` names what is changed besides.
+
+    On another `device` than the CPU every step is a CUDA graph, and there are no checkpoints.
+    """
 
     coefficients: tuple[float, ...]
     lrs: tuple[float, ...]
     counts: tuple[int, ...]
     steps: int
     method: str = "spd"
+    device: str = "cpu"
 
     @staticmethod
-    def full(method: str = "spd") -> SPDGrid:
+    def full(method: str = "spd", device: str = "cpu") -> SPDGrid:
         """The whole map; of what is changed only for the C used elsewhere."""
         experiment = EXPERIMENTS["tms_5-2"]
         config = experiment.config
         counts = tuple(5 * n for n in C_PER_FEATURE) if method == "spd" else (experiment.n_subcomponents["W_enc"],)
         return SPDGrid(
-            tuple(config.minimality * f for f in COEFFICIENT_FACTORS),
+            tuple(MIDDLES.get(method, config.minimality) * f for f in COEFFICIENT_FACTORS),
             tuple(config.lr * f for f in SECOND_FACTORS),
             counts,
             config.steps,
             method,
+            device,
         )
 
     @property
@@ -121,17 +133,22 @@ class SPDGrid:
         experiment = self.experiment
         base = experiment.config
         assert base.gate_lr is not None
+        field = FIELDS.get(self.method, "minimality")
         configs = [
             base.changed(
-                steps=self.steps, seed=seed, minimality=cell["coefficient"], lr=cell["lr"],
-                gate_lr=base.gate_lr * cell["lr"] / base.lr,
+                steps=self.steps, seed=seed, lr=cell["lr"], gate_lr=base.gate_lr * cell["lr"] / base.lr,
+                **{field: cell["coefficient"]},
             )
             for cell in self.cells
         ]  # fmt: skip
         counts = dict.fromkeys(experiment.n_subcomponents, program["C"])
         with_counts = dataclasses.replace(experiment, n_subcomponents=counts)
         members = [with_counts.decompose(copy.deepcopy(target), seed) for _ in configs]
-        result = train_many(members, [experiment.features(seed)] * len(members), configs, out_dir=out_dir)
+        members = [member.to(torch.device(self.device)) for member in members]
+        data = [experiment.features(seed)] * len(members)
+        place: dict[str, Any] = {"out_dir": out_dir} if self.device == "cpu" else {"cuda_graphs": True}
+        result = train_many(members, data, configs, **place)
+        members = [member.to(torch.device("cpu")) for member in members]
         if result.interrupted:
             print(f"stopped after {result.steps} of {self.steps} steps; the same command continues")
             raise typer.Exit(130)
@@ -307,16 +324,23 @@ def summary_lines(summary: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _with_C(summary: Mapping[str, Any], used: Mapping[str, int]) -> dict[str, Any]:
+    """Of every map the part with the C used elsewhere."""
+    maps = {name: summary[name] for name in METHODS if name in summary}
+    return {name: {"cells": [cell for cell in own["cells"] if cell["C"] == used[name]]} for name, own in maps.items()}
+
+
 def main(
     method: Annotated[str, typer.Option(help="apd, spd, another of CHANGES, or all")] = "all",
     seeds: Annotated[int, typer.Option(help="Runs of every cell.")] = 3,
+    device: Annotated[str, typer.Option(help="cpu, or cuda: no checkpoints, every step a CUDA graph")] = "cpu",
     plot: Annotated[bool, typer.Option("--plot", help="Only the picture and the summary of what was run.")] = False,
     results: Annotated[Path, typer.Option(help="Where results go.")] = RESULTS / "sensitivity",
     work: Annotated[Path, typer.Option(help="Where checkpoints and targets are kept.")] = WORK,
 ) -> None:
     """Sensitivity maps of SPD and APD on TMS 5-2."""
     torch.set_num_threads(1)
-    grids: dict[str, Grid] = {**{name: SPDGrid.full(name) for name in CHANGES}, "apd": APDGrid.full()}
+    grids: dict[str, Grid] = {**{name: SPDGrid.full(name, device) for name in CHANGES}, "apd": APDGrid.full()}
     if method not in ("all", *grids):
         raise typer.BadParameter(f"--method {method!r}; expected all, {', '.join(grids)}")
     for name, grid in grids.items():
@@ -328,7 +352,10 @@ def main(
         **dict.fromkeys(CHANGES, EXPERIMENTS["tms_5-2"].n_subcomponents["W_enc"]),
         "apd": APD_EXPERIMENTS["apd_tms_5-2"].config.n_components,
     }
-    print(save_map(results / "map.png", summary, used_C))
+    if {"spd", "apd"} & summary.keys():
+        print(save_map(results / "map.png", summary, used_C, ("spd", "apd")))
+    if summary.keys() & CHANGES.keys() - {"spd"}:
+        print(save_map(results / "rules.png", _with_C(summary, used_C), used_C, tuple(CHANGES)))
 
 
 if __name__ == "__main__":

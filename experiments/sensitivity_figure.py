@@ -19,16 +19,31 @@ if TYPE_CHECKING:
 
 N_FEATURES = 5
 # Methods in the order of their panels, by the names that a reader sees.
-METHODS = {"spd": "SPD", "spd_smooth": "SPD, smooth L0", "spd_adversary": "SPD, adversary", "apd": "APD"}
+METHODS = {
+    "spd": "SPD",
+    "spd_falling": "SPD, p 2 to .5",
+    "spd_smooth": "SPD, smooth L0",
+    "spd_adversary": "SPD, adversary",
+    "spd_share": "share, smooth L0",
+    "spd_tolerance": "tolerance, smooth L0",
+    "apd": "APD",
+}
 # The coefficient's name, the second setting's, and its key in the records.
 AXES = {
     **dict.fromkeys(METHODS, ("minimality coefficient", "learning rate", "lr")),
+    "spd_share": ("share of everything off", "learning rate", "lr"),
+    "spd_tolerance": ("tolerance, share of everything off", "learning rate", "lr"),
     "apd": ("simplicity coefficient", "k: active components per input", "k"),
 }
 
 
-def save_map(path: Path, summary: Mapping[str, Any], used_C: Mapping[str, int]) -> Path:
-    """Draw `summary` (of `sensitivity.summarise_map`) and return the path; `used_C`: C elsewhere, of either method."""
+def save_map(
+    path: Path, summary: Mapping[str, Any], used_C: Mapping[str, int], methods: Sequence[str] = tuple(METHODS)
+) -> Path:
+    """Draw the maps of `methods` in `summary` (of `sensitivity.summarise_map`) and return the path.
+
+    `used_C`: C elsewhere, of every method.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -36,12 +51,12 @@ def save_map(path: Path, summary: Mapping[str, Any], used_C: Mapping[str, int]) 
 
     panels = [
         (method, C, [cell for cell in summary[method]["cells"] if cell["C"] == C])
-        for method in METHODS
+        for method in methods
         if method in summary
         for C in sorted({cell["C"] for cell in summary[method]["cells"]})
     ]
-    # A narrow empty column keeps APD apart: its axes are others.
-    widths = [0.12 if method is None else 1.0 for method in _with_gap([method for method, _, _ in panels])]
+    # A narrow empty column keeps apart what has other axes.
+    widths = [0.12 if label is None else 1.0 for label in _with_gap([AXES[method][0] for method, _, _ in panels])]
     figure, grid = plt.subplots(
         1,
         len(widths),
@@ -62,7 +77,7 @@ def save_map(path: Path, summary: Mapping[str, Any], used_C: Mapping[str, int]) 
         per_cell = "/".join(str(n) for n in sorted({cell["runs"] for cell in cells}))
         counts = f"found: {found} of {runs} runs ({per_cell} per cell)\nright length too: {right}"
         axis.set_xlabel(f"{second}\n\n{counts}", fontsize=9)
-        first = index == 0 or panels[index - 1][0] != method
+        first = index == 0 or AXES[panels[index - 1][0]][0] != coefficient
         axis.set_ylabel(coefficient if first else "", fontsize=9)
         axis.tick_params(labelleft=first)
     assert image is not None
@@ -82,13 +97,13 @@ def save_map(path: Path, summary: Mapping[str, Any], used_C: Mapping[str, int]) 
     return path
 
 
-def _with_gap(methods: Sequence[str]) -> list[str | None]:
-    """The methods of the panels, with None where another begins."""
+def _with_gap(labels: Sequence[str]) -> list[str | None]:
+    """The labels of the panels' axes, with None where another begins."""
     spaced: list[str | None] = []
-    for method in methods:
-        if spaced and spaced[-1] != method:
+    for label in labels:
+        if spaced and spaced[-1] != label:
             spaced.append(None)
-        spaced.append(method)
+        spaced.append(label)
     return spaced
 
 
