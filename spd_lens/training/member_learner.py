@@ -76,7 +76,9 @@ class MemberLearner:
         if self.config.tolerance is not None:
             self.weights.spend(self.weights.mean_reconstruction(losses).detach(), step)
             self.weights.adapt()
-        return {"loss": total, **losses, **self.weights.shown()}, lower
+        shown = {"loss": total, **losses, **self.weights.shown()}
+        # Without their graph, which would live on until the next step's results take their place.
+        return {name: t.detach() for name, t in shown.items()}, {name: g.detach() for name, g in lower.items()}
 
     def _losses(self, x: Tensor, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         stack, config = self.stack, self.config

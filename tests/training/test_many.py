@@ -15,7 +15,7 @@ from spd_lens import Decomposition, Reconstruction, TrainConfig, decompose, trai
 from spd_lens.data import Batch
 from spd_lens.objective import PGD
 from spd_lens.toys import TMS, SparseFeatures, tms_features
-from spd_lens.training import MemberAdam, train_many
+from spd_lens.training import MemberAdam, MemberLearner, train_many
 from tests.bridge_models import boot, random_tokens
 from tests.conftest import needs_hooked
 from tests.small_models import TiedAutoencoder, tiny_transformer, tokens
@@ -118,6 +118,12 @@ def test_members_that_share_endless_data_have_its_batches_made_once() -> None:
     train_many(alone, [data(0), data(1), data(0)], CONFIG)
     for one, other in zip(together, alone, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(tensors(one).values(), tensors(other).values(), strict=True))
+
+
+def test_nothing_that_a_step_returns_keeps_its_graph() -> None:
+    learner = MemberLearner([member(0), member(1)], [FOUND_ON_THE_WAY, FOUND_ON_THE_WAY])
+    losses, importances = learner.step(torch.stack([data(0)[0], data(1)[0]]), 0)
+    assert not any(t.requires_grad for t in (*losses.values(), *importances.values()))
 
 
 def test_graphs_of_members_want_a_cuda_device_and_say_so() -> None:
