@@ -36,7 +36,8 @@ from benchmarks.work import Work, count_work, positions
 from spd_lens import TrainConfig
 from spd_lens.data import Batch
 from spd_lens.objective import PGD, Persistent
-from spd_lens.training import Reconstruction
+from spd_lens.training import GraphedStep, Reconstruction
+from spd_lens.training.cuda_graphs import STEPS_BEFORE
 
 LETTERS = dict(zip("abcdefg", CONFIGURATIONS, strict=True))
 # Blocks before the decomposed one at which configuration f is measured besides its own.
@@ -122,8 +123,11 @@ def built_on(name: str, how: How, changes: dict[str, Any]) -> Configuration:
     return dataclasses.replace(built, batch=built.batch.to(how.device), cached=cached)
 
 
-def compare_with_reference(name: str, how: How, compare: bool, bf16: bool, changes: dict[str, Any]) -> dict[str, Any]:
-    """The library's step of a configuration and the reference's, and where asked the library's under bf16."""
+def compare_with_reference(
+    name: str, how: How, compare: bool, bf16: bool, graphs: bool, changes: dict[str, Any]
+) -> dict[str, Any]:
+    """The library's step of a configuration and the reference's, and where asked the library's under bf16 and as a
+    CUDA graph."""
     built, others = built_on(name, how, changes), {}
     if compare:
         others["reference"] = reference_step(built, how.device)
@@ -131,10 +135,13 @@ def compare_with_reference(name: str, how: How, compare: bool, bf16: bool, chang
         half = built_on(name, how, changes)
         in_half = ProductStep(half.decomposition, half.config.changed(precision="bf16"))
         others["bf16"] = lambda: in_half.step(half.batch)
+    if graphs:
+        others |= {f"graph_{p}": graphed(name, how, p, changes) for p in (("fp32", "bf16") if bf16 else ("fp32",))}
     result, times = measure(built, built.batch, how, others)
     for other, run in others.items():
         result[f"{other}_ms"] = 1e3 * statistics.median(times[other])
-        result[f"{other}_memory_mb"] = peak_memory(run, how.device) / 1e6
+        if not other.startswith("graph"):  # a graph keeps its memory between steps
+            result[f"{other}_memory_mb"] = peak_memory(run, how.device) / 1e6
     if compare:
         result["speedup"] = paired_ratio(times["reference"], times["product"])
         result["memory_ratio"] = result["memory_mb"] / result["reference_memory_mb"]
@@ -146,6 +153,16 @@ def compare_with_reference(name: str, how: How, compare: bool, bf16: bool, chang
     return result
 
 
+def graphed(name: str, how: How, precision: str, changes: dict[str, Any]) -> Callable[[], object]:
+    """The library's step as a CUDA graph, recorded already."""
+    built = built_on(name, how, changes)
+    product = ProductStep(built.decomposition, built.config.changed(precision=precision))
+    step = GraphedStep(product.learner, steps_per_capture=1_000_000)
+    for _ in range(STEPS_BEFORE + 1):
+        step(built.batch, 0)
+    return lambda: step(built.batch, 0)
+
+
 def reference_step(built: Configuration, device: torch.device) -> Callable[[], object]:
     """One step of the reference; elsewhere than on the CPU it draws on the device, because it moves nothing."""
     reference = built.reference
@@ -154,6 +171,8 @@ def reference_step(built: Configuration, device: torch.device) -> Callable[[], o
     if device.type == "cpu":
         return lambda: reference.step(built.batch)
     reference.model.to(device)
+    if reference.gate is not None:
+        reference.gate.to(device)
     for name in ("masks", "adversary", "routing"):
         setattr(reference, name, torch.Generator(device).manual_seed(built.config.seed))
 
@@ -238,6 +257,9 @@ def main(
     device: str = "cpu",
     dtype: Annotated[str, typer.Option(help=", ".join(DTYPES))] = "float32",
     precision: Annotated[str, typer.Option(help="fp32, or bf16 to measure autocast as well")] = "fp32",
+    cuda_graphs: Annotated[
+        bool, typer.Option("--cuda-graphs", help="measure the step as a CUDA graph as well")
+    ] = False,
     loss: Annotated[
         list[str] | None, typer.Option(help="NAME[=COEFFICIENT], repeated; replaces the configuration's losses")
     ] = None,
@@ -278,7 +300,7 @@ def main(
         if name == "last_block":
             result = compare_cached(name, how, compare, changes | chosen)
         else:
-            result = compare_with_reference(name, how, compare, precision == "bf16", changes | chosen)
+            result = compare_with_reference(name, how, compare, precision == "bf16", cuda_graphs, changes | chosen)
     used = defaults.changed(**chosen)
     described = {
         "config": config,
