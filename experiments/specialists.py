@@ -1,18 +1,21 @@
-"""Specialists: small models of one of the tiny language model's two sources, by seven methods at equal parameters.
+"""Specialists: small models of one source of text, by ten methods at equal parameters.
 
-    python experiments/specialists.py --json                    # both cases; prints JSON
-    python experiments/specialists.py --cases speeches --shares 0.5 --distil 0
+    python experiments/specialists.py --json                    # the tiny language model, both sources; prints JSON
+    python experiments/specialists.py --cases speeches --shares 0.5 --methods "whitened SVD" --distil 0 --out PART
+    python experiments/specialists.py --model smollm2 --decomposition RUN/decomposition --device cuda --out PART
+    python experiments/specialists.py --collect PARTS           # one file a case of what processes have written there
     python experiments/specialists.py --figure                  # the picture of the results that are committed
 
-The 12 matrices of the model's blocks (42 % of its parameters) are left the shares SHARES of their numbers; embeddings
-and norms stay. Every method sees the same 64 rows of 127 tokens of the domain (`speeches`: addresses the model was
-trained on; `book`: Moby Dick), low-rank methods share out the room equally and by effect and take what has the lower
-loss on those rows. `loss_in` and `loss_out` are cross-entropies on 32 held-out rows of the domain and of the other
-source. `distilled`, at half: after 20 steps of distillation from the whole model on the domain's rows, the same for all
-methods.
+The decomposed matrices of the model's blocks are left the shares SHARES of their numbers; all else stays. Of the tiny
+language model these are 12, 42 % of its parameters, of SmolLM2 the matrices of one block. Every method sees the same 64
+rows of 127 tokens of the domain (`speeches`: State of the Union addresses; `book`: Moby Dick). Low-rank methods share
+out the room equally and by effect and take what has the lower loss on those rows; "subcomponents, whitened" chooses so,
+too, how many subcomponents choose (`chosen_from`). `loss_in` and `loss_out` are cross-entropies on 32 held-out rows of
+the domain and of the other source; `distilled`: after so many steps of distillation from the whole model on the
+domain's rows, the same for all methods.
 
 `parameters` of magnitude and Wanda are those that are not 0; their matrices stay as they are, so `bytes`, `flops` and
-times do, too. `milliseconds` is the shortest of 5 passes over 8 rows on one thread, `cpu_milliseconds` its processor
+times do, too. `milliseconds` is the shortest of 20 passes over 8 rows on one thread, `cpu_milliseconds` its processor
 time, which other programs disturb less, `cpu_milliseconds_whole` that of the whole model at the same time. A file that
 is there is gone on with.
 """
@@ -35,25 +38,24 @@ from torch import Tensor
 
 from spd_lens import Decomposition, pack_tokens
 from spd_lens.baselines import SMALL_METHODS, SmallModel, small_model
-from spd_lens.models import load_moby_dick, load_speeches, load_tiny_lm
+from spd_lens.models import load_moby_dick, load_smollm2, load_speeches, load_tiny_lm
 from spd_lens.specialists import Domain, checked_plain, costs_of, distil, domain_of, matrix_budget, mean_loss
 from spd_lens.support import format_table, write_json
 
 RESULTS = Path(__file__).parent / "results" / "specialists"
 CASES = ("speeches", "book")
 SHARES = (0.75, 0.5, 0.25)
-DISTILLED = (0.5,)
 ROWS, HELD_OUT = 64, 32
 
 
 def texts(decomposition: Decomposition) -> dict[str, tuple[Tensor, Tensor]]:
     """For each source rows to specialise on, and held-out rows, both spread over all of it."""
-    tokenizer = decomposition.host.tokenizer()
+    tokenizer, device = decomposition.host.tokenizer(), decomposition.device
     found = {}
     for name, load in (("speeches", lambda split: list(load_speeches(split).values())),
                        ("book", lambda split: [load_moby_dick(split)])):  # fmt: skip
         rows = [pack_tokens(load(split), tokenizer, context=128) for split in ("train", "held_out")]
-        found[name] = tuple(r[:: len(r) // n][:n] for r, n in zip(rows, (ROWS, HELD_OUT), strict=True))
+        found[name] = tuple(r[:: len(r) // n][:n].to(device) for r, n in zip(rows, (ROWS, HELD_OUT), strict=True))
     return found
 
 
@@ -61,7 +63,8 @@ def run_case(case: str, decomposition: Decomposition, args: argparse.Namespace, 
     """One domain: every method at every share, written after each row."""
     sources = texts(decomposition)
     inside, outside = sources[case][1], sources[next(other for other in CASES if other != case)][1]
-    result: dict[str, Any] = {"case": case, "rows": []}
+    name = case if args.model == "tiny_lm" else f"{args.model}, {args.decomposition.parent.name}, {case}"
+    result: dict[str, Any] = {"case": name, "rows": []}
     if path is not None and path.exists():
         result = json.loads(path.read_text())
     domain = domain_of(decomposition, sources[case][0], seed=args.seed)
@@ -70,16 +73,19 @@ def run_case(case: str, decomposition: Decomposition, args: argparse.Namespace, 
     fixed = sum(p.numel() for p in whole.parameters()) - total
 
     def row(made: SmallModel, **more: Any) -> dict[str, Any]:
-        costs = asdict(costs_of(made.model, inside[:8])) | {"parameters": made.parameters}
-        now = costs_of(whole, inside[:8]).cpu_milliseconds
+        costs = asdict(costs_of(made.model, inside[:8], repeats=20)) | {"parameters": made.parameters}
+        now = costs_of(whole, inside[:8], repeats=20).cpu_milliseconds
         losses = {"loss_in": mean_loss(made.model, inside), "loss_out": mean_loss(made.model, outside)}
-        return {"case": case, "method": made.method, **more, **costs, "cpu_milliseconds_whole": now, **losses}
+        chosen = {"chosen_from": made.chosen_from}
+        return {"case": name, "method": made.method, **more, **chosen, **costs, "cpu_milliseconds_whole": now, **losses}
 
     def note(made: dict[str, Any]) -> None:
         result["rows"].append(made)
         versions = {n: importlib.metadata.version(n) for n in ("torch", "transformer_lens")}
         command = " ".join(["python", "experiments/specialists.py", *sys.argv[1:]])
-        result.update(seed=args.seed, versions=versions, command=command, domain_rows=ROWS, held_out_rows=HELD_OUT)
+        machine = torch.cuda.get_device_name() if args.device == "cuda" else "CPU, one thread"
+        result.update(seed=args.seed, versions=versions, command=command, domain_rows=ROWS, held_out_rows=HELD_OUT,
+                      machine=machine)  # fmt: skip
         if path is not None:
             write_json(path, result)
 
@@ -88,8 +94,8 @@ def run_case(case: str, decomposition: Decomposition, args: argparse.Namespace, 
         note(row(SmallModel("whole", whole, False), share=1.0, distilled=0))
     for share in args.shares:
         room = matrix_budget(decomposition, domain, whole, fixed + int(share * total), None)
-        for method in SMALL_METHODS:
-            steps = args.distil if share in DISTILLED else 0
+        for method in args.methods:
+            steps = args.distil
             if {(method, share, 0), (method, share, steps)} <= done:
                 continue
             started = time.process_time()
@@ -111,33 +117,53 @@ def distilled(made: SmallModel, decomposition: Decomposition, domain: Domain, st
 # -- output ------------------------------------------------------------------------------------------------------------
 
 
+def collected(folder: Path) -> list[dict[str, Any]]:
+    """One result a case of all files in a folder, rows by share, method and distillation."""
+    parts = [json.loads(path.read_text()) for path in sorted(folder.rglob("*.json"))]
+    found = []
+    for case in dict.fromkeys(part["case"] for part in parts):
+        own = [part for part in parts if part["case"] == case]
+        rows = {(-r["share"], order_of(r["method"]), r["distilled"]): r for part in own for r in part["rows"]}
+        rest = {k: v for k, v in own[0].items() if k not in ("case", "rows", "command")}
+        commands = sorted({part["command"] for part in own})
+        found.append({"case": case, "rows": [rows[key] for key in sorted(rows)], **rest, "commands": commands})
+    return found
+
+
+def order_of(method: str) -> int:
+    """The place of a method's line."""
+    return ("whole", *SMALL_METHODS).index(method)
+
+
+_HEADER = (
+    "case",
+    "share",
+    "method",
+    "distilled",
+    "of",
+    "parameters",
+    "MB",
+    "MFLOP",
+    "CPU ms (whole)",
+    "loss in",
+    "out",
+)
+
+
 def table(results: Sequence[dict[str, Any]]) -> str:
     """All rows."""
-    header = (
-        "case",
-        "share",
-        "method",
-        "distilled",
-        "parameters",
-        "MB",
-        "MFLOP",
-        "CPU ms (whole)",
-        "loss in",
-        "loss out",
-    )
     rows = []
     for r in (row for result in results for row in result["rows"]):
         costs = (f"{r['parameters']:,}", f"{r['bytes'] / 1e6:.2f}", f"{r['flops'] / 1e6:,.0f}")
-        time_taken = f"{r['cpu_milliseconds']:.0f} ({r['cpu_milliseconds_whole']:.0f})"
-        losses = (f"{r['loss_in']:.3f}", f"{r['loss_out']:.3f}")
-        rows.append(
-            (r["case"], f"{r['share']:.2f}", r["method"], str(r["distilled"] or ""), *costs, time_taken, *losses)
-        )
-    return format_table(header, rows)
+        time_taken = f"{r['cpu_milliseconds']:.1f} ({r['cpu_milliseconds_whole']:.1f})"
+        chosen = "" if r.get("chosen_from") is None else f"{r['chosen_from']:.0%}"
+        first = (r["case"], f"{r['share']:.2f}", r["method"], str(r["distilled"] or ""), chosen)
+        rows.append((*first, *costs, time_taken, f"{r['loss_in']:.3f}", f"{r['loss_out']:.3f}"))
+    return format_table(_HEADER, rows)
 
 
 # Told apart by the colour-blind (Okabe and Ito's palette).
-COLOURS = ("#0072B2", "#56B4E9", "#999999", "#E69F00", "#D55E00", "#009E73", "#CC79A7")
+COLOURS = ("#0072B2", "#56B4E9", "#000000", "#BBBBBB", "#777777", "#E69F00", "#D55E00", "#F0E442", "#009E73", "#CC79A7")
 
 
 def figure(results: Sequence[dict[str, Any]], path: Path) -> None:
@@ -158,7 +184,7 @@ def figure(results: Sequence[dict[str, Any]], path: Path) -> None:
                     x, y = [r["parameters"] / 1e3 for r in rows], [r[f"loss_{which}"] for r in rows]
                     label = method + (", distilled" if after else "")
                     if rows:
-                        axis.plot(x, y, style, color=COLOURS[k], marker="os^Dv<>"[k], label=label, markersize=4.5)
+                        axis.plot(x, y, style, color=COLOURS[k], marker="os*.xDvP<>"[k], label=label, markersize=4.5)
             axis.axhline(whole[f"loss_{which}"], color="0.5", lw=0.8)
             axis.set(title=f"specialist of {result['case']}: loss {where}", ylim=(3.2, 6.6),
                      xlabel="parameters (thousands)", ylabel="nats per token")  # fmt: skip
@@ -170,8 +196,14 @@ def figure(results: Sequence[dict[str, Any]], path: Path) -> None:
 
 def committed() -> list[dict[str, Any]]:
     """The results in the repository."""
-    paths = [RESULTS / f"tiny_lm_{case}.json" for case in CASES]
-    return [json.loads(path.read_text()) for path in paths if path.exists()]
+    paths = [RESULTS / f"{file_name(case)}.json" for case in CASES]
+    others = sorted(RESULTS.glob("smollm2*.json"))
+    return [json.loads(path.read_text()) for path in [*paths, *others] if path.exists()]
+
+
+def file_name(case: str) -> str:
+    """What the file of a case is called."""
+    return f"tiny_lm_{case}" if case in CASES else case.replace(", ", "_")
 
 
 def main() -> None:
@@ -179,22 +211,38 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=CASES)
     parser.add_argument("--shares", nargs="*", type=float, default=list(SHARES))
-    parser.add_argument("--distil", type=int, default=20, help="steps of distillation; 0: none")
+    parser.add_argument("--methods", nargs="*", default=list(SMALL_METHODS), choices=SMALL_METHODS)
+    parser.add_argument("--model", default="tiny_lm", choices=("tiny_lm", "smollm2"))
+    parser.add_argument("--decomposition", type=Path, help="of SmolLM2: a saved one")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where SmolLM2 runs")
+    parser.add_argument("--distil", type=int, default=100, help="steps of distillation; 0: none")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print a JSON list of rows instead of a table")
     parser.add_argument("--out", type=Path, help="a folder for one JSON file a case; rows that are there are kept")
+    parser.add_argument("--collect", type=Path, help="put what processes wrote below a folder into the results")
     parser.add_argument("--figure", action="store_true", help="only draw the committed results")
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
+    if args.collect is not None:
+        for result in (results := collected(args.collect)):
+            write_json(RESULTS / f"{file_name(result['case'])}.json", result)
+        print(table(results))
+        return
     if args.figure:
         figure(committed(), RESULTS / "specialists.png")
         print(table(committed()))
         return
-    decomposition = load_tiny_lm(decomposed=True)
+    if args.model == "tiny_lm":
+        decomposition = load_tiny_lm(decomposed=True)
+    else:
+        if args.decomposition is None:
+            parser.error("--model smollm2 needs --decomposition, a saved decomposition of some of its blocks")
+        model: Any = load_smollm2(args.device, host="bridge")
+        decomposition = Decomposition.from_pretrained(args.decomposition, model)
     results = []
     for case in args.cases:
-        path = None if args.out is None else args.out / f"tiny_lm_{case}.json"
+        path = None if args.out is None else args.out / f"{case}.json"
         results.append(run_case(case, decomposition, args, path))
     print(json.dumps([r for result in results for r in result["rows"]], indent=1) if args.json else table(results))
 

@@ -30,7 +30,6 @@ from spd_lens.baselines.pruning import (
     small_model,
     truncated_svd,
     wanda,
-    whitened_svd,
 )
 
 __all__ = [
@@ -72,5 +71,4 @@ __all__ = [
     "train_gates",
     "truncated_svd",
     "wanda",
-    "whitened_svd",
 ]

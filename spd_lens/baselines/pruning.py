@@ -1,16 +1,17 @@
 """Other ways to make a model small, at equal parameters: what specialists of subcomponents are compared with.
 
 Low rank, with the same allocations and the same way to write factors: truncated SVD, SVD of what the domain's inputs
-bring out (whitened), random subcomponents. Entries set to zero: the smallest (magnitude), and the smallest of
-`|W_ij|` times the size of input i (Wanda, for every output by itself). Those stay whole matrices: their parameters are
-counted as what is not zero, without the indices that storing them so would need, and they are no faster.
+bring out (whitened), also weighted by what the loss's gradients say of the outputs (both sides), random subcomponents.
+Entries set to zero: the smallest (magnitude), and the smallest of `|W_ij|` times the size of input i (Wanda, for every
+output by itself). Those stay whole matrices: their parameters are counted as what is not zero, without the indices that
+storing them so would need, and they are no faster.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -18,35 +19,39 @@ from torch import Tensor
 
 from spd_lens.core import Decomposition
 from spd_lens.specialists import (
+    SHARES,
     Directions,
     Domain,
     PlainTransformer,
     SmallMatrix,
-    allocations,
-    mean_loss,
+    Write,
+    best_model,
+    candidates,
     ordered,
     plain_copy,
-    refitted,
+    whitened_factors,
     whole_matrices,
 )
 
 SmallMethod = Literal[
-    "subcomponents", "subcomponents, refitted", "random subcomponents", "truncated SVD", "whitened SVD", "magnitude",
-    "Wanda"
+    "subcomponents", "subcomponents, refitted", "subcomponents, whitened", "random subcomponents",
+    "random subcomponents, whitened", "truncated SVD", "whitened SVD", "whitened SVD, both sides", "magnitude", "Wanda",
 ]  # fmt: skip
-SMALL_METHODS: tuple[SmallMethod, ...] = (
-    "subcomponents", "subcomponents, refitted", "random subcomponents", "truncated SVD", "whitened SVD", "magnitude",
-    "Wanda"
-)  # fmt: skip
+SMALL_METHODS: tuple[SmallMethod, ...] = get_args(SmallMethod)
 
 
 @dataclass(frozen=True, eq=False)
 class SmallModel:
-    """A model that a method made: `is_sparse` if its parameters are those that are not zero."""
+    """A model that a method made.
+
+    - `is_sparse`: its parameters are those that are not zero.
+    - `chosen_from`: the share of every matrix's subcomponents whose sum was written anew; None where nothing was.
+    """
 
     method: str
     model: PlainTransformer
     is_sparse: bool
+    chosen_from: float | None = None
 
     @property
     def parameters(self) -> int:
@@ -60,6 +65,7 @@ def small_model(
     """The model by one method, with `room` parameters for the matrices that shrink (`matrix_budget` says how many).
 
     Methods of low rank share out the room in two ways, equally and by effect; the lower loss on the domain is taken.
+    "subcomponents, whitened" also chooses how many subcomponents it looks at; its control draws as many at random.
     """
     whole = whole_matrices(decomposition, domain)
     if method in ("magnitude", "Wanda"):
@@ -68,30 +74,31 @@ def small_model(
         pruned = {site: SmallMatrix(score(W, domain.moments[site], share)) for site, W in whole.items()}
         return SmallModel(method, plain_copy(decomposition, pruned), True)
     directions = _directions(decomposition, domain, whole, method, seed)
-    found: dict[float, PlainTransformer] = {}
-    for kept in allocations(decomposition, directions, room, "measured"):
-        matrices = directions.kept(kept, whole)
-        if method == "subcomponents, refitted":
-            matrices = {site: refitted(m, whole[site], domain.moments[site]) for site, m in matrices.items()}
-        model = plain_copy(decomposition, matrices)
-        found[mean_loss(model, domain.rows[:16])] = model
-    return SmallModel(method, found[min(found)], False)
+    write: Write = (
+        "refitted" if method.endswith("refitted") else "whitened" if method.endswith("whitened") else "subcomponents"
+    )
+    shares = SHARES
+    if method == "random subcomponents, whitened":  # as many as ours chooses
+        ours = _directions(decomposition, domain, whole, "subcomponents", seed)
+        taken = best_model(decomposition, domain, candidates(domain, ours, whole, room, write=write))[1]
+        shares = tuple(share for share in SHARES if share == taken.share)
+    offered = candidates(domain, directions, whole, room, write=write, shares=shares)
+    model, taken = best_model(decomposition, domain, offered)
+    return SmallModel(method, model, False, taken.share)
 
 
 def _directions(
     decomposition: Decomposition, domain: Domain, whole: Mapping[str, Tensor], method: SmallMethod, seed: int
 ) -> Directions:
-    if method in ("truncated SVD", "whitened SVD"):
-        make: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = (
-            truncated_svd if method == "truncated SVD" else whitened_svd
-        )
-        factors = {site: make(W, domain.moments[site]) for site, W in whole.items()}
-        if method == "truncated SVD":  # in the order of singular values, as it is known
-            V, U = ({site: f[i] for site, f in factors.items()} for i in (0, 1))
-            return Directions(V, U, _falling(domain, factors), {})
-        return ordered(domain, factors)
+    if method == "truncated SVD":  # in the order of singular values, as it is known
+        factors = {site: truncated_svd(W) for site, W in whole.items()}
+        V, U = ({site: f[i] for site, f in factors.items()} for i in (0, 1))
+        return Directions(V, U, _falling(domain, factors), {})
+    if method.startswith("whitened SVD"):
+        outputs = domain.gradient_moments if method.endswith("both sides") else {}
+        return ordered(domain, {s: whitened_factors(W, domain.moments[s], outputs.get(s)) for s, W in whole.items()})
     factors = {s: (decomposition[s].V.detach(), decomposition[s].U.detach()) for s in domain.sites}
-    if method != "random subcomponents":
+    if not method.startswith("random"):
         return ordered(domain, factors)
     generator = torch.Generator().manual_seed(seed)
     shuffled = {}
@@ -112,24 +119,10 @@ def _falling(domain: Domain, factors: Mapping[str, tuple[Tensor, Tensor]]) -> di
     return found
 
 
-def truncated_svd(W: Float[Tensor, "d_in d_out"], moments: Tensor) -> tuple[Tensor, Tensor]:
+def truncated_svd(W: Float[Tensor, "d_in d_out"]) -> tuple[Tensor, Tensor]:
     """`W = A B`, with the directions in the order of W's singular values."""
     P, sizes, Q = torch.linalg.svd(W.double(), full_matrices=False)
     return (P * sizes).to(W.dtype), Q.to(W.dtype)
-
-
-def whitened_svd(
-    W: Float[Tensor, "d_in d_out"], moments: Float[Tensor, "d_in d_in"], *, damping: float = 1e-6
-) -> tuple[Tensor, Tensor]:
-    """`W = A B` whose first k directions are, for every k, the nearest to `x W` on the domain in the mean square.
-
-    With `E x x^T = L L^T` (Cholesky) and `L^T W = P S Q`, `A = L^-T P S` and `B = Q`.
-    """
-    scale = moments.diagonal().mean()
-    L = torch.linalg.cholesky(moments + damping * scale * torch.eye(len(moments)).to(moments))
-    P, sizes, Q = torch.linalg.svd(L.T @ W.double(), full_matrices=False)
-    A = torch.linalg.solve_triangular(L.T, P * sizes, upper=True)
-    return A.to(W.dtype), Q.to(W.dtype)
 
 
 def magnitude(W: Float[Tensor, "d_in d_out"], moments: Tensor, share: float) -> Tensor:

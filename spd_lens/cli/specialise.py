@@ -38,7 +38,9 @@ def command(
     ] = None,
     other: Annotated[Path | None, typer.Option(help="The same for a text outside of the domain.")] = None,
     max_rows: Annotated[int, typer.Option(min=2, help="Rows of the domain to look at; as many are held out.")] = 64,
-    refit: Annotated[bool, typer.Option("--refit", help="Fit anew what the kept subcomponents write.")] = False,
+    write: Annotated[
+        str, typer.Option(help="subcomponents, refitted, or whitened (the lowest loss): see the docs.")
+    ] = "subcomponents",
     domain_tokens: Annotated[
         bool, typer.Option("--domain-tokens", help="Leave out embedding rows it never uses.")
     ] = False,
@@ -55,7 +57,7 @@ def command(
         decomposition,
         rows[::2],
         budget if budget < 1 else int(budget),
-        refit=refit,
+        write=write,  # pyright: ignore[reportArgumentType]
         tokens="domain" if domain_tokens else "all",
         distil_steps=distil_steps,
     )

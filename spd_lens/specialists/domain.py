@@ -33,13 +33,14 @@ class Domain:
     """A sample of a domain, and what every shrinkable matrix sees of it.
 
     - `inputs[site]`, `gradients[site]`: `x` and `d log p / d y` of each chunk of rows, `[row pos d]`.
-    - `moments[site] [d_in, d_in]`: mean of `x x^T`, float64.
+    - `moments[site] [d_in, d_in]`: mean of `x x^T`, float64; `gradient_moments[site] [d_out, d_out]`: of the gradients.
     """
 
     rows: Int[Tensor, "row pos"]
     inputs: Mapping[str, list[Tensor]]
     gradients: Mapping[str, list[Tensor]]
     moments: Mapping[str, Tensor]
+    gradient_moments: Mapping[str, Tensor]
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -96,8 +97,10 @@ def domain_of(decomposition: Decomposition, batches: Any, *, seed: int = 0) -> D
         for name in sites:
             inputs[name].append(_flat(decomposition, name, seen[name]))
             gradients[name].append(moved[name])
-    moments = {name: _second_moment(parts) for name, parts in inputs.items()}
-    return Domain(rows, inputs, gradients, moments)
+    moments, gradient_moments = (
+        {name: _second_moment(parts) for name, parts in seen.items()} for seen in (inputs, gradients)
+    )
+    return Domain(rows, inputs, gradients, moments, gradient_moments)
 
 
 def _flat(decomposition: Decomposition, name: str, x: Tensor) -> Tensor:

@@ -2,76 +2,38 @@
 
 For every matrix of a block the kept subcomponents S replace the whole: `W' = V_S U_S`, stored as two narrow factors
 where these are fewer numbers, and as the untouched W where they are not. What is not kept, the delta with it, is gone.
-What is kept is chosen by what removing it costs on the domain (`Domain.effects`), per parameter.
+What is kept is chosen by what removing it costs on the domain (`Domain.effects`), per parameter. With
+`write="whitened"` more are kept than there is room for, and what they sum to is written with fewer directions.
 
 Cost: a few passes over the domain's rows, one copy of the model's numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.inputs import checked_decomposition
 from spd_lens.core.units import Ids, units_of
-from spd_lens.specialists.allocation import Kept, effect_allocation, uniform_allocation
+from spd_lens.specialists.candidates import Allocation, Candidate, Write, candidates
 from spd_lens.specialists.costs import mean_loss
+from spd_lens.specialists.directions import ordered
 from spd_lens.specialists.distilling import distil
 from spd_lens.specialists.domain import Domain, domain_of
-from spd_lens.specialists.matrices import SmallMatrix, cheapest_form
 from spd_lens.specialists.plain_transformer import PlainTransformer
 from spd_lens.specialists.specialist import Specialist
 from spd_lens.specialists.writing import plain_copy
-from spd_lens.support.given import given_flag, given_number, given_one_of, given_whole
+from spd_lens.support.given import given_number, given_one_of, given_whole
 
-Allocation = Literal["measured", "effect", "uniform"]
 Tokens = Literal["all", "domain"]
 # Rows of the domain that choices are measured on.
 _MEASURED_ON = 16
 # Of the logits' scale: how far the plain model may be off.
 _ROUNDINGS = 2_000
-
-
-@dataclass(frozen=True, eq=False)
-class Directions:
-    """For each site `V [d_in, n]`, `U [n, d_out]`, and each direction's worth `[n]`, best first.
-
-    - `numbers[site]`: the subcomponents that they are, where they are some.
-    """
-
-    V: Mapping[str, Tensor]
-    U: Mapping[str, Tensor]
-    worth: Mapping[str, Tensor]
-    numbers: Mapping[str, Tensor]
-
-    def kept(self, kept: Kept, whole: Mapping[str, Tensor]) -> dict[str, SmallMatrix]:
-        """The matrices with the first `kept[site]` directions each."""
-        return {
-            site: SmallMatrix(whole[site])
-            if k is None
-            else cheapest_form(self.V[site][:, :k], self.U[site][:k], whole[site])
-            for site, k in kept.items()
-        }
-
-
-def ordered(
-    domain: Domain, factors: Mapping[str, tuple[Tensor, Tensor]], numbers: Mapping[str, Tensor] | None = None
-) -> Directions:
-    """Directions in the falling order of what they are worth on the domain."""
-    V, U, worth, named = {}, {}, {}, {}
-    for site, (v, u) in factors.items():
-        effect = domain.effects(site, v, u)
-        order = effect.argsort(descending=True, stable=True)
-        V[site], U[site], worth[site] = v[:, order], u[order], effect[order]
-        if numbers is not None:
-            named[site] = numbers[site][order]
-    return Directions(V, U, worth, named)
 
 
 def specialise(
@@ -80,7 +42,7 @@ def specialise(
     budget: int | float,
     *,
     ids: Ids = None,
-    refit: bool = False,
+    write: Write = "subcomponents",
     allocation: Allocation = "measured",
     tokens: Tokens = "all",
     cut_below: float = 0.0,
@@ -92,8 +54,11 @@ def specialise(
     - `domain_batches`: tokens `[batch pos]` of the domain, or a list of such batches; a few dozen rows.
     - `budget`: the most parameters that the small model may have, or a share of the model's (a float below 1).
     - `ids`: the subcomponents that may be kept, as everywhere (`units_of`): a circuit's units, components; None: all.
-    - `refit`: what the kept ones write is fitted anew, so that on the domain `x V_S B` is as near to `x W` as it can be
-      for the clean inputs x. Without, the small model computes what the decomposed one does when it keeps S alone.
+    - `write`: "subcomponents", the kept ones are the small model's factors: it computes what the decomposed one does
+      that keeps S alone. "refitted": what they write is fitted anew, so that on the domain `x V_S B` is as near to
+      `x W` as it can be. "whitened": S is larger than what fits, how large is measured, and `V_S U_S` is written with
+      the best of the directions that it falls into on the domain (`whitened_factors`): the lowest loss, but no factor
+      is a subcomponent.
     - `allocation`: how many each matrix keeps: "effect", what pays most; "uniform", the same share of each; "measured",
       whichever of the two has the lower loss on the domain.
     - `tokens`: "domain" leaves out the embedding rows of tokens that the domain never uses.
@@ -104,9 +69,9 @@ def specialise(
     decomposition, a decomposition that was removed, and models that are no plain causal transformer.
     """
     checked_decomposition(decomposition, "specialise")
-    refit = given_flag("refit", refit)
-    given_one_of("allocation", allocation, ("measured", "effect", "uniform"))
-    given_one_of("tokens", tokens, ("all", "domain"))
+    given_one_of("write", write, get_args(Write))
+    given_one_of("allocation", allocation, get_args(Allocation))
+    given_one_of("tokens", tokens, get_args(Tokens))
     cut_below = given_number("cut_below", cut_below, least=0.0, most=1.0)
     steps = given_whole("distil_steps", distil_steps, least=0)
     domain = domain_of(decomposition, domain_batches, seed=seed)
@@ -116,19 +81,36 @@ def specialise(
     room = matrix_budget(decomposition, domain, before, budget, rows)
     factors = {s: (decomposition[s].V.detach()[:, c], decomposition[s].U.detach()[c]) for s, c in allowed.items()}
     directions = ordered(domain, factors, allowed)
-    found = {}
-    for kept in allocations(decomposition, directions, room, allocation):
-        matrices = directions.kept(kept, whole_matrices(decomposition, domain))
-        if refit:
-            matrices = {site: refitted(m, decomposition[site].target_weight.detach(), domain.moments[site])
-                        for site, m in matrices.items()}  # fmt: skip
-        model = plain_copy(decomposition, matrices, tokens=rows, cut_below=cut_below)
-        names = {s: None if k is None else tuple(sorted(directions.numbers[s][:k].tolist())) for s, k in kept.items()}
-        found[mean_loss(model, domain.rows[:_MEASURED_ON])] = model, names
-    model, names = found[min(found)]
+    offered = candidates(domain, directions, whole_matrices(decomposition, domain), room, allocation, write)
+    model, taken = best_model(decomposition, domain, offered, tokens=rows, cut_below=cut_below)
     if steps:
         distil(model, decomposition.host.forward, domain.rows, steps=steps, seed=seed)
-    return Specialist(model, before, decomposition, names, exact=not (refit or steps or cut_below or rows is not None))
+    names = {s: None if n is None else tuple(sorted(directions.numbers[s][:n].tolist()))
+             for s, n in taken.chosen.items()}  # fmt: skip
+    exact = write == "subcomponents" and not (steps or cut_below or rows is not None)
+    return Specialist(
+        model, before, decomposition, names, exact=exact, ranks={s: m.rank for s, m in taken.matrices.items()}
+    )
+
+
+def best_model(
+    decomposition: Decomposition,
+    domain: Domain,
+    offered: Iterable[Candidate],
+    *,
+    tokens: Tensor | None = None,
+    cut_below: float = 0.0,
+) -> tuple[PlainTransformer, Candidate]:
+    """The candidate with the lowest loss on rows of the domain, and its model; no more than two are held at once."""
+    best: tuple[PlainTransformer, Candidate] | None = None
+    lowest = float("inf")
+    for one in offered:
+        model = plain_copy(decomposition, one.matrices, tokens=tokens, cut_below=cut_below)
+        loss = mean_loss(model, domain.rows[:_MEASURED_ON])
+        if best is None or loss < lowest:
+            best, lowest = (model, one), loss
+    assert best is not None
+    return best
 
 
 def checked_plain(decomposition: Decomposition, domain: Domain) -> PlainTransformer:
@@ -175,29 +157,6 @@ def matrix_budget(
 def whole_matrices(decomposition: Decomposition, domain: Domain) -> dict[str, Tensor]:
     """The sites' own matrices."""
     return {site: decomposition[site].target_weight.detach() for site in domain.sites}
-
-
-def allocations(decomposition: Decomposition, directions: Directions, room: int, allocation: Allocation) -> list[Kept]:
-    """One or two ways to share out the parameters."""
-    shapes = {
-        s: (decomposition[s].target_weight.shape[0], decomposition[s].target_weight.shape[1]) for s in directions.V
-    }
-    found = []
-    if allocation != "uniform":
-        found.append(effect_allocation(directions.worth, shapes, room))
-    if allocation != "effect":
-        found.append(uniform_allocation(shapes, room))
-    return found
-
-
-def refitted(matrix: SmallMatrix, W: Float[Tensor, "d_in d_out"], moments: Float[Tensor, "d_in d_in"]) -> SmallMatrix:
-    """`A @ B` with the B that brings `x A B` nearest to `x W`, least squares over the domain's inputs."""
-    if matrix.B is None or matrix.rank == 0:
-        return matrix
-    A = matrix.A.double()
-    # Kept directions may depend on each other, and inputs may not reach all of them.
-    inverse = torch.linalg.pinv(A.T @ moments @ A, rtol=1e-10, hermitian=True)
-    return SmallMatrix(matrix.A, (inverse @ (A.T @ moments @ W.double())).to(W.dtype))
 
 
 def _allowed(decomposition: Decomposition, domain: Domain, ids: Ids) -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ class Specialist:
 
     - `model`: takes tokens, gives logits; `before`: the whole model, written in the same way.
     - `kept[site]`: numbers of the subcomponents that are kept; None: the matrix is kept whole.
+    - `ranks[site]`: how many directions stand for them; None: the matrix is stored as one.
     - `exact`: whether `model` computes what the decomposed model does with `masks()`.
     """
 
@@ -34,6 +35,7 @@ class Specialist:
     decomposition: Decomposition
     kept: Mapping[str, tuple[int, ...] | None]
     exact: bool
+    ranks: Mapping[str, int | None]
 
     @property
     def parameters(self) -> int:
@@ -41,7 +43,7 @@ class Specialist:
         return sum(p.numel() for p in self.model.parameters())
 
     def masks(self) -> list[tuple[str, Any]]:
-        """Hooks with which the decomposed model keeps the same subcomponents (before any refit) and no delta."""
+        """Hooks with which the decomposed model keeps the same subcomponents, as they were, and no delta."""
         hooks = []
         for site, kept in self.kept.items():
             if kept is not None:
@@ -93,12 +95,15 @@ class Specialist:
             weight = self.decomposition[site]
             d_in, d_out = weight.target_weight.shape
             n = "whole" if kept is None else f"{len(kept)} of {weight.n_subcomponents}"
-            cost = d_in * d_out if kept is None else min(d_in * d_out, len(kept) * (d_in + d_out))
-            rows.append([site, f"{d_in} x {d_out}", n, f"{cost / (d_in * d_out):.0%}"])
+            rank = self.ranks[site]
+            cost = d_in * d_out if rank is None else rank * (d_in + d_out)
+            rows.append(
+                [site, f"{d_in} x {d_out}", n, "-" if rank is None else str(rank), f"{cost / (d_in * d_out):.0%}"]
+            )
         before = sum(p.numel() for p in self.before.parameters())
         heads = [len(block["kv_of_head"]) for block in self.model.config["blocks"]]
         title = f"{self.parameters:,} of {before:,} parameters; heads by block: {', '.join(map(str, heads))}"
-        return title, ["site", "matrix", "kept", "of its numbers"], rows
+        return title, ["site", "matrix", "kept", "rank", "of its numbers"], rows
 
     def __str__(self) -> str:
         title, header, rows = self._table()

@@ -105,10 +105,19 @@ def plain_copy(
 
 
 def _filled(config: Mapping[str, Any], state: Mapping[str, Tensor], like: Tensor) -> PlainTransformer:
-    with torch.random.fork_rng(devices=[]):
-        model = PlainTransformer(config).to(device=like.device, dtype=like.dtype)
-    model.load_state_dict({name: value.detach().contiguous() for name, value in state.items()}, strict=True)
+    # On no device: large embeddings would be filled with random numbers first.
+    with torch.device("meta"):
+        model = PlainTransformer(config)
+    copied = {name: _copied(value, like) for name, value in state.items()}
+    model.load_state_dict(copied, strict=True, assign=True)
+    if config["tied"]:
+        model.unembed.weight = model.embed.weight
     return model.eval()
+
+
+def _copied(value: Tensor, like: Tensor) -> Tensor:
+    dtype = like.dtype if value.is_floating_point() else value.dtype
+    return value.detach().to(device=like.device, dtype=dtype).clone(memory_format=torch.contiguous_format)
 
 
 def _config(architecture: Architecture, blocks: list[dict[str, Any]], W_E: Tensor) -> dict[str, Any]:

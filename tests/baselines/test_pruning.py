@@ -6,26 +6,14 @@ import pytest
 import torch
 
 from spd_lens import decompose
-from spd_lens.baselines import SMALL_METHODS, magnitude, small_model, truncated_svd, wanda, whitened_svd
+from spd_lens.baselines import SMALL_METHODS, magnitude, small_model, truncated_svd, wanda
 from spd_lens.specialists import checked_plain, domain_of, matrix_budget
 from tests.small_models import randn, tiny_transformer, tokens
 
 
-def test_whitened_svd_is_the_best_of_its_rank_on_the_inputs() -> None:
-    """Reduced-rank regression, computed another way: the projection of the fit onto its principal directions."""
-    W, x = randn(7, 6), randn(300, 7, seed=1) * torch.arange(1, 8)
-    A, B = whitened_svd(W, x.T @ x / 300, damping=0.0)
-    for k in range(1, 6):
-        error = (x @ W - x @ A[:, :k] @ B[:k]).square().sum()
-        assert torch.allclose(error, torch.linalg.svdvals(x @ W)[k:].square().sum())
-        plain = truncated_svd(W, x)
-        assert error < (x @ W - x @ plain[0][:, :k] @ plain[1][:k]).square().sum()
-    assert torch.allclose(A @ B, W)
-
-
 def test_truncated_svd_is_the_nearest_matrix_of_its_rank() -> None:
     W = randn(7, 6)
-    A, B = truncated_svd(W, W)
+    A, B = truncated_svd(W)
     assert torch.allclose((W - A[:, :2] @ B[:2]).norm() ** 2, torch.linalg.svdvals(W)[2:].square().sum())
 
 

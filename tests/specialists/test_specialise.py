@@ -186,7 +186,7 @@ def test_a_refit_is_a_least_squares_fit() -> None:
 
 def test_refit_cut_and_tokens_make_a_model_that_runs(decomposition: Decomposition) -> None:
     rows = tokens(6)[:, :6] % 20
-    made = specialise(decomposition, rows, 0.5, refit=True, tokens="domain", cut_below=0.2, distil_steps=3)
+    made = specialise(decomposition, rows, 0.5, write="refitted", tokens="domain", cut_below=0.2, distil_steps=3)
     used = rows.unique()
     logits = made.model(rows)
     assert not made.exact
