@@ -194,8 +194,9 @@ def planted(n_alive: int, n_events: int, per_event: float, seed: int) -> CoActiv
     mechanism = np.repeat(np.arange(len(sizes)), sizes)[:n_alive]
     share = rng.uniform(0.5, 1.0, n_alive)
     parts = None
-    for first in range(0, n_events, 1024):
-        active = rng.random((min(1024, n_events - first), len(sizes))) < rates
+    at_once = min(1024, max(256, 1024 * 10_000 // n_alive))  # what is drawn at once must not be the peak of the memory
+    for first in range(0, n_events, at_once):
+        active = rng.random((min(at_once, n_events - first), len(sizes))) < rates
         fires = active[:, mechanism] & (rng.random((len(active), n_alive)) < share)
         part = CoActivation.of({"planted": fires}, max_events=n_events, generator=rng)
         parts = part if parts is None else parts + part

@@ -2,7 +2,8 @@
 
     python experiments/edits.py --json                          # every case, 4, 10 and 100 examples; prints JSON
     python experiments/edits.py --cases semicolon --examples 10 # one of them; without --json a table
-    python experiments/edits.py --figure                        # the picture of the results that are committed
+    python experiments/edits.py --smollm2 RUN/decomposition --device cuda --cases smollm2_semicolon --out PARTS
+    python experiments/edits.py --figure                        # the table and the picture of the committed results
 
 Every method makes its change from the same examples and the same control text. One number, its strength, is then set
 on other prompts, the same for all methods, so that the habit's probability falls by GOAL: what is compared is the cost
@@ -19,15 +20,15 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from spd_lens import Decomposition
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from experiments.edit_cases import CASES, SMOLLM2, Case, counted, induction_case, smollm2_cases, tiny_lm_cases
 from spd_lens.baselines import (
     Rival,
     component_writes,
@@ -43,168 +44,11 @@ from spd_lens.baselines import (
     strength_for,
     task_vector,
 )
-from spd_lens.editing import Habit, find, generate, measure, random_edits
-from spd_lens.models import (
-    RepeatedSequences,
-    load_induction_decomposition,
-    load_moby_dick,
-    load_tiny_lm,
-    load_tiny_lm_hf,
-    predictable,
-)
-from spd_lens.specialists import plain_copy
+from spd_lens.editing import Habit, find, measure, random_edits
 from spd_lens.support import format_table, write_json
 
 RESULTS = Path(__file__).parent / "results" / "edits"
 GOAL = 0.8
-CONTEXT, HELD_OUT, CONTROLS, GENERATED = 24, 24, 6, 6
-# Openings of addresses to the Congress; the text is what the model itself goes on with.
-SPEECHES = (
-    " To the Congress of the United States : The report of the Secretary of the Treasury",
-    " Fellow - citizens of the Senate and House of Representatives : I congratulate the country",
-    " I recommend to the Congress that the appropriation for the Navy",
-    " The relations of the United States with foreign governments continue to be",
-)
-SPEECH_WORDS = (
-    *(
-        "Congress",
-        "government",
-        "Government",
-        "States",
-        "Senate",
-        "public",
-        "Treasury",
-        "Secretary",
-        "nation",
-        "country",
-    ),
-    *(
-        "citizens",
-        "people",
-        "law",
-        "laws",
-        "peace",
-        "war",
-        "Department",
-        "report",
-        "United",
-        "year",
-        "foreign",
-        "trade",
-    ),
-)
-
-
-@dataclass
-class Case:
-    """A model, a habit to find (`examples`), to set strengths on and to measure, and text that is to stay as it is."""
-
-    name: str
-    decomposition: Decomposition
-    examples: Habit
-    strengths_on: Habit
-    held_out: Habit
-    controls: Tensor
-    unrelated: Tensor
-    plain: Any
-
-    @cached_property
-    def count_before(self) -> int:
-        """The habit's tokens in what the unedited model writes after the held-out prompts."""
-        return counted(self.decomposition.host.forward, self.held_out)
-
-
-def counted(forward: Callable[[Tensor], Tensor], habit: Habit) -> int:
-    """How many of the tokens that are generated after the prompts are the habit."""
-    return int(habit.is_answer(generate(forward, habit.prompts, GENERATED, seed=0)).sum())
-
-
-# -- cases -------------------------------------------------------------------------------------------------------------
-
-
-def _book(decomposition: Decomposition, split: Any) -> Tensor:
-    tokenizer = decomposition.host.tokenizer()
-    ids = tokenizer(load_moby_dick(split), add_special_tokens=False)["input_ids"]
-    return torch.tensor(ids[: len(ids) // 127 * 127]).view(-1, 127)
-
-
-def _with_bos(rows: Tensor, bos: int) -> Tensor:
-    return torch.cat([torch.full((len(rows), 1), bos), rows], 1)
-
-
-def single_tokens(tokenizer: Any, words: Sequence[str]) -> list[int]:
-    """The tokens that are one of these words, with or without a space before it."""
-    wanted = set(words)
-    return [i for i in range(len(tokenizer)) if tokenizer.decode([i]).strip() in wanted]
-
-
-def tiny_lm_cases(names: Sequence[str]) -> Iterator[Case]:
-    """The whaling book's semicolons and archaic pronouns, the speeches, and one fact: the captain's name."""
-    decomposition = load_tiny_lm(decomposed=True)
-    tokenizer = decomposition.host.tokenizer()
-    bos = int(tokenizer.bos_token_id)
-    train, held = _book(decomposition, "train"), _book(decomposition, "held_out")
-    # Text of one kind for finding, of another part of the book for what it costs.
-    controls, unrelated = (
-        _with_bos(train[2000 : 2000 + CONTROLS, :63], bos),
-        _with_bos(held[100 : 100 + CONTROLS, :63], bos),
-    )
-    plain = load_tiny_lm_hf()
-
-    def in_book(name: str, ids: Sequence[int], keep: Callable[[Habit], Tensor] | None = None) -> Case:
-        found = []
-        for rows in (train[:2000], held):
-            habit = Habit.in_text(name, rows, ids, context=CONTEXT, first=bos)
-            habit = habit if keep is None else habit[keep(habit).nonzero().flatten()]
-            found.append(habit)
-        # A tenth of the book has few of some words: strengths are set on what the examples leave of the other part.
-        few = min(HELD_OUT, len(found[0]) // 3)
-        others, examples = found[0][:few], found[0][few:][:100]
-        return Case(name, decomposition, examples, others, found[1][:HELD_OUT], controls, unrelated, plain)
-
-    if "semicolon" in names:
-        yield in_book("semicolon", single_tokens(tokenizer, [";"]))
-    if "pronouns" in names:
-        yield in_book("pronouns", single_tokens(tokenizer, ["thou", "thee", "thy", "ye", "Thou", "thine"]))
-    if "speeches" in names:
-        start = torch.tensor([[bos, *tokenizer(s, add_special_tokens=False)["input_ids"]][:13] for s in SPEECHES])
-        text = generate(decomposition.host.forward, start.repeat(36, 1), 40, seed=0)
-        ids = single_tokens(tokenizer, SPEECH_WORDS)
-        found = [Habit.in_text("speeches", rows, ids, context=CONTEXT, first=bos) for rows in (text[:100], text[100:])]
-        few = min(HELD_OUT, len(found[0]) // 3)
-        examples, strengths_on = found[0][few:][:100], found[0][:few]
-        yield Case("speeches", decomposition, examples, strengths_on, found[1][:HELD_OUT], controls, unrelated, plain)
-    if "fact" in names:
-        captain = single_tokens(tokenizer, ["Captain"])
-        ahab = single_tokens(tokenizer, ["Ahab"])
-        yield in_book("fact", ahab, lambda habit: torch.isin(habit.prompts[:, -1], torch.tensor(captain)))
-
-
-def induction_case() -> Case:
-    """The token that comes again in a repeated sequence."""
-    decomposition = load_induction_decomposition()
-    found = []
-    for seed in (11, 12):
-        tokens = RepeatedSequences(400, seed=seed).batch(0)
-        at, length = predictable(tokens), CONTEXT - 4
-        rows = at[:, length - 1].nonzero().flatten()
-        answers = tokens[rows, length][:, None]
-        found.append(Habit("induction", tokens[rows, :length], answers, tokens[rows, length : length + 6]))
-    # What is to stay: sequences before anything repeats. Little can be known there; KL is to the model's own guesses.
-    other = RepeatedSequences(CONTROLS * 2, seed=13, min_period=15, max_period=15).batch(0)[:, :15]
-    return Case(
-        "induction",
-        decomposition,
-        found[0][:100],
-        found[0][100 : 100 + HELD_OUT],
-        found[1][:HELD_OUT],
-        other[:CONTROLS],
-        other[CONTROLS:],
-        plain_copy(decomposition),
-    )
-
-
-CASES = ("semicolon", "pronouns", "speeches", "fact", "induction")
 
 
 # -- methods -----------------------------------------------------------------------------------------------------------
@@ -296,51 +140,62 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     return format_table(_HEADER, rows)
 
 
+# Told apart by the colour-blind, with the marks (Okabe and Ito's palette); subcomponents are stars.
+_MARKS = {
+    "components": ("#D55E00", "*"), "components, trained writes": ("#E69F00", "*"),
+    "random subcomponents": ("#999999", "X"),
+    "difference of means": ("#56B4E9", "o"), "LEACE": ("#56B4E9", "s"), "rank one, key covariance": ("#009E73", "D"),
+    "heads and neurons": ("#CC79A7", "^"), "task vector": ("#0072B2", "v"), "LoRA": ("#0072B2", "P"),
+    "full fine-tuning": ("#000000", "o"),
+}  # fmt: skip
+_LEAST = 1e-5
+
+
 def figure(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """Effect on held-out prompts against the KL on unrelated text, one panel a case, one colour a method."""
+    """Effect on held-out prompts against the KL on unrelated text, one panel a case, one colour and mark a method."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     cases = list(dict.fromkeys(r["case"] for r in results))
-    names = list(dict.fromkeys(name for r in results for name in r["methods"]))
-    fig, axes = plt.subplots(1, len(cases), figsize=(3.4 * len(cases) + 2.2, 3.8), sharey=True, layout="constrained")
-    for axis, case in zip(axes if len(cases) > 1 else [axes], cases, strict=True):
-        for k, name in enumerate(names):
-            for r in (r for r in results if r["case"] == case and name in r["methods"]):
-                m = r["methods"][name]
-                size = {4: 25, 10: 55}.get(r["n_examples"], 110)
-                x = max(m["kl_elsewhere"], 1e-5)
-                marker = "*" if name.startswith("components") else "o"
-                axis.scatter(x, m["effect"], s=size, color=f"C{k % 10}", marker=marker, alpha=0.75, label=name)
+    n_rows = -(-len(cases) // 4)
+    fig, axes = plt.subplots(n_rows, 4, figsize=(14.5, 3.6 * n_rows), sharey=True, squeeze=False, layout="constrained")
+    for axis in axes.flat[len(cases) :]:
+        axis.set_visible(False)
+    for axis, case in zip(axes.flat, cases, strict=False):
+        for r in (r for r in results if r["case"] == case):
+            for name, m in r["methods"].items():
+                colour, mark = _MARKS[name]
+                size = {4: 20, 10: 50}.get(r["n_examples"], 105) * (1.7 if mark == "*" else 1)
+                at = max(m["kl_elsewhere"], _LEAST), max(m["effect"], -0.2)
+                axis.scatter(*at, s=size, color=colour, marker=mark, alpha=0.8, linewidths=0, label=name)
         axis.set(title=case, xscale="log", xlabel="KL on unrelated text (nats)", ylim=(-0.25, 1.05))
         axis.axhline(GOAL, color="0.8", zorder=0)
         axis.grid(alpha=0.25)
-    (axes if len(cases) > 1 else [axes])[0].set_ylabel("share of the probability gone, held out")
-    handles, labels = (axes if len(cases) > 1 else [axes])[0].get_legend_handles_labels()
-    unique = dict(zip(labels, handles, strict=True))
-    fig.legend(
-        unique.values(),
-        unique.keys(),
-        loc="outside right center",
-        fontsize=8,
-        title="4, 10, 100 examples:\nlarger markers",
-        title_fontsize=8,
-    )
-    fig.savefig(path, dpi=130)
+    for line in axes:
+        line[0].set_ylabel("share of the probability gone, held out")
+    handles = [plt.Line2D([], [], color=c, marker=m, linestyle="", label=name) for name, (c, m) in _MARKS.items()]
+    fig.legend(handles=handles, loc="outside right center", fontsize=8,
+               title="4, 10, 100 examples:\nlarger marks", title_fontsize=8)  # fmt: skip
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
 
 
 def committed() -> list[dict[str, Any]]:
     """The results in the repository, in the order of the cases."""
     found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*_*.json"))]
-    return sorted(found, key=lambda r: (CASES.index(r["case"]), r["n_examples"]))
+    order = {name: i for i, name in enumerate(CASES)}
+    return sorted(found, key=lambda r: (order.get(r["case"], len(CASES)), r["case"], r["n_examples"]))
 
 
 def main() -> None:
     """Run cases, print them, and write them where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--cases", nargs="*", default=list(CASES), choices=CASES)
+    parser.add_argument("--cases", nargs="*", default=[c for c in CASES if not c.startswith(SMOLLM2)], choices=CASES)
+    parser.add_argument("--smollm2", type=Path, help="a saved decomposition of blocks of SmolLM2, for its cases")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where SmolLM2 runs")
+    parser.add_argument("--host", default="hooked", choices=("hooked", "bridge"), help="what SmolLM2 was decomposed in")
     parser.add_argument("--examples", nargs="*", type=int, default=[4, 10, 100])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -359,16 +214,24 @@ def main() -> None:
         return
     versions = {n: importlib.metadata.version(n) for n in ("torch", "transformer_lens", "peft", "concept-erasure")}
     command = " ".join(["python", "experiments/edits.py", *sys.argv[1:]])
+    about: dict[str, Any] = {"seed": args.seed, "versions": versions, "command": command}
     results = []
     cases = [induction_case()] if "induction" in args.cases else []
-    cases += tiny_lm_cases(args.cases) if set(args.cases) - {"induction"} else []
+    if any(not name.startswith(SMOLLM2) and name != "induction" for name in args.cases):
+        cases += tiny_lm_cases(args.cases)
+    if any(name.startswith(SMOLLM2) for name in args.cases):
+        if args.smollm2 is None:
+            parser.error("cases of SmolLM2 need --smollm2, a saved decomposition of some of its blocks")
+        cases += smollm2_cases(args.cases, args.smollm2, args.device, args.host)
+        about["sites"] = sorted(cases[-1].decomposition)
+        about["machine"] = torch.cuda.get_device_name() if args.device == "cuda" else "CPU, one thread"
     for n in args.examples:
         for case in cases:
             path = None if args.out is None else args.out / f"{case.name}_{n}.json"
             if path is not None and path.exists():
                 results.append(json.loads(path.read_text()))
                 continue
-            result = run_case(case, n, args.seed) | {"seed": args.seed, "versions": versions, "command": command}
+            result = run_case(case, n, args.seed) | about
             results.append(result)
             if path is not None:
                 write_json(path, result)

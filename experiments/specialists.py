@@ -63,7 +63,7 @@ def run_case(case: str, decomposition: Decomposition, args: argparse.Namespace, 
     """One domain: every method at every share, written after each row."""
     sources = texts(decomposition)
     inside, outside = sources[case][1], sources[next(other for other in CASES if other != case)][1]
-    name = case if args.model == "tiny_lm" else f"{args.model}, {args.decomposition.parent.name}, {case}"
+    name = case if args.model == "tiny_lm" else f"{args.model}, {blocks_of(decomposition)}, {case}"
     result: dict[str, Any] = {"case": name, "rows": []}
     if path is not None and path.exists():
         result = json.loads(path.read_text())
@@ -106,6 +106,11 @@ def run_case(case: str, decomposition: Decomposition, args: argparse.Namespace, 
                 note(row(distilled(made, decomposition, domain, steps, args.seed), share=share, distilled=steps))
             print(f"{case} {share} {method} {time.process_time() - started:.0f} CPU-s", file=sys.stderr, flush=True)
     return result
+
+
+def blocks_of(decomposition: Decomposition) -> str:
+    """The blocks that are decomposed, as part of a name."""
+    return "block " + "-".join(map(str, sorted({int(site.split(".")[1]) for site in decomposition})))
 
 
 def distilled(made: SmallModel, decomposition: Decomposition, domain: Domain, steps: int, seed: int) -> SmallModel:
@@ -203,7 +208,7 @@ def committed() -> list[dict[str, Any]]:
 
 def file_name(case: str) -> str:
     """What the file of a case is called."""
-    return f"tiny_lm_{case}" if case in CASES else case.replace(", ", "_")
+    return f"tiny_lm_{case}" if case in CASES else case.replace(", ", "_").replace(" ", "_")
 
 
 def main() -> None:
@@ -215,6 +220,7 @@ def main() -> None:
     parser.add_argument("--model", default="tiny_lm", choices=("tiny_lm", "smollm2"))
     parser.add_argument("--decomposition", type=Path, help="of SmolLM2: a saved one")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where SmolLM2 runs")
+    parser.add_argument("--host", default="hooked", choices=("hooked", "bridge"), help="what SmolLM2 was decomposed in")
     parser.add_argument("--distil", type=int, default=100, help="steps of distillation; 0: none")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print a JSON list of rows instead of a table")
@@ -238,7 +244,7 @@ def main() -> None:
     else:
         if args.decomposition is None:
             parser.error("--model smollm2 needs --decomposition, a saved decomposition of some of its blocks")
-        model: Any = load_smollm2(args.device, host="bridge")
+        model: Any = load_smollm2(args.device, host=args.host)
         decomposition = Decomposition.from_pretrained(args.decomposition, model)
     results = []
     for case in args.cases:

@@ -111,7 +111,9 @@ def lora(
 
 _GPT2 = {"attn.c_attn": ("attn.W_Q", "attn.W_K", "attn.W_V"), "attn.c_proj": ("attn.W_O",), "mlp.c_fc": ("mlp.W_in",),
          "mlp.c_proj": ("mlp.W_out",)}  # fmt: skip
-_NATIVE = {f"attn.{k}": (f"attn.W_{k.upper()}",) for k in "qkvo"} | {"mlp.in": ("mlp.W_in",), "mlp.out": ("mlp.W_out",)}
+_NATIVE = {f"attn.{k}": (f"attn.W_{k.upper()}",) for k in "qkvo"} | {
+    f"mlp.{k}": (f"mlp.W_{k}",) for k in ("gate", "in", "out")
+}
 
 
 def _sites_of(module: str) -> list[str]:

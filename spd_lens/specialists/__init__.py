@@ -3,7 +3,7 @@
 `specialise` makes one, `Specialist` says what it keeps, costs and has lost, `Specialist.save` writes it."""
 
 from spd_lens.specialists.allocation import effect_allocation, uniform_allocation
-from spd_lens.specialists.candidates import SHARES, Candidate, Write, candidates, refitted
+from spd_lens.specialists.candidate import SHARES, Candidate, Write, candidates, refitted
 from spd_lens.specialists.costs import Costs, costs_of, mean_loss
 from spd_lens.specialists.directions import Directions, ordered
 from spd_lens.specialists.distilling import distil

@@ -19,7 +19,7 @@ from torch import Tensor
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.inputs import checked_decomposition
 from spd_lens.core.units import Ids, units_of
-from spd_lens.specialists.candidates import Allocation, Candidate, Write, candidates
+from spd_lens.specialists.candidate import Allocation, Candidate, Write, candidates
 from spd_lens.specialists.costs import mean_loss
 from spd_lens.specialists.directions import ordered
 from spd_lens.specialists.distilling import distil
