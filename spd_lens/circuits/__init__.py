@@ -12,6 +12,7 @@ from spd_lens.circuits.curves import (
     ranked,
     smallest_size,
 )
+from spd_lens.circuits.neuron_parts import HeadAndNeuronParts
 from spd_lens.circuits.parts import HeadAndMLPParts, Parts, SubcomponentParts
 from spd_lens.circuits.search import find_circuit
 
@@ -22,6 +23,7 @@ __all__ = [
     "CircuitReport",
     "FaithfulnessCurve",
     "HeadAndMLPParts",
+    "HeadAndNeuronParts",
     "PartComparison",
     "Parts",
     "SubcomponentParts",

@@ -207,8 +207,7 @@ class HeadAndMLPParts(Parts):
         self.what = f"heads and MLPs, left out: {outside}"
         self.labels, self.parameters, self._places = [], [], []
         host = decomposition.host
-        blocks = [(w.site.layer, site.split(".")[2]) for site, w in decomposition.items() if w.site.layer is not None]
-        for layer, kind in dict.fromkeys(blocks):
+        for layer, kind in decomposed_blocks(decomposition):
             if kind == "attn":
                 for head in range(host.n_heads()):
                     self._place(f"head {layer}.{head}", host.heads_point(layer), head, host.parameters_per_head())
@@ -243,6 +242,12 @@ class HeadAndMLPParts(Parts):
             products = gradients[name] * (out - values[name])
             found.append(products.sum() if head is None else products[..., head, :].sum())
         return torch.stack(found).abs()
+
+
+def decomposed_blocks(decomposition: Decomposition) -> list[tuple[int, str]]:
+    """The blocks and halves of them (`"attn"`, `"mlp"`) that have a decomposed matrix."""
+    found = [(w.site.layer, site.split(".")[2]) for site, w in decomposition.items() if w.site.layer is not None]
+    return list(dict.fromkeys(found))
 
 
 def _replace_heads(heads: Sequence[int | None], by: Tensor) -> Hook:

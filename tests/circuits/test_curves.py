@@ -13,6 +13,7 @@ from spd_lens import Decomposition, decompose
 from spd_lens.circuits import (
     FaithfulnessCurve,
     HeadAndMLPParts,
+    HeadAndNeuronParts,
     Parts,
     SubcomponentParts,
     circuit_of,
@@ -60,7 +61,7 @@ def test_all_parts_are_the_target_and_none_is_the_corrupted_run(decomposition: D
     task = task_of(decomposition.model)
     with torch.no_grad():
         clean, corrupted = decomposition.model(task.clean), decomposition.model(task.corrupted)
-    for kind in (SubcomponentParts, HeadAndMLPParts):
+    for kind in (SubcomponentParts, HeadAndMLPParts, HeadAndNeuronParts):
         parts = kind(decomposition, task, outside=outside)
         every = torch.ones(len(parts), dtype=torch.bool)
         torch.testing.assert_close(parts.logits(every), clean, rtol=0, atol=1e-10)
@@ -150,6 +151,36 @@ def test_heads_and_mlps_at_0_are_the_model_with_edited_weights() -> None:
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-9)
 
 
+@needs_hooked
+def test_heads_and_neurons_at_0_are_the_model_with_edited_weights() -> None:
+    target = oracle.CASES["ln"].build(dtype=torch.float64)
+    decomposition = decompose(copy.deepcopy(target), {"blocks.0.attn.W_V": 5, "blocks.1.mlp.W_in": 5})
+    task = task_of(target)
+    parts = HeadAndNeuronParts(decomposition, task, outside="zero")
+    d, d_head, d_mlp = target.cfg.d_model, target.cfg.d_head, target.cfg.d_mlp
+    assert parts.labels == [f"head 0.{head}" for head in range(4)] + [f"neuron 1.{i}" for i in range(d_mlp)]
+    assert parts.parameters == [4 * d * d_head] * 4 + [2 * d] * d_mlp
+    edited = copy.deepcopy(target)
+    with torch.no_grad():
+        edited.blocks[0].attn.W_O[2] = 0
+        edited.blocks[1].mlp.W_out[[1, 5]] = 0
+        expected = edited(task.clean)
+    out = {parts.index(label) for label in ("head 0.2", "neuron 1.1", "neuron 1.5")}
+    got = parts.logits(flags(len(parts), [i for i in range(len(parts)) if i not in out]))
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-9)
+
+
+def test_all_neurons_of_an_mlp_at_the_corrupted_prompts_values_are_the_mlp_at_its_own(
+    decomposition: Decomposition,
+) -> None:
+    task = task_of(decomposition.model)
+    whole, fine = HeadAndMLPParts(decomposition, task), HeadAndNeuronParts(decomposition, task)
+    without = {"head 1.2", "mlp 0"}
+    kept = torch.tensor([label not in without for label in whole.labels])
+    fine_kept = torch.tensor([label != "head 1.2" and not label.startswith("neuron 0.") for label in fine.labels])
+    torch.testing.assert_close(fine.logits(fine_kept), whole.logits(kept), rtol=0, atol=1e-10)
+
+
 def test_heads_and_mlps_hold_the_corrupted_prompts_values(decomposition: Decomposition) -> None:
     task, model = task_of(decomposition.model), decomposition.model
     parts = HeadAndMLPParts(decomposition, task)
@@ -173,7 +204,7 @@ def test_heads_and_mlps_hold_the_corrupted_prompts_values(decomposition: Decompo
 
 
 @pytest.mark.parametrize("outside", ["corrupted", "zero"])
-@pytest.mark.parametrize("kind", [SubcomponentParts, HeadAndMLPParts])
+@pytest.mark.parametrize("kind", [SubcomponentParts, HeadAndMLPParts, HeadAndNeuronParts])
 def test_scores_are_the_slope_towards_leaving_a_unit_out(
     decomposition: Decomposition, kind: type[Parts], outside: Any
 ) -> None:
@@ -339,3 +370,5 @@ def test_mistakes_are_named(decomposition: Decomposition, without_type_checks: N
     only_embedding = decompose(tiny_transformer(seed=1), {"embed.W_E": 4})
     with pytest.raises(ValueError, match="no head and no MLP has a decomposed matrix"):
         HeadAndMLPParts(only_embedding, task_of(only_embedding.model))
+    with pytest.raises(ValueError, match="no head and no MLP has a decomposed matrix"):
+        HeadAndNeuronParts(only_embedding, task_of(only_embedding.model))

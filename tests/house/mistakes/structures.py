@@ -7,6 +7,7 @@ import torch
 from spd_lens import decompose
 from spd_lens.circuits import (
     HeadAndMLPParts,
+    HeadAndNeuronParts,
     SubcomponentParts,
     check_circuit,
     circuit_of,
@@ -93,6 +94,7 @@ add(
 add("units tokens", lambda d, m, p: SubcomponentParts(d, T))
 add("units outside", lambda d, m, p: SubcomponentParts(d, task(), outside="x"))
 add("units heads tokens", lambda d, m, p: HeadAndMLPParts(d, T))
+add("units neurons tokens", lambda d, m, p: HeadAndNeuronParts(d, T))
 add("curve of d", lambda d, m, p: faithfulness_curve(d))
 add("curve scores", lambda d, m, p: faithfulness_curve(SubcomponentParts(d, task()), torch.ones(3)))
 add(
