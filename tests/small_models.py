@@ -31,6 +31,7 @@ def tiny_transformer(seed: int = 0, n_layers: int = 2, dtype: torch.dtype = torc
         normalization_type="LN",
         seed=seed,
         dtype=dtype,
+        device="cpu",  # by default it takes a card where there is one
     )
     model = HookedTransformer(cfg)
     _shake(model, seed)

@@ -11,7 +11,7 @@ from spd_lens.cli.output import JsonFlag, ends_in_words, is_main_process, show
 from spd_lens.cli.runs import data_for, open_saved
 from spd_lens.cli.sections import EvaluateSection
 from spd_lens.core import Decomposition
-from spd_lens.data import TokenBatches, TokenStream
+from spd_lens.data import TokenBatches, TokenStream, leave_processes
 from spd_lens.evaluation import EvaluationReport, evaluate
 
 HELP = """Evaluate a trained decomposition: faithfulness, six mask regimes, an adversary, deletion, a verdict.
@@ -26,6 +26,8 @@ Examples:
     spd-lens evaluate runs/tiny --quick --json
 
     spd-lens evaluate my_decomposition --model gpt2 --data data.yaml
+
+    torchrun --nproc-per-node 2 -m spd_lens evaluate runs/tiny     (the rows of every batch are shared out)
 """
 
 
@@ -50,6 +52,7 @@ def command(
         path = report.save(save or directory / "evaluation.json")
         text = f"{report}\n\n{report.verdict}\nsaved: {path}"
         show(text, {**report.to_json(per_text=False), "verdict": str(report.verdict), "saved": str(path)}, as_json=json)
+    leave_processes()
 
 
 def evaluate_with(
@@ -57,4 +60,4 @@ def evaluate_with(
 ) -> EvaluationReport:
     """`evaluate` with the choices of a run's file."""
     values = section.model_dump(exclude={"data"})
-    return evaluate(decomposition, batches, **values)
+    return evaluate(decomposition, batches, together=True, **values)

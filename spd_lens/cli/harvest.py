@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from spd_lens.cli.output import JsonFlag, ends_in_words, show
+from spd_lens.cli.output import JsonFlag, ends_in_words, is_main_process, show
 from spd_lens.cli.runs import data_for, open_saved
+from spd_lens.data import leave_processes
 from spd_lens.statistics import harvest
 
 HELP = """Count how often every subcomponent fires, and keep the positions where it fires most.
@@ -20,6 +21,8 @@ Examples:
     spd-lens harvest runs/tiny
 
     spd-lens harvest runs/tiny --top-k 4 --effect-batches 2 --out runs/tiny/effects
+
+    torchrun --nproc-per-node 2 -m spd_lens harvest runs/tiny      (the rows of every batch are shared out)
 """
 
 
@@ -44,7 +47,11 @@ def command(
         top_k=top_k,
         effect_batches=effect_batches,
         out_dir=where,
+        together=True,
     )
+    leave_processes()
+    if not is_main_process():
+        return
     values: dict[str, Any] = {
         name: {
             "subcomponents": len(site.firing_rate),

@@ -26,7 +26,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from spd_lens.core.gates import Gate, matmul_or_lookup
-from spd_lens.core.masked_change import masked_change, through_U
+from spd_lens.core.masked_change import masked_change, masked_sum, through_U
 from spd_lens.core.masks import SiteMask
 from spd_lens.core.pass_state import PassState
 from spd_lens.core.points import MaskedAlready, ReadPoint, has_hook
@@ -391,7 +391,7 @@ class DecomposedWeight(ReadPoint):
         return through_U(coefficients, self.U if U is None else U, y0)
 
     def _combine(self, y0: Tensor, a: Tensor, patched: Tensor, mask: Tensor | None, delta: Tensor | None) -> Tensor:
-        return (y0 + self._change(y0, a, patched, mask, delta)).to(y0.dtype)
+        return masked_sum(y0, a, patched, mask, delta, self.U, None if delta is None else self.bias)
 
     def _change(self, y0: Tensor, a: Tensor, patched: Tensor, mask: Tensor | None, delta: Tensor | None) -> Tensor:
         return masked_change(y0, a, patched, mask, delta, U=self.U, bias=None if delta is None else self.bias)

@@ -14,10 +14,14 @@ from torch import Tensor
 
 
 class RowsGenerator(torch.Generator):
-    """A generator that knows which rows of the batch are this process's: every `count`-th, from `rank` on."""
+    """A generator that knows which rows of the batch are this process's: every `count`-th, from `rank` on.
+
+    `rows`: how many the batch has, where that is no multiple of `count`.
+    """
 
     rank: int = 0
     count: int = 1
+    rows: int | None = None
 
     @classmethod
     def of(cls, device: torch.device | str, seed: int, *, rank: int, count: int) -> RowsGenerator:
@@ -52,7 +56,11 @@ def _count(generator: Any, rows: int | None) -> int:
 
 def _whole(shape: tuple[int, ...] | torch.Size, generator: torch.Generator, rows: int | None) -> tuple[int, ...]:
     count = _count(generator, rows)
-    return tuple(size * count if axis == rows else size for axis, size in enumerate(shape))
+    whole = getattr(generator, "rows", None)
+    return tuple(
+        (size * count if whole is None else whole) if axis == rows and count > 1 else size
+        for axis, size in enumerate(shape)
+    )
 
 
 def _own(drawn: Tensor, generator: Any, rows: int | None) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spd_lens.core.pointwise_mlp import pointwise_mlp
+from spd_lens.support.compiling import compilable, region
 
 aten = torch.ops.aten
 
@@ -65,6 +66,15 @@ class _GeluMatmul(torch.autograd.Function):
         by_pre = aten.gelu_backward((grad @ weight.t().to(grad.dtype)).to(pre.dtype), pre)
         hidden = F.gelu(pre).to(grad.dtype)
         return by_pre, (hidden.flatten(0, -2).t() @ grad.flatten(0, -2)).to(weight.dtype)
+
+
+def _gelu_matmul_by_hand(pre: Tensor, weight: Tensor) -> Tensor:
+    return _GeluMatmul.apply(pre, weight)  # pyright: ignore[reportReturnType]
+
+
+@region(_gelu_matmul_by_hand)
+def _gelu_matmul(pre: Tensor, weight: Tensor) -> Tensor:
+    return F.gelu(pre) @ weight
 
 
 def _he(shape: tuple[int, ...], fan_in: int, generator: torch.Generator) -> nn.Parameter:
@@ -123,6 +133,10 @@ class VectorGate(Gate):
         self.b_out = nn.Parameter(torch.zeros(n_subcomponents))
 
     def forward(self, x: Tensor, a: Float[Tensor, "*batch C"] | None = None) -> Float[Tensor, "*batch C"]:
+        return self._forward(x)
+
+    @compilable
+    def _forward(self, x: Tensor) -> Tensor:
         hidden = F.gelu(matmul_or_lookup(x, self.w_in) + self.b_in)
         hidden = rearrange(hidden, "... (C h) -> ... C h", C=self.n_subcomponents)
         return (hidden * self.w_out).sum(-1) + self.b_out
@@ -141,7 +155,7 @@ class SharedGate(Gate):
         self.b_out = nn.Parameter(torch.zeros(n_subcomponents))
 
     def forward(self, x: Tensor, a: Float[Tensor, "*batch C"] | None = None) -> Float[Tensor, "*batch C"]:
-        return _GeluMatmul.apply(_affine(x, self.w_in, self.b_in), self.w_out) + self.b_out  # pyright: ignore[reportReturnType]
+        return _gelu_matmul(_affine(x, self.w_in, self.b_in), self.w_out) + self.b_out
 
 
 MAX_OFFSET = 128
@@ -190,7 +204,7 @@ class AttentionGate(Gate):
         q, k, v = matmul_or_lookup(x, self.w_qkv).chunk(3, dim=-1)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=_causal_bias(self.offset_bias, q))
         pre = _affine(x, self.w_x, self.b_in) + attended @ self.w_attended
-        return _GeluMatmul.apply(pre, self.w_out) + self.b_out  # pyright: ignore[reportReturnType]
+        return _gelu_matmul(pre, self.w_out) + self.b_out
 
 
 class GateBlock(nn.Module):
@@ -211,6 +225,10 @@ class GateBlock(nn.Module):
 
     def forward(self, stream: Float[Tensor, "batch pos width"]) -> Float[Tensor, "batch pos width"]:
         """The stream after attention and MLP, both added to it."""
+        return self._forward(stream)
+
+    @compilable
+    def _forward(self, stream: Tensor) -> Tensor:
         stream = stream + self._attend(F.rms_norm(stream, stream.shape[-1:])) @ self.w_attended
         return stream + F.gelu(F.rms_norm(stream, stream.shape[-1:]) @ self.w_in + self.b_in) @ self.w_mlp
 

@@ -7,6 +7,8 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from spd_lens.support.compiling import compilable
+
 
 def masked_change(
     y0: Tensor,
@@ -35,6 +37,20 @@ def masked_change(
         weight = weight.reshape(*weight.shape, *([1] * (dense.ndim - weight.ndim)))
         change = change - weight * dense
     return change
+
+
+@compilable
+def masked_sum(
+    y0: Tensor,
+    a: Float[Tensor, "*batch C"],
+    patched: Float[Tensor, "*batch C"],
+    mask: Tensor | None,
+    delta: Tensor | None,
+    U: Float[Tensor, "C d_out"],
+    bias: Tensor | None,
+) -> Tensor:
+    """`y` of M2, in the dtype of `y0`."""
+    return (y0 + masked_change(y0, a, patched, mask, delta, U=U, bias=bias)).to(y0.dtype)
 
 
 def through_U(coefficients: Float[Tensor, "*batch C"], U: Float[Tensor, "C d_out"], y0: Tensor) -> Tensor:

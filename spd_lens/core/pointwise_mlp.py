@@ -17,8 +17,21 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
+from spd_lens.support.compiling import region
 from spd_lens.support.workspace import block_entries, workspace
+
+
+def _in_blocks(a: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor) -> Tensor:
+    columns = _Transposed.apply(a.to(w_in.dtype).reshape(-1, a.shape[-1]))
+    p = _Transposed.apply(_PointwiseMLP.apply(columns, w_in, b_in, w_out))
+    return p.reshape(a.shape) + b_out  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@region(_in_blocks)
+def _at_once(a: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor) -> Tensor:
+    return (F.gelu(a.to(w_in.dtype).unsqueeze(-1) * w_in + b_in) * w_out).sum(-1) + b_out
 
 
 def pointwise_mlp(
@@ -34,9 +47,7 @@ def pointwise_mlp(
     >>> round(float(pointwise_mlp(torch.tensor([[2.0]]), one, 0 * one, one, torch.zeros(1))), 4)
     1.9545
     """
-    columns = _Transposed.apply(a.to(w_in.dtype).reshape(-1, a.shape[-1]))
-    p = _Transposed.apply(_PointwiseMLP.apply(columns, w_in, b_in, w_out))
-    return p.reshape(a.shape) + b_out  # pyright: ignore[reportAttributeAccessIssue]
+    return _at_once(a, w_in, b_in, w_out, b_out)
 
 
 class _Transposed(torch.autograd.Function):

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from spd_lens.support.compiling import compilable
+
 aten = torch.ops.aten
 LEAK = 0.01
 
@@ -67,6 +69,14 @@ class _Upper(torch.autograd.Function):
 
 def _just_above(value: float, dtype: torch.dtype) -> float:
     return value + torch.finfo(dtype).eps
+
+
+@compilable
+def squashed(
+    pre: Float[Tensor, "*batch C"], variant: Literal["straight", "leaky"]
+) -> tuple[Float[Tensor, "*batch C"], Float[Tensor, "*batch C"]]:
+    """`lower_squash` and `upper_squash` of the same pre-activations."""
+    return lower_squash(pre, variant=variant), upper_squash(pre)
 
 
 def lower_squash(

@@ -2,6 +2,7 @@
 
 from spd_lens.data.batches import Batch, TokenBatches, as_batch
 from spd_lens.data.documents import Document
+from spd_lens.data.processes import Processes, join_processes, leave_processes
 from spd_lens.data.residual_files import open_residuals, write_residuals
 from spd_lens.data.residuals import ResidualBatches, cache_residuals
 from spd_lens.data.streams import checked_batch, endless_batches, first_batches
@@ -14,6 +15,7 @@ __all__ = [
     "Cutting",
     "Document",
     "Documents",
+    "Processes",
     "ResidualBatches",
     "TokenBatches",
     "TokenStream",
@@ -23,6 +25,8 @@ __all__ = [
     "cut_windows",
     "endless_batches",
     "first_batches",
+    "join_processes",
+    "leave_processes",
     "load_tokens",
     "open_residuals",
     "pack_tokens",

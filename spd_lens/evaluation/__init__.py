@@ -5,7 +5,7 @@
 
 from spd_lens.evaluation.attack import LADDER, Attack, WorstCase, WorstMasks, climb, worst_case
 from spd_lens.evaluation.comparison import Comparison, compare
-from spd_lens.evaluation.deletion import Deletion, Needs
+from spd_lens.evaluation.deletion import Deletion, Needs, needed_at
 from spd_lens.evaluation.evaluating import evaluate
 from spd_lens.evaluation.held import Held, Passes
 from spd_lens.evaluation.intervals import Tally, bootstrap_intervals, mean_per_position
@@ -38,6 +38,7 @@ __all__ = [
     "failure_modes",
     "judge",
     "mean_per_position",
+    "needed_at",
     "pareto",
     "worst_case",
 ]

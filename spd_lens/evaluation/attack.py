@@ -46,6 +46,10 @@ RISING_SHARE = 0.75
 NEW_DIRECTION = 0.75
 
 
+def _as_it_is(value: Tensor) -> Tensor:
+    return value
+
+
 @dataclass(frozen=True)
 class Attack:
     """An adversary's budget: states what stands beside every number of it (E1b).
@@ -152,6 +156,8 @@ class WorstMasks(MaskSource):
     name = "worst"
 
     def __init__(self, attack: Attack) -> None:
+        # Adds up over processes that share out the rows of a span.
+        self.sum_over_processes: Callable[[Tensor], Tensor] = _as_it_is
         if not attack.steps:
             raise ValueError("an attack without a budget finds no masks; give Attack(steps=(20,)), say")
         self.attack = attack
@@ -176,7 +182,7 @@ class WorstMasks(MaskSource):
         self, passes: Sequence[Ground], generator: torch.Generator, after_step: Callable[[], Any] = lambda: None
     ) -> WorstCase:
         """The worst of all starts on one span, for every budget; `masks` then gives it."""
-        self.found = _worst_of_starts(passes, self.attack, generator, after_step)
+        self.found = _worst_of_starts(passes, self.attack, generator, after_step, self.sum_over_processes)
         return self.found
 
 
@@ -195,20 +201,26 @@ class _OneBatch:
 
 
 def _worst_of_starts(
-    passes: Sequence[Ground], attack: Attack, generator: torch.Generator, after_step: Callable[[], Any]
+    passes: Sequence[Ground],
+    attack: Attack,
+    generator: torch.Generator,
+    after_step: Callable[[], Any],
+    add: Callable[[Tensor], Tensor],
 ) -> WorstCase:
     best: dict[int, tuple[float, Sources]] = {}
     for index in range(attack.starts):
         start = random_sources(passes[0].importances, "batch", generator)
         if index > 0:
-            start = _worst_of_corners(passes, start, generator)
-        for budget, (value, sources) in climb(passes, start, attack.steps, attack.step_size, after_step).items():
+            start = _worst_of_corners(passes, start, generator, add)
+        for budget, (value, sources) in climb(passes, start, attack.steps, attack.step_size, after_step, add).items():
             if budget not in best or value > best[budget][0]:
                 best[budget] = (value, sources)
     return WorstCase({n: v for n, (v, _) in best.items()}, {n: s for n, (_, s) in best.items()})
 
 
-def _worst_of_corners(passes: Sequence[Ground], like: Sources, generator: torch.Generator) -> Sources:
+def _worst_of_corners(
+    passes: Sequence[Ground], like: Sources, generator: torch.Generator, add: Callable[[Tensor], Tensor]
+) -> Sources:
     """The worst of `CORNERS` random corners of the cube: climbs from its middle tend to end on the same hill."""
     best, chosen = -float("inf"), like
     for _ in range(CORNERS):
@@ -216,7 +228,7 @@ def _worst_of_corners(passes: Sequence[Ground], like: Sources, generator: torch.
             name: (torch.rand(s.shape, generator=generator, device=generator.device) < 0.5).to(s)
             for name, s in like.items()
         }
-        value, _ = _value_and_gradients(passes, drawn, with_gradients=False)
+        value, _ = _value_and_gradients(passes, drawn, add, with_gradients=False)
         if value > best:
             best, chosen = value, drawn
     return chosen
@@ -228,8 +240,11 @@ def climb(
     budgets: Sequence[int],
     step_size: float,
     after_step: Callable[[], Any] = lambda: None,
+    add: Callable[[Tensor], Tensor] = _as_it_is,
 ) -> dict[int, tuple[float, Sources]]:
     """One ascent; for every budget n the largest divergence among its first n + 1 points, and that point.
+
+    `add` adds up over processes that share the span.
 
     Raises ValueError where the divergence is NaN, which no comparison would notice.
     """
@@ -240,7 +255,7 @@ def climb(
     size, rises, last = step_size, 0, -float("inf")
     best_at_check, halved_at_check = -float("inf"), True
     for step in range(longest + 1):
-        value, gradients = _value_and_gradients(passes, x, with_gradients=step < longest)
+        value, gradients = _value_and_gradients(passes, x, add, with_gradients=step < longest)
         if value != value:
             raise ValueError(
                 f"the divergence is NaN at step {step} of the adversary: parameters or data are not finite"
@@ -274,12 +289,13 @@ def _moved(x: Sources, before: Sources, gradients: Sources, size: float, new: fl
     return moved
 
 
-def _value_and_gradients(passes: Sequence[Ground], x: Sources, *, with_gradients: bool) -> tuple[float, Sources]:
+def _value_and_gradients(
+    passes: Sequence[Ground], x: Sources, add: Callable[[Tensor], Tensor], *, with_gradients: bool
+) -> tuple[float, Sources]:
     """Mean divergence over all counted positions of the span, and its gradients by the sources, batch by batch."""
     leaves = {name: source.detach().requires_grad_(with_gradients) for name, source in x.items()}
     gradients = {name: torch.zeros_like(source) for name, source in x.items()}
     total: Any = 0.0
-    count: Any = 0
     for one in passes:
         with torch.set_grad_enabled(with_gradients):
             value, n = one.total(leaves)
@@ -288,6 +304,6 @@ def _value_and_gradients(passes: Sequence[Ground], x: Sources, *, with_gradients
             for name, gradient in zip(leaves, own, strict=True):
                 if gradient is not None:
                     gradients[name] += gradient
-        total = total + value.detach().double()
-        count = count + n
-    return float(total / count), gradients
+        total = total + torch.stack([value.detach().double(), torch.as_tensor(n, device=value.device).double()])
+    value, count = add(total).tolist()
+    return value / count, {name: add(gradient) for name, gradient in gradients.items()} if with_gradients else gradients

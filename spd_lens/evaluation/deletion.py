@@ -61,9 +61,8 @@ class Needs:
         self._texts: list[Tensor] = []
         self._n_texts = 0
 
-    def add(self, importances: Mapping[str, Float[Tensor, "*_batch _C"]], rows: int, *, pooled: bool = True) -> None:
-        """One batch of `rows` texts; `pooled` offers some of its positions to the controls."""
-        needed = {name: needed_at(g) for name, g in importances.items()}
+    def add(self, needed: Mapping[str, Bool[Tensor, "_row _pos _C"]], rows: int, *, pooled: bool = True) -> None:
+        """One batch of `rows` texts, by `needed_at`; `pooled` offers some of its positions to the controls."""
         per_row = max(g.shape[1] for g in needed.values())
         for name, own in needed.items():
             ever = own.flatten(0, 1).any(0)
@@ -128,12 +127,12 @@ def keeping(held: Held, kept: Mapping[str, Bool[Tensor, "_ _"]]) -> dict[str, Si
 
 
 def unions_of(
-    held: Held, needs: Needs, first_text: int
+    needed: Mapping[str, Bool[Tensor, "_row _pos _C"]], n_rows: int, needs: Needs, first_text: int
 ) -> tuple[dict[str, Bool[Tensor, "_ _"]], dict[str, Bool[Tensor, "_ _"]]]:
     """For every text of the batch what its own positions need, and as much that positions of other texts need."""
-    own = {name: needed_at(g).any(1) for name, g in held.importances.items()}
+    own = {name: at.any(1) for name, at in needed.items()}
     sizes = {name: kept.sum(1).tolist() for name, kept in own.items()}
-    rows = range(len(held.counted))
+    rows = range(n_rows)
     drawn = [
         needs.of_others(first_text + row, {name: n[min(row, len(n) - 1)] for name, n in sizes.items()}) for row in rows
     ]

@@ -21,9 +21,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spd_lens.core.decomposition import Decomposition
+from spd_lens.core.draws import RowsGenerator
 from spd_lens.core.inputs import checked_decomposition
 from spd_lens.core.masks import MaskKind
 from spd_lens.data.batches import Batch
+from spd_lens.data.processes import Processes, join_processes
 from spd_lens.data.streams import first_batches
 from spd_lens.evaluation.attack import LADDER, Attack, WorstMasks
 from spd_lens.evaluation.deletion import (
@@ -34,6 +36,7 @@ from spd_lens.evaluation.deletion import (
     Needs,
     keeping,
     mean_kept,
+    needed_at,
     unions_of,
 )  # fmt: skip
 from spd_lens.evaluation.held import Held, Passes, hold
@@ -72,6 +75,7 @@ def evaluate(
     kind: Divergence = "kl",
     quick: bool = False,
     seed: int = 0,
+    together: bool = False,
 ) -> EvaluationReport:
     """Measure a decomposition on the first `max_batches` of `batches` (None: all), which are what `train` accepts.
 
@@ -84,6 +88,9 @@ def evaluate(
     - `token_counts`: how often each token occurs, for the cross-entropy of frequencies alone. None: counted in the
       evaluated tokens themselves (with one more count spread over the vocabulary), which flatters the frequencies.
     - `quick`: at most two batches, no adversary, no deletion test: seconds, for a look during training.
+    - `together`: the processes of a launcher (`torchrun`), all of which have to call this, share out the rows of every
+      batch. The report is the same in all of them, and that of one process to the rounding of sums (of which signs,
+      and so the adversary's way, may depend). With `span` the adversary is computed whole in every process.
 
     Positions outside a batch's `position_mask` count nowhere (M5). The model's training mode and gradient mode are set
     as evaluation needs them, and put back. Raises ValueError if there is no batch or no position that counts.
@@ -96,12 +103,13 @@ def evaluate(
     if quick:
         most = QUICK_BATCHES if max_batches is None else given_whole("max_batches", max_batches, least=1)
         attack, deletion, max_batches = Attack(()), False, min(most, QUICK_BATCHES)
+    processes = join_processes(decomposition.device) if given_flag("together", together) else Processes()
     with torch.inference_mode(False), torch.no_grad(), _in_eval_mode(decomposition):
         chosen = list(first_batches(batches, decomposition, max_batches, purpose="evaluate on"))
         sample: Iterable[Batch] = ()
         if deletion_sample is not None and deletion:
             sample = first_batches(deletion_sample, decomposition, None, purpose="look for needs in")
-        return _Evaluation(decomposition, chosen, kind, attack, seed).run(deletion, sample, token_counts)
+        return _Evaluation(decomposition, chosen, kind, attack, seed, processes).run(deletion, sample, token_counts)
 
 
 def _checked_counts(token_counts: Any) -> Tensor:
@@ -132,13 +140,24 @@ class _Evaluation:
     """One run of `evaluate`: what is measured on the way."""
 
     def __init__(
-        self, decomposition: Decomposition, batches: list[Batch], kind: Divergence, attack: Attack, seed: int
+        self,
+        decomposition: Decomposition,
+        batches: list[Batch],
+        kind: Divergence,
+        attack: Attack,
+        seed: int,
+        processes: Processes,
     ) -> None:
         self.decomposition, self.attack, self.seed = decomposition, attack, seed
         self.kind: Divergence = kind
-        self.generator = torch.Generator(decomposition.device).manual_seed(seed)
-        self.passes = Passes(decomposition, batches, kind)
-        self.tally = Tally()
+        self.processes, self.batches = processes, batches
+        own = [processes.some_rows(batch) for batch in batches]
+        rank, count = processes.rank, processes.count
+        self.generator = RowsGenerator.of(decomposition.device, seed, rank=rank, count=count)
+        self.passes = Passes(decomposition, own, kind)
+        self.tally = Tally(self._whole)
+        # Rows of the running batch; None while every process computes all of them.
+        self._n_rows: int | None = None
         self.labels: list[Tensor] = []
         self.sites = {name: SiteSums(w.n_subcomponents, decomposition.device) for name, w in decomposition.items()}
         self.n_vocabulary = 0
@@ -147,25 +166,56 @@ class _Evaluation:
 
     def run(self, deletion: bool, deletion_sample: Iterable[Batch], token_counts: Tensor | None) -> EvaluationReport:
         needs = Needs(torch.Generator(self.decomposition.device).manual_seed(self.seed), len(self.passes))
-        for held in tqdm(self.passes, desc="evaluate", leave=False):
+        for held, n_rows in tqdm(self._in_turn(), desc="evaluate", total=len(self.passes), leave=False):
             self._regimes(held)
             if deletion:
-                needs.add(held.importances, len(held.counted))
+                needs.add(self._needed(held), n_rows)
         if self.attack.steps:
             self._attack()
         if deletion:
             for batch in tqdm(deletion_sample, desc="deletion sample", leave=False):
-                sampled = hold(self.decomposition, batch, self.kind)
-                needs.add(sampled.importances, len(sampled.counted), pooled=False)
+                self._n_rows = n_rows = len(batch.inputs)
+                sampled = hold(self.decomposition, self.processes.some_rows(batch), self.kind)
+                needs.add(self._needed(sampled), n_rows, pooled=False)
             self._delete(needs)
+        self._add_up()
         return self._report(token_counts)
+
+    # -- rows of other processes ----------------------------------------------------------------------------------
+
+    def _in_turn(self) -> Iterator[tuple[Held, int]]:
+        """The held passes of this process's rows, with the number of all; what is drawn is drawn for all."""
+        for held, batch in zip(self.passes, self.batches, strict=True):
+            self._n_rows = self.generator.rows = len(batch.inputs)
+            yield held, self._n_rows
+
+    def _whole(self, own: Tensor) -> Tensor:
+        """All rows of the running batch, from everybody's own."""
+        return own if self._n_rows is None else self.processes.whole_rows(own, self._n_rows)
+
+    def _needed(self, held: Held) -> dict[str, Bool[Tensor, "_row _pos _C"]]:
+        """Where all rows of the running batch need what; sites that read the same for all texts have one row."""
+        needed = {name: needed_at(g) for name, g in held.importances.items()}
+        rows = len(held.counted)
+        return {name: self._whole(own) if len(own) == rows else own for name, own in needed.items()}
+
+    def _pairs(self, held: Held) -> tuple[Tensor, Tensor] | None:
+        """As `_next_tokens`, unless some process has none."""
+        pairs = _next_tokens(held)
+        return None if self.processes.any(pairs is None, self.decomposition.device) else pairs
+
+    def _add_up(self) -> None:
+        """Sums of all processes in the place of this one's."""
+        for sums in self.sites.values():
+            sums.above, sums.count = self.processes.sum(sums.above), self.processes.sum(sums.count)
+            sums.largest = self.processes.largest(sums.largest)
 
     # -- what is measured ---------------------------------------------------------------------------------------
 
     def _regimes(self, held: Held) -> None:
         for name, g in held.importances.items():
             self.sites[name].add(g, held.counted)
-        pairs = _next_tokens(held)
+        pairs = self._pairs(held)
         if pairs is not None:
             self.labels.append(pairs[0][pairs[1]])
             self.n_vocabulary = held.clean.shape[-1]
@@ -187,17 +237,25 @@ class _Evaluation:
         self.tally.add("cross entropy", regime, losses.view(labels.shape), counted)
 
     def _attack(self) -> None:
-        groups, adversary = self.passes.in_spans(self.attack.span), WorstMasks(self.attack)
+        shares = self.processes.count > 1 and self.attack.span is None
+        passes = self.passes if shares else Passes(self.decomposition, self.batches, self.kind)
+        groups, adversary = passes.in_spans(self.attack.span), WorstMasks(self.attack)
+        if shares:
+            adversary.sum_over_processes = self.processes.sum
         total = len(groups) * self.attack.starts * max(self.attack.steps)
         with tqdm(total=total, desc="adversary", leave=False) as bar:
             for group in groups:
                 adversary.search(group, self.generator, after_step=bar.update)
-                for held in group:
-                    pairs = _next_tokens(held)
+                for k, held in enumerate(group):
+                    # Whole batches are in every process where they do not share the rows of the span.
+                    self._n_rows = len(self.batches[k].inputs) if shares else None
+                    pairs = self._pairs(held)
                     for steps in adversary.found.sources:
                         masks = adversary.masks(held.importances, delta=True, generator=self.generator, steps=steps)
                         self._measure(f"PGD {steps}", held, held.forward(masks), pairs)
-        rows = [sum(len(held.counted) for held in group) for group in groups]
+        rows = [sum(len(batch.inputs) for batch in self.batches)]
+        if not shares:
+            rows = [sum(len(held.counted) for held in group) for group in groups]
         longest = max(held.counted[0].numel() for group in groups for held in group)
         self.attack_report = AttackReport(self.attack.step_size, self.attack.starts, min(rows), longest, len(groups))
 
@@ -205,18 +263,20 @@ class _Evaluation:
         kept = {name: ever.unsqueeze(0) for name, ever in needs.ever.items()}
         unions: dict[str, list[Mapping[str, Tensor]]] = {NEVER_NEEDED: [kept]}
         first_text = 0
-        several_texts = sum(len(batch.inputs) for batch in self.passes.batches) > 1
-        for held in tqdm(self.passes, desc="deletion", leave=False):
-            pairs = _next_tokens(held)
+        several_texts = sum(len(batch.inputs) for batch in self.batches) > 1
+        for held, n_rows in tqdm(self._in_turn(), desc="deletion", total=len(self.passes), leave=False):
+            pairs = self._pairs(held)
             tests: dict[str, Mapping[str, Tensor]] = {NEVER_NEEDED: kept}
             if held.counted.ndim > 1 and several_texts:
-                own, others = unions_of(held, needs, first_text)
+                own, others = unions_of(self._needed(held), n_rows, needs, first_text)
                 tests |= {OWN_UNION: own, OTHERS_UNION: others}
             for name, union in tests.items():
-                self._measure(name, held, held.forward(keeping(held, union)), pairs)
+                rows = slice(self.processes.rank, None, self.processes.count)
+                of_own = {site: ids[rows] if len(ids) == n_rows else ids for site, ids in union.items()}
+                self._measure(name, held, held.forward(keeping(held, of_own)), pairs)
                 if name != NEVER_NEEDED:
                     unions.setdefault(name, []).append(union)
-            first_text += len(held.counted)
+            first_text += n_rows
         self.deletion = Deletion(
             divergence={},
             never_needed={name: int(never.sum()) for name, never in needs.never().items()},
@@ -271,7 +331,7 @@ class _Evaluation:
         """Cross-entropy of the evaluated tokens under token frequencies (E9)."""
         if not self.labels:
             return None
-        seen = torch.cat(self.labels).bincount(minlength=self.n_vocabulary).double()
+        seen = self.processes.sum(torch.cat(self.labels).bincount(minlength=self.n_vocabulary).double())
         if not bool(seen.any()):
             return None
         counts = seen if token_counts is None else token_counts.to(seen)

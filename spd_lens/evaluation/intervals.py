@@ -6,7 +6,7 @@ positions of the drawn texts add up to, over their number.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -20,17 +20,21 @@ Interval = tuple[float, float]
 
 
 class Tally:
-    """Sums and counts per text of several quantities in several mask regimes."""
+    """Sums and counts per text of several quantities in several mask regimes.
 
-    def __init__(self) -> None:
+    `whole` makes all rows of a batch from those that this process has.
+    """
+
+    def __init__(self, whole: Callable[[Tensor], Tensor] = lambda rows: rows) -> None:
+        self._whole = whole
         self._sums: dict[tuple[str, str], list[Tensor]] = {}
         self._counts: dict[tuple[str, str], list[Tensor]] = {}
 
     def add(self, quantity: str, regime: str, values: Tensor, counted: Tensor) -> None:
         """One batch: `values` and `counted` are `[row ...]`; what is not counted does not enter."""
         values = values.masked_fill(~counted, 0.0)
-        self._sums.setdefault((quantity, regime), []).append(_per_row(values))
-        self._counts.setdefault((quantity, regime), []).append(_per_row(counted))
+        self._sums.setdefault((quantity, regime), []).append(self._whole(_per_row(values)))
+        self._counts.setdefault((quantity, regime), []).append(self._whole(_per_row(counted)))
 
     def texts(self) -> dict[str, dict[str, PerText]]:
         """What was added: by quantity and regime, sums and counts of every text."""

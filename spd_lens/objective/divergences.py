@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from spd_lens.core.subcomponents import at_least_float32
+from spd_lens.support.compiling import region
 from spd_lens.support.workspace import block_entries
 
 Divergence = Literal["kl", "mse", "relative_mse"]
@@ -69,9 +70,7 @@ def divergence_per_position(
         case "kl":
             clean = clean.detach()
             log_p = clean if clean_is_log_probs else log_probs(clean)
-            # Not `masked.requires_grad`, which is hidden inside `vmap`.
-            per_position, _ = _KLFromFrozen.apply(masked, log_p, torch.is_grad_enabled())  # pyright: ignore[reportGeneralTypeIssues]
-            return per_position
+            return _kl(masked, log_p)
         case "mse":
             return (at_least_float32(clean) - at_least_float32(masked)).square().mean(-1)
         case "relative_mse":
@@ -80,6 +79,19 @@ def divergence_per_position(
             # A row of equal outputs has no scale of its own.
             return (clean - masked).square().mean(-1) / variance.clamp_min(1e-12)
     raise ValueError(f"divergence={kind!r}; expected 'kl', 'mse' or 'relative_mse'")
+
+
+def _kl_in_blocks(masked: Tensor, log_p: Tensor) -> Tensor:
+    # Not `masked.requires_grad`, which is hidden inside `vmap`.
+    per_position, _ = _KLFromFrozen.apply(masked, log_p, torch.is_grad_enabled())  # pyright: ignore[reportGeneralTypeIssues]
+    return per_position
+
+
+@region(_kl_in_blocks)
+def _kl(masked: Tensor, log_p: Tensor) -> Tensor:
+    log_q, log_p = at_least_float32(masked).log_softmax(-1), at_least_float32(log_p)
+    lowest = torch.finfo(torch.float32).min
+    return (log_p.exp() * (log_p.clamp_min(lowest) - log_q.clamp_min(lowest))).sum(-1)
 
 
 class _KLFromFrozen(torch.autograd.Function):

@@ -21,6 +21,7 @@ from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.inputs import checked_decomposition
 from spd_lens.core.squashings import importance_of
 from spd_lens.data.batches import Batch
+from spd_lens.data.processes import Processes, join_processes
 from spd_lens.data.streams import first_batches
 from spd_lens.objective.divergences import divergence_per_position
 from spd_lens.patching.ablation import ablation_effects
@@ -30,7 +31,7 @@ from spd_lens.statistics.result import Harvest
 from spd_lens.statistics.saved import MadeFrom, made_from, read_harvest, write_harvest
 from spd_lens.statistics.sums import HarvestSettings
 from spd_lens.support.files import given_directory
-from spd_lens.support.given import given_number
+from spd_lens.support.given import given_flag, given_number
 from spd_lens.support.progress import tqdm
 
 # Ids of tokens of models that do not say how many there are.
@@ -57,6 +58,7 @@ def harvest(
     seed: int = 0,
     out_dir: str | Path | None = None,
     save_every: int = 100,
+    together: bool = False,
 ) -> Harvest:
     """What every subcomponent does over `batches`, by site: rates, tokens, examples, directions, effects.
 
@@ -72,6 +74,9 @@ def harvest(
     decomposition, data and settings, it goes on where it was, and adds nothing twice. `Harvest.load` reads it;
     `Harvest.merged` adds harvests of other parts of the data, made by other processes.
 
+    `together`: the processes of a launcher (`torchrun`), all of which have to call this, share out the rows of every
+    batch; the result is the same in all, and the first one writes the files.
+
     Raises ValueError for settings that make no sense, batches without tokens, and an `out_dir` whose harvest is of
     another decomposition, other data or other settings.
     """
@@ -82,29 +87,55 @@ def harvest(
         n_events=n_events, seed=seed,
     )  # fmt: skip
     _check_settings(settings, effect_batches=effect_batches, save_every=save_every)
+    processes = join_processes(decomposition.device) if given_flag("together", together) else Processes()
     stream = first_batches(batches, decomposition, max_batches, purpose="harvest")
     sums = _nothing_yet(decomposition, settings)
     made = None if out_dir is None else made_from(decomposition)
     resumed = _Resumed(out_dir, sums, made)
+    if not processes.is_main:
+        # What is saved is counted once.
+        resumed.forget()
     for index, batch in enumerate(tqdm(stream, desc="harvest", leave=False)):
         if batch.tokens is None:
             raise ValueError("harvest needs tokens beside the inputs: give Batch(inputs, tokens=...)")
         if resumed.has(index, batch.tokens):
             continue
         sums = resumed.sums
-        batch = batch.to(decomposition.device)
-        _add(sums, decomposition, batch)
+        own = processes.some_rows(batch).to(decomposition.device)
+        _add(sums, decomposition, own)
         if index < effect_batches:
-            _add_effects(sums, decomposition, batch)
-        sums.note_read(batch.tokens)  # pyright: ignore[reportArgumentType]
+            _add_effects(sums, decomposition, own)
+        sums.note_read(batch.tokens)
         if out_dir is not None and sums.n_batches % save_every == 0:
             assert made is not None
-            write_harvest(out_dir, sums, made, directions={}, token_strings={}, finished=False)
+            joined = _joined(sums, processes)
+            if processes.is_main:
+                write_harvest(out_dir, joined, made, directions={}, token_strings={}, finished=False)
     resumed.check_finished()
-    found = _finished(decomposition, resumed.sums, made or made_from(decomposition))
-    if out_dir is not None:
+    found = _finished(decomposition, _joined(resumed.sums, processes), made or made_from(decomposition))
+    if out_dir is not None and processes.is_main:
         found.save(out_dir)
+    processes.wait()
     return found
+
+
+def _joined(sums: HarvestSums, processes: Processes) -> HarvestSums:
+    """What all processes have counted, in all of them; each goes on with its own."""
+    if processes.count == 1:
+        return sums
+    numbers = (sums.n_positions, sums.effect_positions)
+    joined: HarvestSums | None = None
+    for tensors, (n_positions, effect_positions) in processes.of_all((sums.tensors(), numbers)):
+        part = HarvestSums(sums.counts, sums.d_vocab, sums.settings)
+        part.load(tensors)
+        part.n_positions, part.effect_positions = n_positions, effect_positions
+        if joined is None:
+            joined = part
+        else:
+            joined.merge(part)
+    assert joined is not None
+    joined.read, joined.n_batches = sums.read, sums.n_batches
+    return joined
 
 
 def _check_settings(settings: HarvestSettings, **others: int) -> None:
@@ -161,6 +192,14 @@ class _Resumed:
                 )
             self.sums, self._left = self.saved, 0
         return True
+
+    def forget(self) -> None:
+        """Go on from nothing, behind the same batches."""
+        if self._left:
+            own, before = self.sums, self.saved
+            self.saved = HarvestSums(
+                own.counts, own.d_vocab, own.settings, n_batches=before.n_batches, read=before.read
+            )
 
     def check_finished(self) -> None:
         """ValueError if the data ended before what was counted."""

@@ -1,6 +1,7 @@
 """Small tools that know nothing of decompositions: files, tables, pages, names, versions."""
 
 from spd_lens.support.checked_json import CheckedContent, checked_text, read_checked, write_checked
+from spd_lens.support.compiling import Backend
 from spd_lens.support.files import (
     CannotWrite,
     file_hash,
@@ -36,6 +37,7 @@ from spd_lens.support.versions import library_versions
 from spd_lens.support.workspace import block_entries
 
 __all__ = [
+    "Backend",
     "CannotWrite",
     "CheckedContent",
     "SavedPair",

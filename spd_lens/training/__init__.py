@@ -1,5 +1,6 @@
 """Train a decomposition: `train`, its `TrainConfig`, and many small runs at once with `train_many`."""
 
+from spd_lens.data.processes import Processes, join_processes, leave_processes
 from spd_lens.training.belonging import belongs_to, check_belongs
 from spd_lens.training.blocks import merge_decompositions, sites_by_block
 from spd_lens.training.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
@@ -15,7 +16,6 @@ from spd_lens.training.member_adam import MemberAdam
 from spd_lens.training.member_learner import MemberLearner
 from spd_lens.training.model_shape import SHAPES, ModelShape
 from spd_lens.training.planning import DEVICES, Device, Plan, plan
-from spd_lens.training.processes import Processes, join_processes, leave_processes
 from spd_lens.training.readout import Readout, tune_readout
 from spd_lens.training.run_files import RunFiles, open_run
 from spd_lens.training.step import accumulate_gradients, apply_gradients, set_learning_rates, take_step

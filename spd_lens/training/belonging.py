@@ -20,13 +20,13 @@ from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, Wei
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.fingerprint import difference, target_fingerprint
 from spd_lens.data.batches import Batch, as_batch, is_one_batch
+from spd_lens.data.processes import Processes
 from spd_lens.support.files import plain
 from spd_lens.training.config import TrainConfig
-from spd_lens.training.processes import Processes
 
 # Fields of the configuration that no number depends on, but for the rounding of sums: they may be changed by hand in a
 # run's config.json, or when it goes on.
-FREE = ("checkpoint_every", "keep_checkpoints", "accumulate", "recompute", "offload", "shard")
+FREE = ("checkpoint_every", "keep_checkpoints", "accumulate", "recompute", "offload", "shard", "compile")
 _UNSEEDED = "shuffled by the global random state"
 
 

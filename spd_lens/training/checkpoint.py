@@ -13,10 +13,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from spd_lens.data.processes import Processes
 from spd_lens.support.checked_json import CheckedContent, read_checked, write_checked
 from spd_lens.support.files import file_hash, given_path, new_directory, put_tensors, read_tensors
 from spd_lens.support.shown import short_repr
-from spd_lens.training.processes import Processes
 from spd_lens.training.shards import check_shards, put_shards
 
 FORMAT = "spd_lens training checkpoint"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from spd_lens.core.decomposition import Decomposition
-from spd_lens.training.processes import whole
+from spd_lens.data.processes import whole
 
 
 @contextmanager

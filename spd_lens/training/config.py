@@ -15,6 +15,7 @@ from spd_lens.objective.adversary import PGD, Persistent
 from spd_lens.objective.divergences import Divergence
 from spd_lens.objective.mask_sources import MasksGiven, MaskSource, Merged, mask_source
 from spd_lens.objective.penalties import Penalty, Power, SmoothL0
+from spd_lens.support.compiling import Backend
 from spd_lens.support.validated import (
     Count,
     CountOrZero,
@@ -113,6 +114,11 @@ class TrainConfig:
     - `shard`: several processes share out V, U, gates, their gradients and Adam's moments (FSDP2), each keeps its part
       of every one (`spd_lens.training.sharding`). Costs a gathering of V and U for every pass, forward and backward.
 
+    Speed
+    - `compile`: backend of `torch.compile` ("inductor") for gates, squashings, the sum under masks at every site, and
+      the divergence; the passes of the model around them stay eager. The same numbers to the rounding of sums. The
+      first step takes up to minutes, and every new shape of a batch some seconds.
+
     Losses
     - `faithfulness` (L1; with `relative_faithfulness` L1r, the mean over sites of relative errors).
     - `minimality` (L2), the sum of a penalty: `penalty="power"` is `g^p` with p from `p_start` linearly to `p_end`
@@ -162,6 +168,7 @@ class TrainConfig:
     recompute: Literal["none", "gates", "passes", "all"] = "none"
     offload: Flag = False
     shard: Flag = False
+    compile: Backend = "none"
 
     faithfulness: NonNegative = 1.0
     relative_faithfulness: Flag = False
@@ -327,7 +334,13 @@ class TrainConfig:
         return TrainConfig(**{**values, "reconstructions": terms, "extra_terms": ()})
 
 
-_ADDED = {"shard": False, "relative_reconstruction": False, "tolerance": None, "tolerance_rate": 20.0}
+_ADDED = {
+    "shard": False,
+    "compile": "none",
+    "relative_reconstruction": False,
+    "tolerance": None,
+    "tolerance_rate": 20.0,
+}
 
 
 def _masks_to_json(masks: MasksGiven) -> Any:

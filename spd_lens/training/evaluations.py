@@ -56,15 +56,21 @@ class Evaluations:
 
 @dataclass
 class Evaluator:
-    """The evaluations of one run, with their batches read."""
+    """The evaluations of one run, with their batches read.
+
+    `together`: several processes share out the rows of their batches, which have enough of them.
+    """
 
     decomposition: Decomposition
     plan: Evaluations
     last_step: int
     batches: list[Batch]
+    together: bool = False
 
     @staticmethod
-    def of(decomposition: Decomposition, plan: Evaluations | None, last_step: int) -> Evaluator | None:
+    def of(
+        decomposition: Decomposition, plan: Evaluations | None, last_step: int, n_processes: int = 1
+    ) -> Evaluator | None:
         """Read the batches; None where there is no plan. Raises ValueError as `evaluate` does for them."""
         if plan is None:
             return None
@@ -72,7 +78,8 @@ class Evaluator:
             raise TypeError(f"evaluations is a {type(plan).__name__}; expected Evaluations(batches, fast_every=...)")
         count = plan.options.get("max_batches", inspect.signature(evaluate).parameters["max_batches"].default)
         batches = list(first_batches(plan.batches, decomposition, count, purpose="evaluate on"))
-        return Evaluator(decomposition, plan, last_step, batches)
+        together = n_processes > 1 and all(len(batch.inputs) >= n_processes for batch in batches)
+        return Evaluator(decomposition, plan, last_step, batches, together)
 
     def is_due(self, step: int) -> bool:
         """Whether there is an evaluation after so many finished steps."""
@@ -88,7 +95,8 @@ class Evaluator:
         return found
 
     def _measured(self, prefix: str, *, quick: bool, options: Mapping[str, Any]) -> dict[str, float]:
-        return evaluate(self.decomposition, self.batches, quick=quick, **options).log_values(prefix)
+        report = evaluate(self.decomposition, self.batches, quick=quick, together=self.together, **options)
+        return report.log_values(prefix)
 
     def _is_fast(self, step: int) -> bool:
         return self.plan.fast_every is not None and step % self.plan.fast_every == 0

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.draws import RowsGenerator
+from spd_lens.data.processes import Processes, is_shared
 from spd_lens.hosts.site import match_sites
 from spd_lens.objective.mask_sources import AdversarialMasks, MaskSource, PersistentMasks, mask_source
 from spd_lens.support.shown import short_repr
 from spd_lens.training.checkpoint import load_optimizer_tensors, optimizer_tensors
 from spd_lens.training.config import TrainConfig
-from spd_lens.training.processes import Processes, is_shared
 from spd_lens.training.shards import shared_like
 from spd_lens.training.weights import Weights
 

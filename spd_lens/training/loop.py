@@ -24,6 +24,7 @@ from torch import Tensor
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.inputs import checked_decomposition
 from spd_lens.data.batches import Batch
+from spd_lens.data.processes import Processes, join_processes
 from spd_lens.data.streams import endless_batches
 from spd_lens.support.files import given_path, plain
 from spd_lens.support.given import given_function, given_instance, given_list
@@ -48,7 +49,6 @@ from spd_lens.training.learner import Learner, make_learner
 from spd_lens.training.log_figures import show_figures
 from spd_lens.training.loggers import Logger
 from spd_lens.training.offloading import only_entered_blocks
-from spd_lens.training.processes import Processes, join_processes
 from spd_lens.training.run_files import RunFiles, open_run
 from spd_lens.training.sharding import sharded
 from spd_lens.training.step import accumulate_gradients, apply_gradients, faithfulness, set_learning_rates
@@ -132,8 +132,8 @@ def train(
         if config.offload and step < config.steps:
             stream, start_at = _first_start(stream)
             running.enter_context(only_entered_blocks(decomposition, start_at, config.stop_at))
-        # In every process, because all have to log at the same steps; only the first one evaluates.
-        evaluator = Evaluator.of(decomposition, evaluations, config.steps)
+        # In every process, because all have to log at the same steps, and share out what is evaluated.
+        evaluator = Evaluator.of(decomposition, evaluations, config.steps, processes.count)
         good = LastGood(learner, checkpoint)
         if checkpoint is None:
             _warm_up_faithfulness(learner, stop, processes)
@@ -168,8 +168,10 @@ def train(
                     good.give_up(f"the loss became NaN or infinite at step {failed}", losses)
                 rate = (step - first_step) * batch.n_positions * processes.count / (time.perf_counter() - began)
                 values = _log_values(total, losses, active, norms, learner, step - 1, rate, batch.position_mask)
+                if evaluator is not None and (processes.is_main or evaluator.together):
+                    values |= evaluator.values(step)
                 if processes.is_main:
-                    files.log(step - 1, values | (evaluator.values(step) if evaluator is not None else {}))
+                    files.log(step - 1, values)
                 bar.set_postfix({k: f"{values[k]:.3g}" for k in ("loss", "L0") if k in values}, refresh=False)
             if processes.is_main:
                 show_figures(loggers, step - 1, decomposition, batch, config.stop_at)

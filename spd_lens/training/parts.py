@@ -19,11 +19,11 @@ from torch.utils.checkpoint import checkpoint
 
 from spd_lens.core.draws import RowsGenerator
 from spd_lens.core.site_inputs import SiteInputs
-from spd_lens.core.squashings import lower_squash, upper_squash
+from spd_lens.core.squashings import squashed
 from spd_lens.data.batches import Batch
+from spd_lens.data.processes import every
 from spd_lens.objective.divergences import log_probs
 from spd_lens.training.learner import Learner
-from spd_lens.training.processes import every
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,8 @@ def _importances(learner: Learner, inputs: SiteInputs) -> tuple[dict[str, Tensor
                 read = SiteInputs(dict(zip(given, values, strict=True)), inputs.residuals)
                 pre = decomposition.pre_importances(read)
             found = [p if p.dtype == torch.float64 else p.float() for p in (pre[name] for name in given)]
-            return (*(lower_squash(p, variant=squash) for p in found), *(upper_squash(p) for p in found))
+            lower, upper = zip(*(squashed(p, squash) for p in found), strict=True)
+            return (*lower, *upper)
 
         return compute
 

@@ -25,6 +25,7 @@ from typing import Any
 
 from torch import Tensor
 
+from spd_lens.data.processes import Processes
 from spd_lens.support.checked_json import CheckedContent, read_checked, write_checked
 from spd_lens.support.files import (
     given_directory,
@@ -49,7 +50,6 @@ from spd_lens.training.checkpoint import (
 )
 from spd_lens.training.config import TrainConfig
 from spd_lens.training.loggers import Logger
-from spd_lens.training.processes import Processes
 
 _CHECKPOINT_NAME = re.compile(r"step-\d{8,}")
 _HEADER: dict[str, Any] = {

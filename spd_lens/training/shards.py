@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from spd_lens.data.processes import Processes, is_shared
 from spd_lens.support.files import file_hash, flush
-from spd_lens.training.processes import Processes, is_shared
 
 
 def put_shards(directory: Path, tensors: Mapping[str, Tensor], processes: Processes) -> dict[str, str]:

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from spd_lens.core.units import ALIVE_ABOVE
 from spd_lens.data.batches import Batch
+from spd_lens.data.processes import whole
 from spd_lens.objective.divergences import mean_over_positions
+from spd_lens.support.compiling import compiled_regions
 from spd_lens.training.learner import Learner
 from spd_lens.training.masked_terms import Passes, climbed, everything_off, masked_terms, weighed
 from spd_lens.training.parts import Part, Parts
-from spd_lens.training.processes import whole
 from spd_lens.training.terms import IMPORTANCE_TERMS, StepView, coefficient
 from spd_lens.training.terms import faithfulness as faithfulness_term
 from spd_lens.training.totals import Totals
@@ -31,6 +32,11 @@ def accumulate_gradients(learner: Learner, batch: Batch, step: int) -> tuple[dic
     at the end: one pass's graph is alive at a time instead of those of all terms. With `accumulate` neither are those
     of the batch's parts alive together.
     """
+    with compiled_regions(learner.config.compile):
+        return _accumulate(learner, batch, step)
+
+
+def _accumulate(learner: Learner, batch: Batch, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     config = learner.config
     parts = Parts(learner, batch)
     weight = learner.processes.weight(batch.position_mask)

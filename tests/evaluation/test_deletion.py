@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from spd_lens import Decomposition, decompose, evaluate
-from spd_lens.evaluation import Needs
+from spd_lens.evaluation import Needs, needed_at
 from tests.conftest import needs_hooked
 from tests.small_models import tiny_transformer, tokens
 
@@ -91,7 +91,7 @@ def test_the_control_is_as_large_and_made_of_what_other_texts_need() -> None:
     g[2, :, 30:] = 1.0
     g[[0, 1, 3, 4, 5], :, 30:] = 0.0
     needs = Needs(torch.Generator().manual_seed(0), 1)
-    needs.add({"site": g}, 6)
+    needs.add({"site": needed_at(g)}, 6)
     drawn = torch.stack([needs.of_others(2, {"site": 12})["site"] for _ in range(30)])
     assert (drawn.sum(1) == 12).all()
     assert not drawn[:, 30:].any()  # only text 2 itself needs these
@@ -104,7 +104,7 @@ def test_the_control_prefers_what_its_64_positions_need() -> None:
     g[1, :, 0] = 1.0  # every position of the other text needs 0, one of them all the rest
     g[1, 7, :] = 1.0
     needs = Needs(torch.Generator().manual_seed(0), 1)
-    needs.add({"site": g}, 2)
+    needs.add({"site": needed_at(g)}, 2)
     assert all(bool(needs.of_others(0, {"site": 29})["site"].sum() == 29) for _ in range(3))
     first = [bool(needs.of_others(0, {"site": 1})["site"][0]) for _ in range(20)]
     assert sum(first) >= 15

@@ -85,7 +85,7 @@ MENDS = (
         "tests/core/test_borders.py::test_subcomponents_stay_in_float32_when_the_model_is_cast",
     ),
     Mend(
-        13, "training/processes.py", "            flat /= self.count\n", "",
+        13, "data/processes.py", "            flat /= self.count\n", "",
         "tests/training/test_processes.py::test_two_and_four_processes_train_what_one_trains[stochastic]",
     ),
     Mend(

@@ -18,6 +18,7 @@ from torch import Tensor
 from spd_lens import PGD, Batch, Decomposition, Reconstruction, TokenBatches, TrainConfig, evaluate, harvest, train
 from spd_lens.core import RowsGenerator, integers, sample_masks, sample_routing, uniform
 from spd_lens.objective import Merged, Persistent
+from spd_lens.statistics import Harvest
 from spd_lens.training import Processes, loop
 from tests.small_models import tokens
 from tests.training.forked import errors_of, run_processes, start_processes, wait_for
@@ -181,6 +182,68 @@ def test_evaluation_and_harvest_are_the_same_in_every_process(tmp_path: Path) ->
     assert first["adversarial"] == pytest.approx(alone["adversarial"], rel=1e-3)
     for own, expected in zip(first["rates"], alone["rates"], strict=True):
         assert own == pytest.approx(expected, abs=0.01)
+
+
+@pytest.mark.parametrize("span", [None, pytest.param(5, marks=pytest.mark.slow)])
+def test_evaluation_shared_out_is_that_of_one_process(span: int | None, tmp_path: Path) -> None:
+    """Three processes, which 8 rows do not divide by; the later a row, the fewer of its positions count."""
+    options: dict[str, Any] = {"max_batches": 2, "adversary_steps": (2,), "starts": 2, "span": span}
+
+    def act(rank: int) -> None:
+        report = evaluate(
+            _fresh(), _batches(masked=True), deletion_sample=[tokens(7, seed=5)], together=True, **options
+        )
+        (tmp_path / f"{rank}.json").write_text(json.dumps(report.to_json()))
+
+    run_processes(3, act, tmp_path / "errors")
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)]
+    assert found[1] == found[0]
+    assert found[2] == found[0]
+    alone = evaluate(_fresh(), _batches(masked=True), deletion_sample=[tokens(7, seed=5)], **options).to_json()
+    _assert_same_numbers(found[0], json.loads(json.dumps(alone)))
+
+
+def _assert_same_numbers(found: Any, expected: Any, where: str = "") -> None:
+    """Counts and words are equal, and what is measured to 1e-4."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for name in expected:
+            _assert_same_numbers(found[name], expected[name], f"{where}/{name}")
+    elif isinstance(expected, list):
+        assert len(found) == len(expected), where
+        for i, (one, other) in enumerate(zip(found, expected, strict=True)):
+            _assert_same_numbers(one, other, f"{where}/{i}")
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-6), where
+    elif not isinstance(expected, str):  # in words numbers are rounded
+        assert found == expected, where
+
+
+def test_harvest_shared_out_is_that_of_one_process(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"max_batches": 3, "top_k": 2, "random_k": 2, "effect_batches": 1}
+
+    def act(rank: int) -> None:
+        where: dict[str, Any] = {"out_dir": tmp_path / "harvest", "together": True, "save_every": 1}
+        harvest(_fresh(), _batches(masked=True)[:2], **options, **where)  # as if stopped there
+        found = harvest(_fresh(), _batches(masked=True), **options, **where)
+        save_file(found.sums.tensors(), tmp_path / f"rank-{rank}")
+        assert found.sums.n_batches == 3
+
+    run_processes(3, act, tmp_path / "errors")
+    ranks = [load_file(tmp_path / f"rank-{rank}") for rank in range(3)]
+    expected = harvest(_fresh(), _batches(masked=True), **options).sums
+    for name, tensor in expected.tensors().items():
+        assert all(torch.equal(other[name], ranks[0][name]) for other in ranks), name
+        if not name.startswith("events."):
+            torch.testing.assert_close(ranks[0][name], tensor, rtol=1e-5, atol=1e-6, msg=name)
+    saved = Harvest.load(tmp_path / "harvest").sums
+    assert (saved.n_positions, saved.read) == (expected.n_positions, expected.read)
+    assert saved.effect_positions == expected.effect_positions
+
+
+def test_fewer_rows_than_processes_are_refused() -> None:
+    with pytest.raises(ValueError, match="2 rows for 3 processes; expected at least one row for each"):
+        Processes(3, 0).some_rows(Batch(tokens(2)))
 
 
 def test_draws_of_processes_are_rows_of_one_processs_draws() -> None:

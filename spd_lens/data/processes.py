@@ -167,6 +167,38 @@ class Processes:
         if self.count > 1:
             dist.barrier()
 
+    # -- rows that do not divide -----------------------------------------------------------------------------------
+
+    def some_rows(self, batch: Batch) -> Batch:
+        """As `own_rows`, for any number of rows: some processes may have one more than others.
+
+        Raises ValueError for fewer rows than processes.
+        """
+        if self.count == 1:
+            return batch
+        if len(batch.inputs) < self.count:
+            raise ValueError(
+                f"a batch has {len(batch.inputs)} rows for {self.count} processes; expected at least one row for each"
+            )
+        return every(batch, self.rank, self.count)
+
+    def whole_rows(self, own: Tensor, n_rows: int) -> Tensor:
+        """All `n_rows` rows of a batch, from those that `some_rows` gave every process."""
+        if self.count == 1:
+            return own
+        room = own.new_zeros((-(-n_rows // self.count), *own.shape[1:]))
+        room[: len(own)] = own
+        as_bytes = room.dtype == torch.bool
+        found = self.join_rows(room.to(torch.uint8) if as_bytes else room)[:n_rows]
+        return found.to(own.dtype) if as_bytes else found
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum over the processes."""
+        if self.count > 1:
+            value = value.clone()
+            dist.all_reduce(value)
+        return value
+
     # -- state that differs between processes ----------------------------------------------------------------------
 
     def join_rows(self, own: Tensor) -> Tensor:
