@@ -99,6 +99,13 @@ class Behaviour:
             with torch.no_grad():
                 corrupted = decomposition.host.forward(self.task.corrupted)
             self.corrupted_difference = float(self.task.logit_difference(corrupted).mean())
+            clean_difference = float(self.task.logit_difference(self.logits).mean())
+            if objective == "answer" and not clean_difference > self.corrupted_difference:
+                raise ValueError(
+                    f"objective='answer', but the mean logit difference on {self.task.name!r} is "
+                    f"{clean_difference:.4g} on clean prompts and {self.corrupted_difference:.4g} on corrupted ones: "
+                    "this model does not do the task, so no share of it is kept; use objective='kl', or another task"
+                )
 
     def _checked_mask(self, position_mask: Tensor) -> Tensor:
         shape = self.logits.shape[:-1]

@@ -46,7 +46,8 @@ class CircuitReport:
     - `importance`: the circuit alone: masks 1 inside, 0 outside, delta 0. For monitoring only (E3).
     - `stochastic`: outside and delta U(0, 1), fresh at every position; mean over `draws` draws.
     - `adversarial[steps]`: outside and delta chosen by a PGD ascent of so many sign steps of `step_size`, one source
-      for all rows and positions (E1); the worst of `restarts` random starts.
+      for all rows and positions (E1); the worst of `restarts` random starts, each measured at every budget up to this
+      one, so that a larger budget is never farther from harm (E1b).
     - `knocked_out`: the circuit's masks 0, all else the target's (completeness: little should be left).
     - `how`: the settings with which it was found.
     """
@@ -129,12 +130,14 @@ class CircuitReport:
         return f"{text} (holds means: {line})"
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Plain values; `nodes` are `[site, id, position]`, the position null for a node at all of them."""
         skip = ("circuit", "adversarial")
         values = {k: v for k, v in vars(self).items() if k not in skip}
         plain = {k: asdict(v) if isinstance(v, Measured) else v for k, v in values.items()}
         ladder = {str(steps): asdict(m) for steps, m in self.adversarial.items()}
-        return plain | {"adversarial": ladder, "ids": self.circuit.ids, "verdict": self.verdict}
+        nodes = [[unit.site, unit.id, unit.position] for unit in self.circuit.units]
+        ends = {"ids": self.circuit.ids, "nodes": nodes, "verdict": self.verdict}
+        return plain | {"adversarial": ladder, **ends}
 
     def _table(self) -> tuple[str, list[str], list[list[str]]]:
         """Title, header and rows, one for every regime."""
@@ -231,8 +234,12 @@ def report_on(
     with torch.no_grad():
         off = behaviour.forward(sample_masks(g, kind="off", generator=generator))
         kl_off = float(behaviour.kl(off))
-        if kl_off <= 0:
-            raise ValueError("switching all decomposed sites off changes nothing on these prompts: nothing to explain")
+        if not kl_off > 0:
+            raise ValueError(
+                "the KL with all decomposed sites off is NaN: parameters are not finite"
+                if kl_off != kl_off
+                else "switching all decomposed sites off changes nothing on these prompts: nothing to explain"
+            )
         alone = behaviour.forward(sample_masks(g, kind="importance", generator=generator))
         random = [
             behaviour.measure(behaviour.forward(sample_masks(g, generator=generator)), kl_off) for _ in range(draws)
@@ -280,6 +287,7 @@ def _ladder(
     worst: dict[int, tuple[float, Measured]] = {}
     for _ in range(restarts):
         sources, done = random_sources(g, "batch", generator), 0
+        reached = (-float("inf"), behaviour.measure(behaviour.logits, kl_off))
         for steps in sorted(set(budgets)):
             # One ascent, measured on its way: the first n steps of a longer ascent are an ascent of n steps.
             sources = behaviour.worst_sources(g, sources, PGD(steps - done, step_size, "batch"))
@@ -287,8 +295,11 @@ def _ladder(
             with torch.no_grad():
                 output = behaviour.forward(masks_from_sources(g, sources))
             distance = float(behaviour.distance(output))
-            if steps not in worst or distance > worst[steps][0]:
-                worst[steps] = (distance, behaviour.measure(output, kl_off))
+            # Not `distance > reached[0]`: NaN is the worst there is.
+            if not distance <= reached[0]:
+                reached = (distance, behaviour.measure(output, kl_off))
+            if steps not in worst or not reached[0] <= worst[steps][0]:
+                worst[steps] = reached
     return {steps: measured for steps, (_, measured) in worst.items()}
 
 

@@ -44,7 +44,7 @@ class Circuit:
         found = []
         for site, kept in self.kept.items():
             for position, c in kept.nonzero().tolist():
-                found.append(Unit(((site, c),), (position,) if self.by_position else None))
+                found.append(Unit(((site, c),), (position,) if len(kept) > 1 else None))
         return found
 
     def as_unit(self, name: str | None = None) -> Unit:

@@ -155,6 +155,23 @@ def smallest_size(parts: Parts, ranking: Sequence[int], level: float) -> tuple[i
         if high == n:
             raise ValueError(f"no size tried reaches faithfulness {level}: with all {n} parts live it is {reached:.4g}")
         low, high = high, min(2 * high, n)
+    return _between(parts, ranking, level, low, high, reached)
+
+
+def _size_on(curve: FaithfulnessCurve, parts: Parts, level: float) -> tuple[int, float] | None:
+    """The size between the smallest measured one that reaches the level and the one before it; None if none does."""
+    measured = list(zip(curve.sizes, curve.faithfulness, strict=True))
+    first = next((i for i, (_, value) in enumerate(measured) if value >= level), None)
+    if first is None:
+        return None
+    low = measured[first - 1][0] if first else measured[first][0]
+    return _between(parts, curve.ranking, level, low, *measured[first])
+
+
+def _between(
+    parts: Parts, ranking: Sequence[int], level: float, low: int, high: int, reached: float
+) -> tuple[int, float]:
+    """Bisection: `high` reaches the level, with the faithfulness `reached`, and `low` does not."""
     while high - low > 1:
         middle = (low + high) // 2
         value = faithfulness_of_first(parts, ranking, middle)
@@ -257,11 +274,16 @@ def compare_parts(
     for name, (parts, given) in kinds.items():
         curve = faithfulness_curve(parts, given)
         curves[name] = curve
-        if parts is alone and max(curve.faithfulness) < level:
+        found = _size_on(curve, parts, level)
+        if found is None:
+            if parts is not alone:
+                raise ValueError(
+                    f"no size of {name} reaches faithfulness {level}: the most is {max(curve.faithfulness):.4g}"
+                )
             sizes[name] = parameters[name] = faithfulness[name] = None
             labels[name] = ()
             continue
-        size, faithfulness[name] = smallest_size(parts, curve.ranking, level)
+        size, faithfulness[name] = found
         first = curve.ranking[:size]
         sizes[name], parameters[name] = size, sum(parts.parameters[i] for i in first)
         labels[name] = tuple(parts.labels[i] for i in first)

@@ -49,9 +49,14 @@ def command(
         for batch in first_batches(batches, decomposition, max_batches, purpose="measure an edit on"):
             if batch.tokens is None:
                 raise ConfigError("an edit is measured on tokens; leave cached residual streams away")
-            clean, edited = decomposition.host.forward(batch.tokens), made.logits(batch.tokens)
-            kl.append(divergence_per_position(clean, edited).flatten())
-            top.append((clean.argmax(-1) != edited.argmax(-1)).float().flatten())
+            if batch.attention_mask is not None:
+                raise ConfigError("an edit is measured on whole rows of tokens; leave padding on the left away")
+            tokens = batch.tokens.to(decomposition.device)
+            clean, edited = decomposition.host.forward(tokens), made.logits(tokens)
+            counts = torch.ones_like(tokens, dtype=torch.bool)
+            counts = counts if batch.position_mask is None else batch.position_mask.to(counts.device)
+            kl.append(divergence_per_position(clean, edited)[counts])
+            top.append((clean.argmax(-1) != edited.argmax(-1))[counts].float())
     values: dict[str, Any] = {
         "edit": str(made),
         "kl": float(torch.cat(kl).mean()),

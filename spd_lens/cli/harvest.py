@@ -43,7 +43,7 @@ def command(
     found = harvest(
         decomposition,
         batches,
-        max_batches=min(max_batches, getattr(batches, "per_epoch", max_batches)),
+        max_batches=max_batches,
         top_k=top_k,
         effect_batches=effect_batches,
         out_dir=where,

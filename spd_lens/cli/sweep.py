@@ -21,7 +21,7 @@ from spd_lens.cli.jobs import statuses_of
 from spd_lens.cli.jobs import submit as submit_jobs
 from spd_lens.cli.output import DONE, FAILED, STOPPED, JsonFlag, ends_in_words, show
 from spd_lens.cli.run_file import RunFile
-from spd_lens.cli.runs import DECOMPOSITION
+from spd_lens.cli.runs import DECOMPOSITION, RUN_FILE
 from spd_lens.cli.sweep_batched import train_batched
 from spd_lens.cli.yaml_file import ConfigError, YamlFile, read_yaml, with_changes
 from spd_lens.evaluation import pareto
@@ -132,6 +132,7 @@ def _directory_name(changes: tuple[str, ...]) -> str:
 
 def run_cells(config: Path, cells: list[SweepCell], processes: int) -> dict[Path, int]:
     """Train and evaluate every cell, `processes` at once; exit statuses by directory. What is finished is left."""
+    _check_finished(config, cells)
     statuses = {cell.directory: DONE for cell in cells if (cell.directory / REPORT).is_file()}
     waiting = [cell for cell in cells if cell.directory not in statuses]
     running: dict[Path, tuple[subprocess.Popen[bytes], SweepCell, bool]] = {}
@@ -157,10 +158,25 @@ def run_cells(config: Path, cells: list[SweepCell], processes: int) -> dict[Path
     return statuses | {cell.directory: STOPPED for cell in cells if cell.directory not in statuses}
 
 
+def _check_finished(config: Path, cells: Sequence[SweepCell]) -> None:
+    """ConfigError for a finished run of another file than `config` is now: its results would count as this sweep's."""
+    for cell in cells:
+        path = cell.directory / RUN_FILE
+        if (cell.directory / REPORT).is_file() and path.is_file():
+            wanted, found = (run.model_dump() for run in (RunFile.read(config, cell.changes), RunFile.read(path)))
+            changed = [name for name in wanted if wanted[name] != found[name]]
+            if changed:
+                raise ConfigError(
+                    f"{cell.directory} holds a finished run of a file with another {', '.join(changed)}; choose "
+                    "another --out, or remove that directory to run it again"
+                )
+
+
 def submit_cells(
     config: Path, cells: list[SweepCell], out: Path, cluster: str, options: Sequence[str]
 ) -> dict[Path, int]:
     """Train and evaluate every cell in a job of submitit, and wait for them. What is finished is left."""
+    _check_finished(config, cells)
     waiting = [cell for cell in cells if not (cell.directory / REPORT).is_file()]
     commands = [[_training(config, cell), _evaluation(cell)] for cell in waiting]
     jobs = submit_jobs(commands, out / "submitit", cluster=cluster, options=options) if waiting else []

@@ -24,7 +24,6 @@ def model_card(config: Mapping[str, Any], *, license: str) -> str:
     made_from, training = config["provenance"], config["training"] or {}
     settings = config["settings"]
     sites = "\n".join(f"| {as_code(name)} | {count} |" for name, count in settings["n_subcomponents"].items())
-    final = ", ".join(f"{as_text(k)} {as_text(_short(v))}" for k, v in (training.get("final") or {}).items())
     data = ModelCardData(
         library_name="spd_lens",
         license=license,
@@ -51,12 +50,21 @@ from spd_lens import Decomposition
 decomposition = Decomposition.from_pretrained(PATH_OR_HUB_ID, model)
 ```
 
-Trained for {as_text(training.get("steps", 0))} steps. Final metrics: {final or "not recorded"}.
+{_how_trained(training)}
 
 Versions: {", ".join(f"{as_text(k)} {as_text(v)}" for k, v in config["versions"].items())}.
 """
     card = str(ModelCard(text))
     return f"{card}\n<!-- card of spd_lens, replaced by the next save unless edited: {_digest(card)} -->\n"
+
+
+def _how_trained(record: Mapping[str, Any]) -> str:
+    parts = record.get("merged")
+    if parts is None:
+        final = ", ".join(f"{as_text(k)} {as_text(_short(v))}" for k, v in (record.get("final") or {}).items())
+        return f"Trained for {as_text(record.get('steps', 0))} steps. Final metrics: {final or 'not recorded'}."
+    lines = [f"- {', '.join(map(as_code, part['sites']))}: {_how_trained(part)}" for part in parts]
+    return "\n".join([f"Put together from {len(parts)} decompositions:", "", *lines])
 
 
 def is_replaceable(readme: Path) -> bool:

@@ -145,11 +145,13 @@ class BlockStarts:
         """Whether `residual` entering block `layer` gives what the whole pass over `batch` gives.
 
         `batch` are tokens, or what enters block `start_at`; passes that end before block `stop_at` are compared there.
-        Tried once for a layer, dtype, device and mode.
+        Tried once for a layer, dtype, device and mode, under autocast and without: whichever of the two a residual
+        stream was recorded in, it is not that of the other. Not for every shape: the blocks get the tensor that they
+        would get, and make masks and positions of its shape themselves (a test tries other shapes on both hosts).
         """
         if not self._host.can_start_at_blocks():
             return False
-        key = (layer, start_at, stop_at, residual.dtype, residual.device, self._host.model.training)
+        key = (layer, start_at, stop_at, residual.dtype, *self._kind_of_pass(residual.device))
         if key not in self._exact:
             self._exact[key] = self._try(layer, residual, batch, start_at, stop_at)
         return self._exact[key]
@@ -165,7 +167,7 @@ class BlockStarts:
             return []
         found = []
         for layer in range((start_at or 0) + 1, count if stop_at is None else stop_at):
-            key = (layer, start_at, stop_at, batch.dtype, batch.device, self._host.model.training)
+            key = (layer, start_at, stop_at, batch.dtype, *self._kind_of_pass(batch.device))
             if key not in self._cuts:
                 with record_inputs(self._weights):
                     residual = self._host.forward_until(layer, batch, start_at=start_at)
@@ -182,6 +184,12 @@ class BlockStarts:
         with record_inputs(self._weights):
             residual = self._host.residual_before(layer, tokens)
         return residual if self.is_exact(layer, residual, tokens) else None
+
+    def _kind_of_pass(self, device: torch.device) -> tuple[Any, ...]:
+        """What else decides how a pass computes: device, mode, and the dtype of autocast where it is on."""
+        kind = device.type
+        autocast = torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
+        return device, self._host.model.training, autocast
 
     @torch.no_grad()
     def _try(self, layer: int, residual: Tensor, batch: Tensor, start_at: int | None, stop_at: int | None) -> bool:

@@ -99,8 +99,13 @@ def relative_faithfulness(
 
     For a matrix of zeros, which has none, it is `|V U|_F^2` itself: 0 if the sum is right, and a number in any case.
     """
-    energy = W.to(at_least_float32(V).dtype).square().sum()
-    return squared_error(W, V, U) / torch.where(energy == 0, torch.ones_like(energy), energy)
+    return share_of_energy(squared_error(W, V, U), W)
+
+
+def share_of_energy(error: Float[Tensor, ""], W: Float[Tensor, "d_in d_out"]) -> Float[Tensor, ""]:
+    """A squared error divided by `|W|_F^2`; as it is where that is 0."""
+    energy = W.to(error.dtype).square().sum()
+    return error / torch.where(energy == 0, torch.ones_like(energy), energy)
 
 
 def squared_error(W: Tensor, V: Tensor, U: Tensor) -> Tensor:

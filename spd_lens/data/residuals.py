@@ -30,6 +30,7 @@ class ResidualBatches(TokenBatches):
         made_from: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(source.tokens, source.batch_size, seed=source.seed, exclude=source.exclude)
+        self._share = source._share
         self.residuals = residuals
         self.start_at = start_at
         self.made_from = None if made_from is None else dict(made_from)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.units import Unit, check_site, units_of
+from spd_lens.support.given import given_instance, given_number
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +105,23 @@ def changes_of(decomposition: Decomposition, given: Changes) -> tuple[Change, ..
         raise ValueError("the edit names no subcomponent at all; give at least one, {site: {id: scale}}")
     _check_once(changes)
     return tuple(changes)
+
+
+def check_condition(decomposition: Decomposition, when: Any) -> None:
+    """Raise ValueError or TypeError unless `when` is a condition that can be asked of this decomposition."""
+    if not isinstance(when, Above):
+        raise TypeError(f"when is a {type(when).__name__}; expected Above(threshold), or None for everywhere")
+    if not 0 <= given_number("the threshold of Above", when.threshold) < 1:
+        raise ValueError(f"when=Above({when.threshold}): importance is in [0, 1]; expected a threshold in [0, 1)")
+    if when.of is None:
+        return
+    given_instance("Above(of=...)", when.of, Unit, "Unit((('blocks.0.mlp.W_in', 3),))")
+    units_of(decomposition, when.of)
+    if when.of.positions is not None:
+        raise ValueError(
+            f"when=Above(of={when.of}) has positions, and a condition is asked at every position by itself: give "
+            "unit.at(), the unit everywhere"
+        )
 
 
 def _by_ids(decomposition: Decomposition, site: str, value: Any) -> list[tuple[list[Any], Any]]:

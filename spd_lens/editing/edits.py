@@ -26,9 +26,8 @@ from spd_lens.core.gates import matmul_or_lookup
 from spd_lens.core.inputs import checked_decomposition, checked_tokens
 from spd_lens.core.interventions import HookList
 from spd_lens.core.swap import tapped_input
-from spd_lens.core.units import units_of
 from spd_lens.editing.baking import explained_by_rounding, outputs_of, plain_model, some_tokens
-from spd_lens.editing.change import Above, Change, Changes, changes_of, low_rank
+from spd_lens.editing.change import Above, Change, Changes, changes_of, check_condition, low_rank
 
 
 class Edit:
@@ -242,12 +241,7 @@ def edit(decomposition: Decomposition, changes: Changes, *, when: Above | None =
     checked_decomposition(decomposition, "edit")
     lines = changes_of(decomposition, changes)
     if when is not None:
-        if not isinstance(when, Above):
-            raise TypeError(f"when is a {type(when).__name__}; expected Above(threshold), or None for everywhere")
-        if not 0 <= when.threshold < 1:
-            raise ValueError(f"when=Above({when.threshold}): importance is in [0, 1]; expected a threshold in [0, 1)")
-        if when.of is not None:
-            units_of(decomposition, when.of)
+        check_condition(decomposition, when)
     return _checked(decomposition, lines, when)
 
 

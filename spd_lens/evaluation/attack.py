@@ -260,7 +260,8 @@ def climb(
             raise ValueError(
                 f"the divergence is NaN at step {step} of the adversary: parameters or data are not finite"
             )
-        rises, last = rises + (value > last), value
+        # The first point is no step.
+        rises, last = rises + (step > 0 and value > last), value
         if value > best:
             best, best_x, best_gradients = value, x, gradients
         if step in wanted:

@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from spd_lens.statistics.labels import Labels, read_labels, template_label
+from spd_lens.statistics.labels import Labels, checked_labels, read_labels, template_label
 from spd_lens.statistics.result import Harvest
 from spd_lens.support.given import given_instance
-from spd_lens.support.names import near_names
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -53,8 +52,8 @@ def described(
 
     `contexts` count before those of the harvest, which are its strongest.
 
-    Raises ValueError for the harvest or labels of another decomposition, and for contexts and labels of sites or
-    subcomponents that there are not.
+    Raises ValueError for the harvest or labels of another decomposition, for contexts of what is no node, and for
+    labels of sites (with a harvest, which knows how many there are, also of subcomponents) that there are not.
     """
     nodes = (data for _, data in graph.nodes(data=True) if data["kind"] == "subcomponent")
     keys = list(dict.fromkeys((data["site"], data["subcomponent"]) for data in nodes))
@@ -66,15 +65,15 @@ def described(
     if isinstance(labels, (str, Path)):
         labels = read_labels(labels, decomposition_sha256=own)
     sites = [str(site) for site in settings.get("sites", ())] or list(dict.fromkeys(site for site, _ in keys))
+    if harvest is not None:
+        given_instance("harvest", harvest, Harvest, "harvest(decomposition, batches)")
+        if own is not None and harvest.made_from.decomposition != own:
+            raise ValueError("the harvest is of another decomposition than the graph (its V, U or gates differ)")
+    checked_labels(labels or {}, dict.fromkeys(sites) if harvest is None else harvest)
     for site, texts in (labels or {}).items():
-        if site not in sites:
-            raise ValueError(f"labels name the site {site!r}; near: {near_names(site, sites)}")
         found.labels.update({(site, c): text for c, text in texts.items() if (site, c) in keys})
     if harvest is None:
         return found
-    given_instance("harvest", harvest, Harvest, "harvest(decomposition, batches)")
-    if own is not None and harvest.made_from.decomposition != own:
-        raise ValueError("the harvest is of another decomposition than the graph (its V, U or gates differ)")
     for site, c in keys:
         found.auto[site, c] = template_label(harvest[site], c, harvest.token_string)
         if (site, c) not in found.contexts:

@@ -43,8 +43,8 @@ class AttributionGraph:
     - `graph`: a `networkx.DiGraph` with plain strings and numbers as attributes. Edges have `weight` (signed), and in
       data-set graphs `absolute`. Nodes have `kind` ("subcomponent", "delta", "embedding", "readout"), `label`, `site`,
       `subcomponent`, `position`, `token`, `row` (0 embeddings, then sites in running order, last readouts),
-      `activation`, `importance`, and as receivers `from_unshown`: the sum of attributions from subcomponents that are
-      not in the graph.
+      `activation`, `importance`, and as receivers `from_unshown`: the sum of attributions from subcomponents whose
+      edges to it are not in the graph (None in data-set graphs, where it is not measured).
     - `tokens`: the prompt as strings (empty for data-set graphs). `settings`: what the graph was made with.
     """
 
@@ -90,8 +90,9 @@ class AttributionGraph:
     def prune(self, node_threshold: float = 0.8, edge_threshold: float = 0.98) -> AttributionGraph:
         """The part of the graph that has these shares of all influence on the readouts (see `spd_lens.graphs.pruning`).
 
-        What a kept receiver had from dropped subcomponents is added to its `from_unshown`. The check stays that of the
-        whole graph, which was sampled from edges that may have gone. Raises ValueError for a graph without readouts.
+        What a kept receiver had from subcomponents by edges that are dropped is added to its `from_unshown`, where that
+        is known. The check stays that of the whole graph, which was sampled from edges that may have gone. Raises
+        ValueError for a graph without readouts.
         """
         names, weights, readout_weights = self._matrix()
         kinds = [self.graph.nodes[name]["kind"] for name in names]
@@ -111,7 +112,8 @@ class AttributionGraph:
             if pruned.edges[order[t], order[s]]:
                 graph.add_edge(s, t, **data)
             elif t in kept and self.graph.nodes[s]["kind"] == "subcomponent":
-                graph.nodes[t]["from_unshown"] = (graph.nodes[t]["from_unshown"] or 0.0) + data["weight"]
+                before = graph.nodes[t]["from_unshown"]
+                graph.nodes[t]["from_unshown"] = None if before is None else before + data["weight"]
         settings = {**self.settings, "node_threshold": node_threshold, "edge_threshold": edge_threshold}
         return AttributionGraph(graph, self.check, self.tokens, settings)
 

@@ -36,7 +36,16 @@ def threshold_given(importance_above: Any) -> float | None:
 
 
 def above_rounding(weights: Float[Tensor, "receiver sender"], eps: float) -> Bool[Tensor, "receiver sender"]:
-    """Which weights are more than rounding: above `16 eps` of the sum of what acts on the receiver."""
+    """Which weights are more than rounding: above `16 eps` of the sum of what acts on the receiver.
+
+    Raises ValueError for weights that are NaN or infinite, which would hide all others of their receiver.
+    """
+    broken = ~weights.isfinite()
+    if bool(broken.any()):
+        raise ValueError(
+            f"{int(broken.sum())} of {weights.numel()} attributions are NaN or infinite: parameters or readouts are "
+            "not finite, or a gradient is too large for the model's dtype (use float32)"
+        )
     return weights.abs() > 16 * eps * weights.abs().sum(1, keepdim=True)
 
 

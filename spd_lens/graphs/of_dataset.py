@@ -158,7 +158,9 @@ def _largest_writers(decomposition: Decomposition, data: Sequence[_Batch], max_n
     for batch in data:
         for site, x in decomposition.clean_pass(batch.tokens).inputs.items():
             weight = decomposition[site]
-            written = weight.activations(x).abs() * batch.important[site] * weight.U.norm(dim=1)
+            # Chosen, not multiplied: where a position does not count, activations may be NaN.
+            important = torch.where(batch.important[site], weight.activations(x).abs(), 0.0)
+            written = important * weight.U.norm(dim=1)
             sizes[site] += written.sum((0, 1)).float().cpu()
     # As a share of the site: sites differ in the scale of what they write.
     flat = torch.cat([size / size.sum().clamp_min(torch.finfo(size.dtype).tiny) for size in sizes.values()])

@@ -195,6 +195,11 @@ def _important(
         if kind != "subcomponent":
             continue
         score = (effect[:, 0].abs() * importance.to(effect)[:, None, None]).sum(0)
+        if not bool(score.isfinite().all()):
+            raise ValueError(
+                f"effects of subcomponents of {site} on the readouts are NaN or infinite: parameters or readouts are "
+                "not finite, or a gradient is too large for the model's dtype (use float32)"
+            )
         keep = score > 0
         if site in eligible:
             keep &= eligible[site]

@@ -143,10 +143,23 @@ def predictable(tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
 
 
 def induction_accuracy(logits: Float[Tensor, "batch pos d_vocab"], tokens: Int[Tensor, "batch pos"]) -> float:
-    """Share of `predictable` positions at which the largest logit is that of the next token."""
-    where = predictable(tokens)[:, :-1]
+    """Share of `predictable` positions at which the largest logit is that of the next token.
+
+    Raises ValueError if no position is.
+    """
+    where = _some_predictable(tokens)[:, :-1]
     right = logits[:, :-1].argmax(-1) == tokens[:, 1:]
     return float(right[where].float().mean())
+
+
+def _some_predictable(tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
+    where = predictable(tokens)
+    if not bool(where.any()):
+        raise ValueError(
+            f"no token of these {len(tokens)} rows comes a second time before the last position, so nothing can be "
+            "predicted by induction; RepeatedSequences makes rows in which they do"
+        )
+    return where
 
 
 def induction_loss(logits: Float[Tensor, "batch pos d_vocab"], tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, ""]:
@@ -197,10 +210,13 @@ def _largest(scores: tuple[tuple[float, ...], ...]) -> tuple[int, int]:
 
 @torch.no_grad()
 def head_roles(model: Any, tokens: Int[Tensor, "batch pos"]) -> HeadRoles:
-    """Read the roles of all heads off the attention patterns of a pass of `model` over `tokens`."""
+    """Read the roles of all heads off the attention patterns of a pass of `model` over `tokens`.
+
+    Raises ValueError if no position of them is `predictable`.
+    """
+    where = _some_predictable(tokens)
     _, cache = model.run_with_cache(tokens, names_filter=lambda name: name.endswith("hook_pattern"))
     after_copy = torch.nn.functional.pad(earlier_copies(tokens), (1, 0))[..., :-1]
-    where = predictable(tokens)
     looked_at = (after_copy & where[:, :, None]).any(1)[:, 1:]
     previous, induction = [], []
     for layer in range(model.cfg.n_layers):

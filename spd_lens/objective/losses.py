@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from spd_lens.core.masks import Importances
-from spd_lens.core.subcomponents import at_least_float32, squared_error
+from spd_lens.core.subcomponents import relative_faithfulness, squared_error
 from spd_lens.objective.divergences import divergence, mean_over_positions
 
 # Unbound axis names: every site has its own sizes, and one annotation is checked against several sites.
@@ -58,10 +58,9 @@ def _fit_position_mask(position_mask: Tensor | None, like: Tensor) -> Tensor | N
 
 
 def relative_faithfulness_loss(sites: Iterable[Factors]) -> Float[Tensor, ""]:
-    """L1r: `mean over sites of |W - V U|_F^2 / |W|_F^2`, so that a small matrix counts as much as a large one.
+    """L1r: the mean over sites of `relative_faithfulness`, so that a small matrix counts as much as a large one.
 
-    A matrix of zeros has no scale of its own; its error is then divided by its number of entries. Of L1, the mean over
-    all entries, most comes from few sites, and the wrong ones among the others do not show.
+    Of L1, the mean over all entries, most comes from few sites, and the wrong ones among the others do not show.
 
     >>> W = torch.eye(2)
     >>> float(relative_faithfulness_loss([(W, torch.zeros(2, 3), torch.zeros(3, 2)), (2 * W, W, 2 * W)]))
@@ -72,10 +71,7 @@ def relative_faithfulness_loss(sites: Iterable[Factors]) -> Float[Tensor, ""]:
 
 def mean_relative_error(errors: Iterable[Error]) -> Float[Tensor, ""]:
     """L1r from what `squared_error` gave of every site, with its `W`."""
-    relative = []
-    for error, W in errors:
-        scale = at_least_float32(W).to(error.dtype).square().sum()
-        relative.append(error / torch.where(scale > 0, scale, float(W.numel())))
+    relative = [share_of_energy(error, W) for error, W in errors]
     if not relative:
         raise ValueError("relative_faithfulness_loss was given no site")
     return torch.stack(relative).mean()

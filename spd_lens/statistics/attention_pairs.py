@@ -25,6 +25,7 @@ from torch import Tensor
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.inputs import checked_decomposition
 from spd_lens.statistics.result import Harvest
+from spd_lens.support.given import given_instance
 from spd_lens.support.names import near_names
 
 
@@ -87,8 +88,8 @@ def qk_interactions(
     `offsets` are how far back a key is. `queries`, `keys`: ids; None takes all. With a `harvest` of this decomposition
     strengths are multiplied with the root mean square activations of both.
 
-    Raises ValueError if `W_Q` or `W_K` of that block are not decomposed, for offsets below 0 or beyond the context, and
-    for attention that normalises queries and keys.
+    Raises ValueError if `W_Q` or `W_K` of that block are not decomposed, for offsets below 0 or beyond the context, for
+    the harvest of another decomposition, and for attention that normalises queries and keys.
     """
     checked_decomposition(decomposition, "qk_interactions")
     names = [f"blocks.{layer}.attn.W_{kind}" for kind in "QK"]
@@ -99,6 +100,9 @@ def qk_interactions(
     for offset in offsets:
         if isinstance(offset, bool) or not isinstance(offset, Integral) or not 0 <= offset < context:
             raise ValueError(f"offset {offset!r}; expected a whole number in 0..{context - 1}: how far back the key is")
+    if harvest is not None:
+        given_instance("harvest", harvest, Harvest, "harvest(decomposition, batches)")
+        harvest.check_of(decomposition)
     geometry = decomposition.host.attention_geometry(layer)
     chosen, written = [], []
     for name, ids in zip(names, (queries, keys), strict=True):

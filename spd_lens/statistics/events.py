@@ -23,6 +23,8 @@ class EventSample:
 
     def largest(self) -> float:
         """Keys above this cannot enter."""
+        if self.n == 0:
+            return -float("inf")
         return float("inf") if len(self.keys) < self.n else float(self.keys.topk(self.n, largest=False).values.max())
 
     def add(self, keys: Tensor, lengths: Tensor, ids: Tensor) -> None:

@@ -218,9 +218,10 @@ def _add(sums: HarvestSums, decomposition: Decomposition, batch: Batch) -> None:
     for name, weight in decomposition.items():
         g, a = importance_of(pre[name]), weight.activations(clean.inputs[name])
         if g.ndim == 4:  # a head axis: the strongest head speaks for the position
-            a, g = a.abs().amax(2), g.amax(2)
+            a, g = a.gather(2, a.abs().argmax(2, keepdim=True)).squeeze(2), g.amax(2)
         if batch.position_mask is not None:
-            g = g * batch.position_mask.unsqueeze(-1)
+            # Not a product: what does not count may be NaN.
+            g = g.masked_fill(~batch.position_mask.unsqueeze(-1), 0.0)
         importances[name], activations[name] = g, a
     logits = clean.output
     is_text = logits.ndim == 3 and logits.shape[:2] == batch.tokens.shape and logits.shape[2] <= sums.d_vocab
@@ -238,7 +239,7 @@ def _add_effects(sums: HarvestSums, decomposition: Decomposition, batch: Batch) 
     clean = decomposition.clean_pass(batch.tokens).output
 
     def kl(logits: Tensor) -> Tensor:
-        return (divergence_per_position(clean, logits) * counted).sum(1)
+        return divergence_per_position(clean, logits).masked_fill(~counted, 0.0).sum(1)
 
     for name, site in sums.sites.items():
         effects = ablation_effects(decomposition, batch.tokens, kl, {name: None})

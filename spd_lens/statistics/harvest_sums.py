@@ -56,7 +56,8 @@ class Background:
 class HarvestSums:
     """Sums over the batches that were read, by site, with the totals of tokens that all sites share.
 
-    `read` is a hash of all tokens read, in order. `effect_positions`: positions on which ablations were measured.
+    `read` is a hash of all tokens read, in order; of sums that were merged the hash of each, with `+` between them.
+    `effect_positions`: positions on which ablations were measured.
     """
 
     counts: dict[str, int]
@@ -117,6 +118,8 @@ class HarvestSums:
         row, at, key = _places(positions, salt=-1)
         if positions.counted is not None:
             key = key.masked_fill(~positions.counted.flatten().cpu(), -torch.inf)
+        if not settings.n_background:
+            return
         best, chosen = key.topk(min(settings.n_background, len(key)))
         enters = best > self.background.keys.min()
         best, row, at = best[enters], row[chosen[enters]], at[chosen[enters]]
@@ -149,7 +152,7 @@ class HarvestSums:
         self.n_positions += other.n_positions
         self.n_batches += other.n_batches
         self.effect_positions += other.effect_positions
-        self.read = hashlib.sha256(f"{self.read} {other.read}".encode()).hexdigest()
+        self.read = f"{self.read}+{other.read}"
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by name; `load` takes them back."""

@@ -61,15 +61,18 @@ def write_labels(path: str | Path, labels: Labels, *, decomposition_sha256: str)
     return path
 
 
-def checked_labels(labels: Labels, sites: Mapping[str, SiteHarvest]) -> None:
-    """ValueError, with near names, for labels of sites or subcomponents that there are not."""
+def checked_labels(labels: Labels, sites: Mapping[str, SiteHarvest | None]) -> None:
+    """ValueError, with near names, for labels of sites or subcomponents that there are not (None: nobody knows how many
+    the site has)."""
     for site, own in labels.items():
         if site not in sites:
             raise ValueError(f"labels name the site {site!r}; near: {near_names(site, sites)}")
-        count = len(sites[site])
+        harvest = sites[site]
+        count = float("inf") if harvest is None else len(harvest)
         odd = [c for c in own if isinstance(c, bool) or not isinstance(c, int) or not 0 <= c < count]
         if odd:
-            raise ValueError(f"labels of {site} name subcomponent {odd[0]!r}; expected ids in 0..{count - 1}")
+            expected = "ids, which are whole numbers" if harvest is None else f"ids in 0..{len(harvest) - 1}"
+            raise ValueError(f"labels of {site} name subcomponent {odd[0]!r}; expected {expected}")
 
 
 def template_label(site: SiteHarvest, c: int, text_of: Callable[[int], str]) -> str:

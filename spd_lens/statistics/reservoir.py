@@ -74,6 +74,8 @@ class Reservoir:
 
     def offer(self, group: Tensor, key: Tensor, where: tuple[Tensor, Tensor, Tensor], seen: SeenBatch) -> None:
         """Candidates: their groups, keys, and `(row, position, subcomponent)` in the batch. All on the CPU."""
+        if not self.k:
+            return
         enters = key > self.keys[group, -1]
         group, key = group[enters], key[enters]
         if not len(group):

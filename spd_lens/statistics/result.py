@@ -139,10 +139,13 @@ class Harvest(Mapping[str, SiteHarvest]):
             self.made_from.check_same(other.made_from, f"harvest {i}")
             if other.sums.settings != self.sums.settings or other.sums.counts != self.sums.counts:
                 raise ValueError(f"harvest {i} was made with other settings: {other.sums.settings}")
-        read = [found.sums.read for found in every]
-        twice = next((i for i, digest in enumerate(read) if digest in read[:i]), None)
-        if twice is not None:
-            raise ValueError(f"harvest {twice} read the same data as harvest {read.index(read[twice])}; give each once")
+        seen: dict[str, int] = {}
+        for i, found in enumerate(every):
+            # A harvest that was merged before has several.
+            for digest in found.sums.read.split("+"):
+                if digest in seen:
+                    raise ValueError(f"harvest {i} read the same data as harvest {seen[digest]}; give each once")
+                seen[digest] = i
         sums = copy.deepcopy(self.sums)
         strings = dict(self.token_strings)
         for other in others:

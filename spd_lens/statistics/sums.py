@@ -106,11 +106,13 @@ class SiteSums:
     def _add(self, g: Tensor, a: Tensor, positions: Positions, start: int) -> None:
         counted = None if positions.counted is None else positions.counted[start : start + len(g)]
         fires = g > self.settings.threshold
-        own = a if counted is None else a * counted.unsqueeze(-1)
+        # Chosen, not multiplied: where a position does not count, `a` may be NaN.
+        where_it_fires = torch.where(fires, a, 0.0)
+        own = a if counted is None else a.masked_fill(~counted.unsqueeze(-1), 0.0)
         self.fired += fires.sum((0, 1)).cpu()
         self.importance += g.double().sum((0, 1)).cpu()
-        self.activation += (a.abs() * fires).double().sum((0, 1)).cpu()
-        self.signed_activation += (a * fires).double().sum((0, 1)).cpu()
+        self.activation += where_it_fires.abs().double().sum((0, 1)).cpu()
+        self.signed_activation += where_it_fires.double().sum((0, 1)).cpu()
         self.square += own.double().square().sum((0, 1)).cpu()
 
         row, at, c = fires.nonzero(as_tuple=True)
@@ -123,7 +125,7 @@ class SiteSums:
         row, at, c = row.cpu(), at.cpu(), c.cpu()
         self.inputs.add(c, input_token)
         self._add_histograms(c, strength, value)
-        self._offer_strongest(g, a, fires, seen)
+        self._offer_strongest(g * where_it_fires.abs(), seen)
         hashes = positions.hashes[start : start + len(g)].cpu()
         key = random_keys(hashes[row], at, c + self.salt * 1_000_003)
         self.random.offer(c, key, (row, at, c), seen)
@@ -145,9 +147,9 @@ class SiteSums:
         bins = torch.where(value < 0, ACTIVATION_BINS - 1 - bins, ACTIVATION_BINS + bins)
         _count(self.activation_histogram, c, bins)
 
-    def _offer_strongest(self, g: Tensor, a: Tensor, fires: Tensor, seen: SeenBatch) -> None:
+    def _offer_strongest(self, strength: Float[Tensor, "batch pos C"], seen: SeenBatch) -> None:
         """The strongest position of every row."""
-        score, position = (g * a.abs() * fires).max(dim=1)  # [batch C]
+        score, position = strength.max(dim=1)  # [batch C]
         score, position = score.cpu(), position.cpu()
         row, c = (score > 0).nonzero(as_tuple=True)
         self.top.offer(c, score[row, c].double(), (row, position[row, c], c), seen)

@@ -186,7 +186,10 @@ def agreement_task(
     if nouns is not None and any(isinstance(pair, str) or len(pair) != 2 for pair in nouns):
         raise TypeError(f"nouns={shown(nouns)}; expected a list of {NOUN_PAIRS}")
     words = set(usable_words(tokenizer, "nouns", flat, [word for pair in NOUNS for word in pair], 4))
-    pairs = [pair for pair in nouns or NOUNS if words.issuperset(pair)]
+    pairs = list(dict.fromkeys(tuple(pair) for pair in nouns or NOUNS if words.issuperset(pair)))
+    alike = [pair for pair in pairs if pair[0] == pair[1]]
+    if alike:
+        raise ValueError(f"nouns: {alike[0]} is the same in both numbers, so no prompt says which; choose another noun")
     forms = set(usable_words(tokenizer, "verbs", None, [word for pair in VERBS for word in pair], 2))
     verbs = [pair for pair in VERBS if forms.issuperset(pair)]
     if len(pairs) < 2 or not verbs:
@@ -235,9 +238,9 @@ def induction_task(
     else:
         special = set(getattr(vocabulary, "all_special_ids", ()))
         allowed = [token for token in range(len(vocabulary)) if token not in special]  # pyright: ignore
-    allowed = [token for token in allowed if token != bos]
-    if len(set(allowed)) <= length:
-        raise ValueError(f"length={length}, and {len(set(allowed))} tokens to draw from; expected more tokens")
+    allowed = [token for token in dict.fromkeys(allowed) if token != bos]
+    if len(allowed) <= length:
+        raise ValueError(f"length={length}, and {len(allowed)} tokens to draw from; expected more tokens")
     lead, k = [] if bos is None else [bos], length // 2
     clean, corrupted = [], []
     for _ in range(n):

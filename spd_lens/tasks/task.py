@@ -24,7 +24,8 @@ class Task:
     """Clean and corrupted prompts with their answers.
 
     - `clean`, `corrupted` `[row pos]`: tokens, row by row of equal meaning but for what decides the answer.
-    - `answers`, `wrong` `[row k]`: token ids that are right, and wrong, after the clean prompt; -1 fills short rows.
+    - `answers`, `wrong` `[row k]`: token ids that are right, and wrong, after the clean prompt, each once; -1 fills
+      short rows.
     - `at` `[row]`: the position whose logits predict the answer.
     """
 
@@ -43,6 +44,14 @@ class Task:
             raise ValueError(f"clean and corrupted must both be [row pos], and of one shape; given {shapes}")
         if any(len(ids) != n or ids.ndim != 2 or bool((ids < 0).all(1).any()) for ids in (self.answers, self.wrong)):
             raise ValueError(f"answers and wrong must be [row k] with at least one token in every row; given {shapes}")
+        both = torch.cat([self.answers, self.wrong], dim=1)
+        twice = ((both[:, :, None] == both[:, None, :]) & (both >= 0)[:, :, None]).sum(2).gt(1).any(1)
+        if bool(twice.any()):
+            row = int(twice.nonzero()[0])
+            raise ValueError(
+                f"row {row} has answers {self.answers[row].tolist()} and wrong ones {self.wrong[row].tolist()}; "
+                "expected every token once, as right or as wrong (one that stands twice would count double)"
+            )
         if self.at.shape != (n,) or not bool(((self.at >= 0) & (self.at < self.clean.shape[1])).all()):
             raise ValueError(f"at must hold one position in 0..{self.clean.shape[1] - 1} for every row; given {shapes}")
 
@@ -68,7 +77,8 @@ class Task:
     def logit_difference(self, logits: Float[Tensor, "row pos d_vocab"]) -> Float[Tensor, " row"]:
         """`logsumexp(logits[answers]) - logsumexp(logits[wrong])` where the answer is predicted: the log odds.
 
-        With one answer and one wrong token this is the plain difference of their logits.
+        With one answer and one wrong token this is the plain difference of their logits. In float32 or wider, whatever
+        the logits are: half precision would round log odds to an eighth.
         """
         row = self._logits_at(logits)
         return _pooled(row, self.answers).logsumexp(-1) - _pooled(row, self.wrong).logsumexp(-1)
@@ -84,7 +94,8 @@ class Task:
                 f"logits are {tuple(logits.shape)}, but the prompts of {self.name!r} are {tuple(self.clean.shape)}; a "
                 "metric belongs to all rows of its task (task[:4] is a task of four)"
             )
-        return logits[torch.arange(len(self), device=logits.device), self.at.to(logits.device)]
+        row = logits[torch.arange(len(self), device=logits.device), self.at.to(logits.device)]
+        return row.to(torch.promote_types(row.dtype, torch.float32))
 
     def metric(self, model: Any) -> NormalizedMetric:
         """The logit difference, scaled so that its mean is 1 on the clean and 0 on the corrupted prompts.

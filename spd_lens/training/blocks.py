@@ -34,11 +34,14 @@ def sites_by_block(sites: Mapping[str, int]) -> dict[int, dict[str, int]]:
 def merge_decompositions(model: nn.Module, directories: Sequence[str | Path]) -> Decomposition:
     """One decomposition of `model` from saved ones of different sites (of different blocks).
 
+    What each part was trained with goes along: `training_record["merged"]` has one record a part, with its sites.
+
     Raises ValueError for none, for sites that two of them have, for gates of different kinds or widths, and for a
     global gate, which serves the sites of one decomposition only. The model is then unchanged.
     """
     tensors: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
+    records: list[dict[str, Any]] = []
     first: Settings | None = None
     for directory in directories:
         part = Decomposition.from_pretrained(str(directory), model)
@@ -46,6 +49,7 @@ def merge_decompositions(model: nn.Module, directories: Sequence[str | Path]) ->
             _check_fits(part, counts, first, directory)
             first = first or part.settings
             counts |= part.settings.n_subcomponents
+            records.append({"sites": list(part), **part.training_record})
             tensors |= {name: tensor.detach().clone() for name, tensor in part.tensors().items()}
         finally:
             part.remove()
@@ -53,6 +57,7 @@ def merge_decompositions(model: nn.Module, directories: Sequence[str | Path]) ->
         raise ValueError("there is nothing to merge; expected directories of saved decompositions")
     merged = decompose(model, dict(counts), gate=first.gate, gate_width=first.gate_width)  # pyright: ignore[reportArgumentType]
     merged.load_tensors(tensors)
+    merged.training_record = {"merged": records}
     return merged
 
 

@@ -329,6 +329,23 @@ def test_parts_are_compared_at_the_same_level(decomposition: Decomposition) -> N
     assert got.to_json()["parts"]["subcomponents"]["parameters"] is None
 
 
+def test_a_curve_that_falls_again_is_read_where_it_was_measured(
+    decomposition: Decomposition, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = task_of(decomposition.model)
+    alone = SubcomponentParts(decomposition, task, deltas=False)
+    n = len(alone)
+    # Above the level around half of the parts, which a search by doubling from 1 on does not try.
+    high = range(n // 2 - 2, n // 2 + 3)
+    assert not any(2**i in high for i in range(20))
+    monkeypatch.setattr(SubcomponentParts, "faithfulness", lambda self, kept: 0.9 if int(kept.sum()) in high else (
+        1.0 if self._with_deltas and bool(kept.all()) else 0.1))  # fmt: skip
+    got = compare_parts(decomposition, task, level=0.8)
+    assert got.sizes["subcomponents"] == high[0]
+    assert got.faithfulness["subcomponents"] == 0.9
+    assert got.sizes["subcomponents and deltas"] is not None
+
+
 def test_passes_start_at_the_first_decomposed_block() -> None:
     decomposition = decompose(tiny_transformer(dtype=torch.float64), {OUT: 5}, init="exact")
     task = task_of(decomposition.model)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from spd_lens import PGD, Decomposition, decompose
 from spd_lens.circuits import Circuit, CircuitReport, check_circuit, circuit_of, find_circuit
+from spd_lens.core import Unit
 from spd_lens.tasks import Task
 from tests import bridge_models, oracle
 from tests.conftest import needs_hooked
@@ -30,7 +31,9 @@ def task(n: int = 4, seed: int = 0, length: int = 6, vocabulary: int = 29) -> Ta
     def draw(*shape: int) -> Tensor:
         return torch.randint(0, vocabulary, shape, generator=generator)
 
-    return Task("random", draw(n, length), draw(n, length), draw(n, 1), draw(n, 2), torch.full((n,), length - 1))
+    clean, corrupted = draw(n, length), draw(n, length)
+    said = torch.stack([torch.randperm(vocabulary, generator=generator)[:3] for _ in range(n)])
+    return Task("random", clean, corrupted, said[:, :1], said[:, 1:], torch.full((n,), length - 1))
 
 
 def kl_at(clean: Tensor, masked: Tensor, where: Tensor) -> float:
@@ -299,9 +302,11 @@ def test_answers_as_the_objective_are_judged_by_the_logit_difference() -> None:
     decomposition = planted(strength=3.0)
     given = task(vocabulary=40)
     with torch.no_grad():
-        # Let the target do the task: its answer is what it says, and another on the corrupted prompts.
-        best, other = (decomposition.model(rows)[:, -1].argmax(-1)[:, None] for rows in (given.clean, given.corrupted))
-    given = dataclasses.replace(given, answers=best, wrong=torch.where(other == best, (best + 1) % 40, other))
+        # Let the target do the task: its answer is what it says, the wrong one what the corrupted prompts raise most.
+        clean, corrupted = (decomposition.model(rows)[:, -1] for rows in (given.clean, given.corrupted))
+    best = clean.argmax(-1, keepdim=True)
+    other = (corrupted - clean).scatter(1, best, -torch.inf).argmax(-1, keepdim=True)
+    given = dataclasses.replace(given, answers=best, wrong=other)
     report = find_circuit(
         decomposition, given, objective="answer", masks="importance", start="all", steps=20, budgets=(2,)
     )
@@ -310,6 +315,40 @@ def test_answers_as_the_objective_are_judged_by_the_logit_difference() -> None:
     assert "logit difference recovered" in report.verdict
     assert report.target.accuracy == 1
     assert "accuracy" in str(report)
+
+
+def test_a_share_of_what_the_model_does_not_do_is_refused() -> None:
+    decomposition = planted(strength=3.0)
+    given = task(vocabulary=40)
+    with torch.no_grad():
+        clean, corrupted = (decomposition.model(rows)[:, -1] for rows in (given.clean, given.corrupted))
+    # The "answer" is what the corrupted prompts make likelier.
+    turned = dataclasses.replace(
+        given, answers=(corrupted - clean).argmax(-1)[:, None], wrong=(clean - corrupted).argmax(-1)[:, None]
+    )
+    with pytest.raises(ValueError, match=r"objective='answer', but .* this model does not do the task"):
+        check_circuit(decomposition, circuit_of(decomposition, {SITE: [0]}), turned, objective="answer")
+
+
+def test_a_larger_budget_is_never_reported_as_less_harm_and_json_has_the_nodes() -> None:
+    decomposition, rows = planted(3, lone=4, pairs=2, unused=1, strength=0.5), tokens(3)
+    circuit = circuit_of(decomposition, [Unit(((SITE, 1),), (2, 4)), Unit(((SITE, 3),))], n_positions=rows.shape[1])
+    # Large steps jump over what they look for.
+    report = check_circuit(decomposition, circuit, rows, budgets=range(1, 13), step_size=0.7, restarts=2)
+    reached = [measured.kl for _, measured in sorted(report.adversarial.items())]
+    assert reached == sorted(reached)
+    assert len(set(reached)) > 1
+    nodes = report.to_json()["nodes"]
+    assert nodes == [
+        [SITE, *pair] for pair in sorted([(1, 2), (1, 4), *((3, t) for t in range(12))], key=lambda n: n[::-1])
+    ]
+
+
+def test_nodes_everywhere_and_at_positions_stand_side_by_side() -> None:
+    kept = {SITE: torch.tensor([[True, False]]), "blocks.1.mlp.W_in": torch.tensor([[True], [False], [True]])}
+    units = Circuit(kept, {site: k.float() for site, k in kept.items()}).units
+    assert units[0] == Unit(((SITE, 0),))
+    assert units[1:] == [Unit((("blocks.1.mlp.W_in", 0),), (t,)) for t in (0, 2)]
 
 
 def test_user_metrics_are_measured_in_every_regime() -> None:

@@ -194,6 +194,35 @@ def test_edit_measures_saves_and_bakes(runs: Path, tmp_path: Path) -> None:
         assert "expected SITE:IDS=FACTOR" in invoke("edit", runs / "a", "--scale", wrong, status=2).stderr
 
 
+def test_edit_leaves_out_positions_that_do_not_count_and_harvest_reads_the_last_rows(
+    runs: Path, tmp_path: Path
+) -> None:
+    data = "{text: moby_dick, context: 16, batch_size: 4, max_rows: 6, exclude: [%s]}"
+    section = RunFile.read(runs / "config.yaml", ["data=" + data % ""]).data
+    rows = load_run_data(section, open_saved(runs / "a", None)[0])
+    tokens = torch.cat([batch.inputs for batch in rows.once()])  # pyright: ignore[reportAttributeAccessIssue]
+    # The most frequent token does not count.
+    excluded = int(tokens.flatten().mode().values)
+    (tmp_path / "data.yaml").write_text(data.strip("{}").replace(", ", "\n") % excluded)
+    arguments = ("--data", tmp_path / "data.yaml", "--json")
+    scale = ("--scale", "blocks.1.mlp.W_in:0,1,2,3,4,5,6,7=0")
+    found = json.loads(invoke("edit", runs / "a", *scale, *arguments).stdout)
+    decomposition, _ = open_saved(runs / "a", None)
+    model, weight = decomposition.model, decomposition["blocks.1.mlp.W_in"]
+    with torch.no_grad():
+        clean = model(tokens).double().log_softmax(-1)
+        weight.site.matrix.write(weight.target_weight - weight.V @ weight.U)
+        edited = model(tokens).double().log_softmax(-1)
+    kl, counts = (clean.exp() * (clean - edited)).sum(-1), tokens != excluded
+    assert found["positions"] == int(counts.sum()) < tokens.numel()
+    assert found["kl"] == pytest.approx(float(kl[counts].mean()), rel=1e-3)
+    assert found["top_changes"] == pytest.approx(
+        float((clean.argmax(-1) != edited.argmax(-1))[counts].double().mean()), abs=1e-6
+    )
+    found = json.loads(invoke("harvest", runs / "a", *arguments, "--out", tmp_path / "harvest").stdout)
+    assert Harvest.load(found["saved"]).n_positions == int(counts.sum())
+
+
 def test_local_jobs_stop_behind_their_block(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(BLOCKS)
     invoke("plan", tmp_path / "config.yaml", "--split", "blocks", "--local", "--out", tmp_path / "jobs")
@@ -351,6 +380,16 @@ def test_demo_ends_with_a_verdict(tmp_path: Path) -> None:
     found = json.loads(invoke("demo", "--steps", "2", "--out", tmp_path / "demo", "--json").stdout)
     assert found["verdict"]
     assert set(found["contexts"]) == {"blocks.1.mlp.W_in", "blocks.1.mlp.W_out"}
+
+
+def test_a_sweep_does_not_take_finished_runs_of_another_file_for_its_own(runs: Path, tmp_path: Path) -> None:
+    arguments = ("sweep", runs / "config.yaml", "--over", "decompose.seed=0", "--out", tmp_path, "--json")
+    shutil.copytree(runs / "a", tmp_path / "seed-0")
+    found = json.loads(invoke(*arguments).stdout)
+    assert [(row["directory"], row["status"]) for row in found["runs"]] == [(str(tmp_path / "seed-0"), 0)]
+    (tmp_path / "changed.yaml").write_text(CONFIG.replace("steps: 4", "steps: 9"))
+    changed = ("sweep", tmp_path / "changed.yaml", *arguments[2:])
+    assert "holds a finished run of a file with another train" in invoke(*changed, status=2).stderr
 
 
 @pytest.mark.slow  # five processes, each of which imports torch

@@ -189,6 +189,33 @@ def test_a_block_that_reads_more_than_the_residual_stream_is_never_entered() -> 
         assert decomposition.starts.is_exact(layer, clean.residuals[layer], rows(0)) is starts
 
 
+@on_both
+def test_a_pass_under_autocast_does_not_go_on_from_a_stream_that_was_recorded_without(host: str) -> None:
+    decomposition = decompose(HOSTS[host](), {"blocks.1.mlp.W_out": 4})
+    masks = {"blocks.1.mlp.W_out": SiteMask(torch.full((4,), 0.5))}
+    clean = decomposition.clean_pass(rows(0))
+    with torch.no_grad():
+        decomposition.masked_forward(rows(0), masks, residuals=clean.residuals)
+        with torch.autocast("cpu", torch.bfloat16):
+            whole = decomposition.masked_forward(rows(0), masks)
+            assert torch.equal(decomposition.masked_forward(rows(0), masks, residuals=clean.residuals), whole)
+
+
+@on_both
+def test_where_a_pass_may_start_does_not_depend_on_the_shape(host: str) -> None:
+    decomposition = decompose(HOSTS[host](), {"blocks.1.mlp.W_*": 4})
+    masks = {site: SiteMask(torch.full((4,), 0.5)) for site in decomposition}
+    with torch.no_grad():
+        # Tried on a single token; then used for all of these.
+        for n, length in ((1, 1), (3, 12), (1, 5), (17, 2)):
+            batch = tokens(n, length=length) % 30
+            residuals = decomposition.clean_pass(batch).residuals
+            assert list(residuals) == [1]
+            passed = decomposition.masked_forward(batch, masks, residuals=residuals)
+            assert torch.equal(passed, decomposition.masked_forward(batch, masks))
+    assert decomposition.starts.is_exact(1, residuals[1], batch)
+
+
 @needs_hooked
 def test_residuals_are_not_cached_where_padding_on_the_left_hides_positions() -> None:
     from transformers import PreTrainedTokenizerFast

@@ -182,6 +182,10 @@ def test_conditions_are_checked(decomposition: Decomposition, without_type_check
         edit(decomposition, {W_IN: [1]}, when=0.5)  # pyright: ignore
     with pytest.raises(ValueError, match="no decomposed site"):
         edit(decomposition, {W_IN: [1]}, when=Above(0.5, of=Unit((("nowhere", 0),))))
+    with pytest.raises(ValueError, match=r"has positions.*give unit\.at\(\)"):
+        edit(decomposition, {W_IN: [1]}, when=Above(0.5, of=Unit(((W_IN, 2),), (3,))))
+    with pytest.raises(TypeError, match=r"Above\(of=...\) is .*expected a Unit"):
+        edit(decomposition, {W_IN: [1]}, when=Above(0.5, of=[Unit(((W_IN, 2),))]))  # pyright: ignore
     made = edit(decomposition, {W_IN: [1]}, when=Above(0.5))
     with pytest.raises(ValueError, match="give the tokens"):
         made.hooks()

@@ -207,3 +207,26 @@ def test_several_processes_are_refused_each_would_climb_on_rows_of_its_own() -> 
 def test_masks_without_a_budget_are_refused() -> None:
     with pytest.raises(ValueError, match="without a budget"):
         WorstMasks(Attack(()))
+
+
+class Scripted:
+    """A divergence that is what the script says, whatever the sources; it rises in them, and remembers them."""
+
+    importances: Mapping[str, Tensor] = {"s": torch.zeros(1, 1)}
+
+    def __init__(self, values: list[float]) -> None:
+        self.values, self.seen = values, list[float]()
+
+    def total(self, sources: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+        source = sources["s"].sum()
+        self.seen.append(float(source.detach()))
+        return self.values[len(self.seen) - 1] + source - source.detach(), 1
+
+
+def test_a_window_counts_its_ten_steps_and_not_the_point_it_begins_from() -> None:
+    # 7 of the first 10 steps go up, which is under three quarters: the size is halved, and x goes on from the best.
+    ground = Scripted([float(v) for v in [0, 1, 2, 3, 4, 5, 6, 7, 5, 4, 3, 8]])
+    with torch.no_grad():
+        climb([ground], {"s": torch.tensor([[0.0]])}, (11,), 0.01)
+    assert ground.seen[:11] == pytest.approx([0.01 * k for k in range(11)], abs=1e-6)
+    assert ground.seen[11] == pytest.approx(0.07 + 0.75 * 0.005, abs=1e-6)

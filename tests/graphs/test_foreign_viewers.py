@@ -143,7 +143,7 @@ def test_percentiles_and_bars_spread_a_bin_evenly() -> None:
 
 
 def test_other_harvests_slugs_and_directories_are_refused(
-    graph: AttributionGraph, decomposition: Decomposition, tmp_path: Path
+    graph: AttributionGraph, decomposition: Decomposition, tmp_path: Path, without_type_checks: None
 ) -> None:
     other = decompose(load_tiny_lm(), SITES, gate="shared", gate_width=16, seed=1)
     with pytest.raises(ValueError, match="the harvest is of another decomposition than the graph"):
@@ -155,6 +155,11 @@ def test_other_harvests_slugs_and_directories_are_refused(
         graph.to_viewer(tmp_path, harvest={})  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"labels name the site 'blocks.1.mlp.W_inn'; near: .*W_in"):
         graph.to_viewer(tmp_path, labels={"blocks.1.mlp.W_inn": {0: "x"}})
+    with pytest.raises(ValueError, match=r"name subcomponent '0'; expected ids, which are whole numbers"):
+        graph.to_viewer(tmp_path, labels={"blocks.1.mlp.W_in": {"0": "x"}})  # pyright: ignore[reportArgumentType]
+    own = harvest(decomposition, torch.arange(1, 9)[None])
+    with pytest.raises(ValueError, match=r"name subcomponent 99999; expected ids in 0\.\."):
+        graph.to_viewer(tmp_path, labels={"blocks.1.mlp.W_in": {99_999: "x"}}, harvest=own)
     (tmp_path / "graph-metadata.json").write_text('{"graphs": 3}')
     with pytest.raises(ValueError, match="is no list of graphs"):
         graph.to_viewer(tmp_path)

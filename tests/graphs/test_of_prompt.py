@@ -692,6 +692,13 @@ def test_a_pruned_graph_accounts_for_what_it_drops(double: Decomposition) -> Non
     assert {n for n, d in whole.graph.nodes(data=True) if d["kind"] == "embedding"} <= set(pruned.graph.nodes)
 
 
+def test_a_data_set_graph_says_nothing_of_what_it_has_not_measured(double: Decomposition) -> None:
+    whole = dataset_graph(double, [tokens(2, length=6)], metric=spread, importance_above=None, n_checked=2)
+    pruned = whole.prune(0.6, 0.9)
+    assert pruned.graph.number_of_edges() < whole.graph.number_of_edges()
+    assert {data["from_unshown"] for _, data in pruned.graph.nodes(data=True)} == {None}
+
+
 # -- errors --------------------------------------------------------------------------------------------------------
 
 
@@ -722,6 +729,17 @@ def test_mistakes_are_named(
 
 
 @needs_hooked
+def test_attributions_that_are_no_numbers_are_an_error_and_not_left_out(double: Decomposition) -> None:
+    def breaks(logits: Tensor) -> Tensor:
+        # The value is 0; its gradient by two logits is infinite.
+        return (logits[0, -1, :2] - logits[0, -1, :2].detach()).clamp_min(0).sqrt().sum()
+
+    with pytest.raises(ValueError, match="on the readouts are NaN or infinite"):
+        attribution_graph(double, PROMPT, readouts={"b": breaks}, importance_above=None)
+    with pytest.raises(ValueError, match=r"\d+ of \d+ attributions are NaN or infinite"):
+        dataset_graph(double, [PROMPT], metric=lambda x: breaks(x)[None], importance_above=None)
+
+
 def test_inputs_split_by_head_are_refused() -> None:
     decomposition = decompose(oracle.CASES["split_qkv"].build(), {"blocks.*.attn.W_V": 4})
     with pytest.raises(ValueError, match="has one input per head, and an attribution graph needs one per position"):

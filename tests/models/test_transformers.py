@@ -155,6 +155,14 @@ def test_induction_model_is_right_on_the_predictable_part_and_undecided_elsewher
     assert float(entropy) > 0.95 * math.log(induction.D_VOCAB)
 
 
+def test_rows_without_a_repetition_have_no_score() -> None:
+    rows = torch.arange(8)[None]
+    with pytest.raises(ValueError, match="no token of these 1 rows comes a second time"):
+        induction_accuracy(torch.zeros(1, 8, induction.D_VOCAB), rows)
+    with pytest.raises(ValueError, match="no token of these 1 rows comes a second time"):
+        head_roles(load_induction(), rows)
+
+
 def test_one_head_looks_back_by_one_and_one_after_the_earlier_copy() -> None:
     model, tokens = load_induction(), RepeatedSequences(256, seed=99).batch(0)
     roles, recipe = head_roles(model, tokens), load_recipe(INDUCTION_DIRECTORY)["test"]

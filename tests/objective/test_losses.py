@@ -28,6 +28,7 @@ from spd_lens.objective import (
     minimality_loss,
     random_sources,
     reconstruction_loss,
+    relative_faithfulness_loss,
 )
 from tests.small_models import generator, rand, randn
 
@@ -103,6 +104,10 @@ def test_l1_relative_faithfulness_is_the_unexplained_share_of_the_energy() -> No
     assert value(relative_faithfulness(W, V, U)) == close(squared_error(W, V, U) / energy)
     assert value(relative_faithfulness(W, V, U * 0)) == close(1.0)
     assert value(relative_faithfulness(10 * W, V, 10 * U)) == close(value(relative_faithfulness(W, V, U)))
+    # One formula in reports and in the loss, of matrices of zeros, too.
+    zeros = (torch.zeros_like(W), V, U)
+    expected = (squared_error(W, V, U) / energy + squared_error(*zeros)) / 2
+    assert value(relative_faithfulness_loss([(W, V, U), zeros])) == close(expected)
 
 
 @pytest.mark.parametrize(

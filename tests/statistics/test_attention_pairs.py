@@ -166,3 +166,13 @@ def test_the_heat_map_shows_the_strongest_pairs_of_every_head_and_offset() -> No
     torch.testing.assert_close(torch.tensor(shown.data), found.values[1, 1][rows][:, columns])
     assert panels[3].get_title() == "head 1, key 2 back"
     plt.close(figure)
+
+
+def test_activations_of_another_decomposition_are_refused() -> None:
+    model, rows = tiny_transformer(), tokens(4)
+    other = decompose(model, {Q: 6, K: 6}, seed=1)
+    of_other = harvest(other, rows)
+    other.remove()
+    decomposition = decompose(model, {Q: 6, K: 6}, seed=2)
+    with pytest.raises(ValueError, match="the harvest is of another decomposition of this target"):
+        qk_interactions(decomposition, 1, harvest=of_other)

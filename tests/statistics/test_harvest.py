@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import torch
 
 from spd_lens import Batch, Decomposition, TokenBatches, decompose, harvest
 from spd_lens.statistics import Harvest
+from tests import oracle
+from tests.conftest import needs_hooked
 from tests.small_models import tiny_transformer, tokens
 
 SITE, OTHER = "blocks.1.mlp.W_in", "blocks.0.attn.W_V"
@@ -156,6 +159,9 @@ def test_the_same_data_other_settings_and_other_decompositions_are_not_merged(de
     found = harvest(decomposition, ROWS)
     with pytest.raises(ValueError, match="read the same data as harvest 0"):
         found.merged(harvest(decomposition, ROWS))
+    some = harvest(decomposition, ROWS[:5])
+    with pytest.raises(ValueError, match="harvest 1 read the same data as harvest 0"):
+        found.merged(some).merged(some)
     with pytest.raises(ValueError, match="harvest 1 was made with other settings"):
         found.merged(harvest(decomposition, ROWS[:5], top_k=3))
     other = decompose(tiny_transformer(), {SITE: 20, OTHER: 12}, gate="shared", gate_width=8, seed=7)
@@ -307,3 +313,47 @@ def test_settings_that_make_no_sense_are_named(decomposition: Decomposition, wit
     with pytest.raises(ValueError, match="kind='best'; expected 'top', 'random' or 'stratified'"):
         harvest(decomposition, ROWS)[SITE].examples(0, "best")  # pyright: ignore
     assert isinstance(harvest(decomposition, TokenBatches(ROWS, 4)), Harvest)
+
+
+def test_what_does_not_count_enters_no_number_not_even_nan(decomposition: Decomposition) -> None:
+    mask = torch.ones(4, ROWS.shape[1], dtype=torch.bool)
+    mask[:, -2:] = False
+    expected = harvest(decomposition, Batch(ROWS[:4], position_mask=mask), effect_batches=1)
+
+    def broken(value: torch.Tensor, hook: object) -> torch.Tensor:
+        value[:, -2:] = torch.nan
+        return value
+
+    with decomposition.model.hooks(fwd_hooks=[("blocks.1.hook_attn_out", broken)]):
+        found = harvest(decomposition, Batch(ROWS[:4], position_mask=mask), effect_batches=1)
+    for name in ("firing_rate", "mean_importance", "mean_activation", "signed_activation", "activation_rms", "effect"):
+        torch.testing.assert_close(getattr(found[SITE], name), getattr(expected[SITE], name), msg=name)
+    assert len(found[SITE].examples(found[SITE].most_used(1)[0])) > 0
+
+
+@pytest.mark.parametrize("name", ["n_events", "n_background", "random_k", "per_band", "before", "after"])
+def test_nothing_of_a_kind_can_be_asked_for(decomposition: Decomposition, name: str) -> None:
+    found = harvest(decomposition, ROWS, **{name: 0})  # pyright: ignore[reportArgumentType]
+    torch.testing.assert_close(found[SITE].firing_rate, harvest(decomposition, ROWS)[SITE].firing_rate)
+    assert found[SITE].examples(found[SITE].most_used(1)[0])
+    found.merged(harvest(decomposition, ROWS[:3], **{name: 0})).contents()  # pyright: ignore[reportArgumentType]
+
+
+@needs_hooked
+def test_with_an_input_per_head_the_strongest_head_speaks_with_its_sign() -> None:
+    decomposition = decompose(oracle.CASES["split_qkv"].build(), {"blocks.0.attn.W_V": 6}, seed=3)
+    rows = tokens(4, length=6) % (decomposition.host.vocabulary_size() or 1)
+    found = harvest(decomposition, rows, threshold=0.0)["blocks.0.attn.W_V"]
+    weight = decomposition["blocks.0.attn.W_V"]
+    x = decomposition.clean_pass(rows).inputs["blocks.0.attn.W_V"]
+    sums, counts = [0.0] * 6, [0] * 6
+    with torch.no_grad():
+        a, g = x.to(weight.V) @ weight.V, decomposition.importance(rows)["blocks.0.attn.W_V"]
+    assert a.ndim == 4
+    for row, position, c in itertools.product(range(4), range(6), range(6)):
+        if float(g[row, position, :, c].max()) > 0:
+            sums[c] += max(a[row, position, :, c].tolist(), key=abs)
+            counts[c] += 1
+    expected = [s / max(1, n) for s, n in zip(sums, counts, strict=True)]
+    assert min(expected) < 0
+    assert found.signed_activation.tolist() == pytest.approx(expected, rel=1e-4, abs=1e-6)

@@ -217,6 +217,21 @@ def test_the_same_seed_gives_the_same_task(name: str, tiny: Any) -> None:
     assert not torch.equal(first.clean, other.clean)
 
 
+def test_tokens_and_nouns_that_are_named_twice_count_once(tiny: Any) -> None:
+    task = tasks.induction_task([*range(10, 18)] * 5, 40, length=7)
+    for row in task.clean.tolist():
+        assert len(set(row[:7])) == 7
+    with pytest.raises(ValueError, match="length=8, and 8 tokens to draw from"):
+        tasks.induction_task([*range(10, 18)] * 5, length=8)
+    first, second = [p for p in NOUNS if all(len(tiny.tokenize(f" {word}")) == 1 for word in p)][:2]
+    nouns = [first, first, second]
+    for text in tiny.batch_decode(tasks.agreement_task(tiny, 40, nouns=nouns).clean):  # pyright: ignore
+        subject, other = re.fullmatch(r"The (\w+) near the (\w+)", text).groups()  # pyright: ignore
+        assert (subject in first) != (other in first)
+    with pytest.raises(ValueError, match=r"\('head', 'head'\) is the same in both numbers"):
+        tasks.agreement_task(tiny, nouns=[first, second, ("head", "head")])
+
+
 def test_bos_stands_before_every_prompt_where_asked(tiny: Any) -> None:
     plain, with_bos = (tasks.agreement_task(tiny, 6, prepend_bos=bos) for bos in (False, True))
     assert torch.equal(with_bos.clean[:, 1:], plain.clean)
@@ -252,6 +267,13 @@ def test_logit_difference_is_the_log_odds_at_the_answers_position(own_task: Task
     logits[0, 3, :] = torch.tensor([9.0, 2, 1.8, 9, 1.9, 9])  # sum of the wrong beats the answer; no single one does
     logits[1, 1, :] = torch.tensor([3.0, 9, 1, 2, 9, 9])
     assert own_task.correct(logits).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_log_odds_of_logits_in_half_precision_are_not_rounded_again(own_task: Task, dtype: torch.dtype) -> None:
+    logits = (20 + torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0))).to(dtype)
+    exact = own_task.logit_difference(logits.double())
+    torch.testing.assert_close(own_task.logit_difference(logits).double(), exact, rtol=0, atol=1e-5)
 
 
 def test_the_normalised_metric_is_1_on_clean_and_0_on_corrupted_prompts(tiny: Any) -> None:
@@ -362,6 +384,8 @@ def test_a_tokenizer_without_bos_or_no_tokenizer_is_named(pairs_of_digits: Any) 
         ({"answers": torch.tensor([[1], [-1]])}, "at least one token in every row"),
         ({"wrong": torch.tensor([[1]])}, "at least one token in every row"),
         ({"at": torch.tensor([0, 4])}, r"one position in 0..3 for every row"),
+        ({"answers": torch.tensor([[1, -1], [0, 3]])}, "row 1 has answers .* expected every token once"),
+        ({"wrong": torch.tensor([[2, 2], [0, -1]])}, "row 0 has answers .* expected every token once"),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(

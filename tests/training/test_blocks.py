@@ -75,6 +75,8 @@ def test_streams_that_were_changed_or_are_of_another_model_are_refused(tmp_path:
 
 def test_merged_decompositions_are_their_parts_and_train_on(tmp_path: Path) -> None:
     parts = [_part(0), _part(1)]
+    for steps, part in enumerate(parts, start=3):
+        part.training_record = {"steps": steps, "final": {"total": steps / 8}}
     saved = [part.save_pretrained(tmp_path / f"part-{i}") for i, part in enumerate(parts)]
     model = tiny_transformer()
     merged = merge_decompositions(model, saved)
@@ -82,6 +84,13 @@ def test_merged_decompositions_are_their_parts_and_train_on(tmp_path: Path) -> N
     assert merged.tensors().keys() == expected.keys()
     for name, tensor in merged.tensors().items():
         assert torch.equal(tensor, expected[name]), name
+    loaded = Decomposition.from_pretrained(merged.save_pretrained(tmp_path / "merged"), tiny_transformer())
+    assert loaded.training_record["merged"] == [
+        {"sites": [f"blocks.{block}.mlp.W_in", f"blocks.{block}.mlp.W_out"], "steps": 3 + block, "final": final}
+        for block, final in ((0, {"total": 0.375}), (1, {"total": 0.5}))
+    ]
+    card = (tmp_path / "merged" / "README.md").read_text(encoding="utf-8")
+    assert "- `blocks.1.mlp.W_in`, `blocks.1.mlp.W_out`: Trained for 4 steps. Final metrics: total 0.5." in card
     train(merged, [tokens(4)], CONFIG, out_dir=tmp_path / "run")
 
 
@@ -108,3 +117,13 @@ def test_sites_are_sorted_by_block() -> None:
     assert list(sites_by_block(sites)) == [2, 10]
     with pytest.raises(ValueError, match=r"embed\.W_E is in no block"):
         sites_by_block({"embed.W_E": 4})
+
+
+def test_cached_streams_of_one_process_are_those_of_its_rows() -> None:
+    decomposition, data = _part(1), TokenBatches(tokens(8), 4, seed=2)
+    for rank in range(2):
+        cached = cache_residuals(decomposition, data.for_process(rank, 2)).batches_from(0)
+        plain = data.batches_from(0)
+        for _ in range(3):
+            batch, rows = next(cached), next(plain).inputs[rank::2]
+            assert torch.equal(batch.inputs, decomposition.host.residual_before(1, rows))
