@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from spd_lens.core.masks import Importances
-from spd_lens.core.subcomponents import relative_faithfulness, squared_error
+from spd_lens.core.subcomponents import share_of_energy, squared_error
 from spd_lens.objective.divergences import divergence, mean_over_positions
 
 # Unbound axis names: every site has its own sizes, and one annotation is checked against several sites.
