@@ -83,8 +83,8 @@ def test_the_reported_value_is_the_largest_at_any_step_and_one_climb_serves_the_
     for steps, value in found.items():
         assert value == pytest.approx(max(seen[: steps + 1]), abs=1e-6)
     assert list(found.values()) == sorted(found.values())
-    # The last point is not the best one, so that reporting it would understate.
-    assert seen[7] < max(seen[:8]) or seen[20] < found[20]
+    # The last point is not always the best one, so that reporting it would understate.
+    assert any(seen[steps] < value for steps, value in found.items())
 
 
 def test_falling_steps_reach_a_peak_that_steps_of_one_size_jump_over() -> None:
