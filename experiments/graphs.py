@@ -1,7 +1,7 @@
 """Attribution graphs of the shipped decomposition of the tiny language model: `python experiments/graphs.py [--json]`.
 
-For each prompt: the graph, how its edges agree with real removals (C2), and what happens to the targets when its most
-influential subcomponents are taken away at once, one pass with nothing held, beside what the edges predict. Beside
+For each prompt: the graph, how its edges agree with real removals (C2), and what happens to the readouts when its most
+influential subcomponents are ablated at once, one pass with nothing held, beside what the edges predict. Beside
 them as many subcomponents drawn at random from the graph. With Chromium also the pictures of the page in `docs`.
 """
 
@@ -35,7 +35,7 @@ SEED = 0
 
 
 def agreement(removal: Removal) -> dict[str, Any]:
-    """Predicted beside measured changes of the targets."""
+    """Predicted beside measured changes of the readouts."""
     predicted, measured = np.array(removal.predicted), np.array(removal.measured)
     correlation = float(np.corrcoef(predicted, measured)[0, 1]) if len(predicted) > 1 else float("nan")
     return {

@@ -1,7 +1,7 @@
 """What `attribution_graph` and `dataset_graph` return: a graph, and how far its edges agree with real ablations.
 
 A graph without its check is not made: every edge is a prediction (C1), and `check` says how a sample of them came out
-when the sender was really taken away (C2).
+when the sender was really ablated (C2).
 """
 
 from __future__ import annotations
@@ -130,12 +130,12 @@ class AttributionGraph:
         *,
         metrics: Mapping[str, Metric] | None = None,
     ) -> Removal:
-        """Take nodes away at once: what the edges predict for every readout, and what the model does.
+        """Ablate nodes at once: what the edges predict for every readout, and what the model does.
 
         `nodes` are names of nodes, which the page gives (`graph.graph.nodes` lists them); `metrics` are the functions
         of the logits that the readouts were made with, where they are no tokens. See `spd_lens.graphs.removing`.
 
-        Raises ValueError for unknown nodes and targets, another decomposition or prompt, and graphs of a data set.
+        Raises ValueError for unknown nodes and readouts, another decomposition or prompt, and graphs of a data set.
         """
         return removal(self.graph, self.tokens, self.settings, decomposition, tokens, nodes, metrics)
 

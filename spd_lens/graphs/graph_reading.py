@@ -29,7 +29,7 @@ class _Node(CheckedContent):
     importance: float | None
     probability: float | None
     readout_weight: float | None
-    target: str | None
+    predicts: str | None
     from_unshown: float | None
     firing_rate: float | None = None
 

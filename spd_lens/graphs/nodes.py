@@ -81,6 +81,6 @@ def _attributes(
         "importance": None,
         "probability": None,
         "readout_weight": None,
-        "target": None,
+        "predicts": None,
         "from_unshown": None,
     }

@@ -300,7 +300,7 @@ def _with_nodes(
         with torch.no_grad():
             node["activation"] = float(readout.value(whole.output[:1]))
         node |= {"label": readout.label, "readout_weight": readout.weight, "probability": readout.probability}
-        node["target"] = readout.target
+        node["predicts"] = readout.predicts
         node["from_unshown"] = float(from_unshown[len(chosen) + j])
         graph.add_node(f"readout {readout.number}", **node)
     return graph

@@ -75,7 +75,7 @@ def _row_names(graph: nx.DiGraph) -> list[str]:
     """What stands at each row, from the bottom; rows without nodes are empty strings."""
     found: dict[int, str] = {}
     for _, data in graph.nodes(data=True):
-        found[data["row"]] = {"embedding": "embeddings", "readout": "targets"}.get(data["kind"], str(data["site"]))
+        found[data["row"]] = {"embedding": "embeddings", "readout": "readouts"}.get(data["kind"], str(data["site"]))
     return [found.get(row, "") for row in range(max(found, default=-1) + 1)]
 
 
@@ -99,7 +99,7 @@ def _node(name: str, data: Mapping[str, Any], about: Described) -> dict[str, Any
         "row": data["row"],
         "pos": data["position"],
         "token": data["token"],
-        "target": data["target"],
+        "predicts": data["predicts"],
         "act": _rounded(data["activation"]),
         "importance": _rounded(data["importance"]),
         "context": _context_key(data["site"], data["subcomponent"]),

@@ -23,7 +23,7 @@ ReadoutsGiven: TypeAlias = int | str | Sequence[int | str] | Tensor | np.ndarray
 class Readout:
     """A number that is read off the logits `[1 pos d_vocab]`; `number` is a token id, or negative.
 
-    `target`: the token's text, None for a function of the logits.
+    `predicts`: the text of the token that it is the logit of, None for a function of the logits.
     """
 
     label: str
@@ -31,7 +31,7 @@ class Readout:
     weight: float
     probability: float | None
     value: Callable[[Tensor], Tensor]
-    target: str | None = None
+    predicts: str | None = None
 
 
 def chosen_readouts(decomposition: Decomposition, tokens: Tensor, given: ReadoutsGiven, position: int) -> list[Readout]:

@@ -1,4 +1,4 @@
-"""C2: passes in which one origin of attributions is really taken away, and what falls by it.
+"""C2: passes in which one origin of attributions is really ablated, and what falls by it.
 
 Shares with `spd_lens.graphs.direct_pass` what the origins are, and the held pass with path patching
 (`spd_lens.patching.frozen`); no gradient is taken here.
@@ -24,7 +24,7 @@ from spd_lens.patching.hooks import store, zero
 
 @dataclass(frozen=True)
 class Drop:
-    """How much the activations `[pos C]` of every site, and every readout, fell when a sender was taken away."""
+    """How much the activations `[pos C]` of every site, and every readout, fell when a sender was ablated."""
 
     sender: Unit
     activations: dict[str, Tensor]
@@ -44,7 +44,7 @@ def removals(
     held: bool,
     per_pass: int = 16,
 ) -> Iterator[Drop]:
-    """For one prompt `[1 pos]`, the change `clean - without` for each sender (at one position) that is taken away.
+    """For one prompt `[1 pos]`, the change `clean - without` for each sender (at one position) that is ablated.
 
     - `held=True` (C2): all other subcomponents and what is frozen keep their clean values.
     - `held=False`: the total effect; everything follows, also what C1 freezes.
@@ -69,7 +69,7 @@ def removals(
 def removed_together(
     decomposition: Decomposition, tokens: Int[Tensor, "1 pos"], senders: Sequence[Unit], readouts: Readouts
 ) -> tuple[list[float], list[float]]:
-    """Every readout of the clean pass, and with all these senders taken away at once and nothing held.
+    """Every readout of the clean pass, and with all these senders ablated at once and nothing held.
 
     Cost: one pass over two copies of the prompt.
     """

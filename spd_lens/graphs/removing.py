@@ -1,12 +1,12 @@
-"""Nodes of a graph taken away at once: what its edges predict for the readouts, and what the model does.
+"""Nodes of a graph ablated at once: what its edges predict for the readouts, and what the model does.
 
-Predicted, to first order: what is taken away falls whole, and a receiver t by the sum over its senders,
+Predicted, to first order: what is ablated falls whole, and a receiver t by the sum over its senders,
 
-    fallen(t) = sum over s of share(s) weight(s -> t),    share(s) = 1 if s is taken away, else fallen(s) / a_s,
+    fallen(t) = sum over s of share(s) weight(s -> t),    share(s) = 1 if s is ablated, else fallen(s) / a_s,
 
 in the order of the graph. This is what the direct effects of its edges come to along all its paths; it leaves out what
 the graph leaves out: subcomponents that are no nodes, what C1 freezes (attention patterns, normalisation scales,
-deltas), and that the model is not linear. Measured: one pass with the nodes taken away and nothing held, so the
+deltas), and that the model is not linear. Measured: one pass with the nodes ablated and nothing held, so the
 difference between the two is how far the graph is from saying what such a change does.
 """
 
@@ -31,12 +31,12 @@ from spd_lens.support.names import near_names
 from spd_lens.support.pages import table_html
 from spd_lens.support.tables import format_table
 
-_HEADER = ("target", "clean", "predicted change", "measured change")
+_HEADER = ("readout", "clean", "predicted change", "measured change")
 
 
 @dataclass(frozen=True, repr=False)
 class Removal:
-    """What taking `nodes` away does to every readout: `clean` values, and the `predicted` and `measured` changes.
+    """What ablating `nodes` does to every readout: `clean` values, and the `predicted` and `measured` changes.
 
     In units of the readout: for a token, its logit minus the mean logit.
     """
@@ -52,17 +52,17 @@ class Removal:
         return [(name, f"{c:.4g}", f"{p:+.4g}", f"{m:+.4g}") for name, c, p, m in columns]
 
     def __repr__(self) -> str:
-        return f"Removal({len(self.nodes)} nodes, {len(self.readouts)} targets)"
+        return f"Removal({len(self.nodes)} nodes, {len(self.readouts)} readouts)"
 
     def __str__(self) -> str:
-        return f"{len(self.nodes)} nodes taken away\n" + format_table(_HEADER, self._rows())
+        return f"{len(self.nodes)} nodes ablated\n" + format_table(_HEADER, self._rows())
 
     def _repr_html_(self) -> str:
-        return table_html(f"{len(self.nodes)} nodes taken away", _HEADER, self._rows())
+        return table_html(f"{len(self.nodes)} nodes ablated", _HEADER, self._rows())
 
 
 def predicted_falls(graph: nx.DiGraph, nodes: Collection[str]) -> dict[str, float]:
-    """`fallen(t)` of every node when these are taken away (see the module)."""
+    """`fallen(t)` of every node when these are ablated (see the module)."""
     fallen = dict.fromkeys(graph, 0.0)
     for name in nx.topological_sort(graph):
         activation = graph.nodes[name]["activation"]
@@ -87,10 +87,10 @@ def removal(
         if name not in graph:
             raise ValueError(f"no node {name!r} in the graph; near: {near_names(str(name), graph)}")
     if not nodes or any(graph.nodes[name]["kind"] == "readout" for name in nodes):
-        raise ValueError(f"nodes={list(nodes)!r}; expected at least one, and no target, which are what is read off")
+        raise ValueError(f"nodes={list(nodes)!r}; expected at least one, and no readout, which are what is read off")
     tokens = _same_prompt(strings, settings, decomposition, tokens)
-    targets = [(name, data) for name, data in graph.nodes(data=True) if data["kind"] == "readout"]
-    given = _readouts_given([data for _, data in targets], metrics or {})
+    read = [(name, data) for name, data in graph.nodes(data=True) if data["kind"] == "readout"]
+    given = _readouts_given([data for _, data in read], metrics or {})
     readouts = chosen_readouts(decomposition, tokens, given, settings["readout_position"])
     senders = [
         sender_of((d["kind"], d["site"]), d["subcomponent"], d["position"])
@@ -100,9 +100,9 @@ def removal(
     fallen = predicted_falls(graph, set(nodes))
     return Removal(
         nodes=nodes,
-        readouts=tuple(data["label"] for _, data in targets),
+        readouts=tuple(data["label"] for _, data in read),
         clean=tuple(clean),
-        predicted=tuple(0.0 - fallen[name] for name, _ in targets),
+        predicted=tuple(0.0 - fallen[name] for name, _ in read),
         measured=tuple(b - a for a, b in zip(clean, after, strict=True)),
     )
 
@@ -111,7 +111,7 @@ def _same_prompt(
     strings: Sequence[str], settings: Mapping[str, Any], decomposition: Decomposition, tokens: Tensor
 ) -> Tensor:
     if settings.get("readout_position") is None:
-        raise ValueError("this graph is of many prompts; nodes are taken away on one: make it with attribution_graph")
+        raise ValueError("this graph is of many prompts; nodes are ablated on one: make it with attribution_graph")
     if settings.get("decomposition") not in (None, tensors_sha256(decomposition)):
         raise ValueError("the graph is of another decomposition (its V, U or gates differ)")
     tokens = checked_input(decomposition, tokens).to(decomposition.device)
@@ -121,12 +121,12 @@ def _same_prompt(
     return tokens
 
 
-def _readouts_given(targets: Sequence[Mapping[str, Any]], metrics: Mapping[str, Metric]) -> ReadoutsGiven:
-    if all(data["target"] is not None for data in targets):
-        return [data["number"] for data in targets]
-    missing = [data["label"] for data in targets if data["label"] not in metrics]
+def _readouts_given(nodes: Sequence[Mapping[str, Any]], metrics: Mapping[str, Metric]) -> ReadoutsGiven:
+    if all(data["predicts"] is not None for data in nodes):
+        return [data["number"] for data in nodes]
+    missing = [data["label"] for data in nodes if data["label"] not in metrics]
     if missing:
         raise ValueError(
-            f"the target {missing[0]!r} is a function of the logits; give metrics={{{missing[0]!r}: function}}"
+            f"the readout {missing[0]!r} is a function of the logits; give metrics={{{missing[0]!r}: function}}"
         )
-    return {data["label"]: metrics[data["label"]] for data in targets}
+    return {data["label"]: metrics[data["label"]] for data in nodes}

@@ -26,7 +26,7 @@ from spd_lens.support.pages import visible
 if TYPE_CHECKING:
     import networkx as nx
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 _PUBLIC_TYPES = {
     "subcomponent": "cross layer transcoder",
     "delta": "mlp reconstruction error",
@@ -124,7 +124,7 @@ def public_text(text: str) -> str:
 
 
 def public_ids(graph: nx.DiGraph) -> dict[str, str]:
-    """`{our node: node_id}`: `"{layer}_{id}_{position}"`, the layer E for embeddings and the last one for targets."""
+    """`{our node: node_id}`: `"{layer}_{id}_{position}"`, the layer E for embeddings and the last one for readouts."""
     found = {}
     for name, data in graph.nodes(data=True):
         position = 0 if data["position"] is None else data["position"]
@@ -152,11 +152,11 @@ def _label(data: Mapping[str, Any], better: str | None) -> str:
     """The label as viewers read it: of a readout they want `(p=...)`, and the token between double quotes."""
     if data["kind"] != "readout":
         return public_text(better or data["label"])
-    what = data["label"] if data["target"] is None else data["target"]
+    what = data["label"] if data["predicts"] is None else data["predicts"]
     what = public_text(what).replace('"', "”").replace("(p=", "(p =")
     p = float(data["probability"] or 0.0)
     value = f"{p:.3f}" if p == 0 or p >= 0.001 else f"{p:.1e}"
-    return f'Output "{what}" (p={value})' if data["target"] is not None else f'"{what}" of no token (p=0)'
+    return f'Output "{what}" (p={value})' if data["predicts"] is not None else f'"{what}" of no token (p=0)'
 
 
 def _node(
@@ -164,18 +164,18 @@ def _node(
 ) -> dict[str, Any]:
     position = 0 if data["position"] is None else data["position"]
     number, layer = _public_number(data), _layer(data)
-    is_target = data["kind"] == "readout"
+    is_readout = data["kind"] == "readout"
     return {
         "node_id": public[name],
         "feature": public_feature(data) if data["kind"] == "subcomponent" else number,
         "layer": layer,
         "ctx_idx": position,
         "feature_type": _PUBLIC_TYPES[data["kind"]],
-        "token_prob": float(data["probability"] or 0.0) if is_target else 0.0,
-        "is_target_logit": is_target,
+        "token_prob": float(data["probability"] or 0.0) if is_readout else 0.0,
+        "is_target_logit": is_readout,
         "run_idx": 0,
         "reverse_ctx_idx": 0,
-        "jsNodeId": f"{'L' if is_target else layer}_{number}-{0 if data['kind'] == 'subcomponent' else position}",
+        "jsNodeId": f"{'L' if is_readout else layer}_{number}-{0 if data['kind'] == 'subcomponent' else position}",
         "clerp": _label(data, label),
         # Rounding may leave the last a hair above 1, which viewers would drop.
         "influence": None if name not in cumulative else min(1.0, cumulative[name]),

@@ -15,14 +15,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_WORDS = {"readout": "target"}
 _MARKERS = {"subcomponent": "o", "delta": "D", "embedding": "s", "readout": "^"}
 # Told apart in grey, too: what lowers is dashed.
 _RAISES, _LOWERS, _NODE = "#0072B2", "#D55E00", "0.2"
 
 
 def graph_figure(graph: AttributionGraph, *, edges: int = 150) -> Figure:
-    """The graph with its strongest `edges` and the nodes at their ends; prune it first to see what reaches the targets.
+    """The graph with its strongest `edges` and the nodes at their ends; `prune` it first to see what reaches readouts.
 
     Sites stand upwards in running order, positions across, wide where many nodes are; subcomponents carry their ids.
     Lines that raise the receiver are blue, those that lower it orange and dashed; the width is the attribution's size.
@@ -49,7 +48,7 @@ def graph_figure(graph: AttributionGraph, *, edges: int = 150) -> Figure:
             lw=0.3 + 2.2 * edge_size(data) / largest, alpha=0.6, zorder=1,
         )  # fmt: skip
     _draw_nodes(axis, nodes, places)
-    words = {"embedding": "embeddings", "readout": "targets"}
+    words = {"embedding": "embeddings", "readout": "readouts"}
     named = {node["row"]: words.get(node["kind"], str(node["site"])) for node in nodes.values()}
     axis.set_yticks(range(len(rows)), [named[row] for row in rows], fontsize=7)
     axis.set_ylim(-0.4, len(rows) + 0.1)
@@ -89,7 +88,7 @@ def _draw_nodes(axis: Axes, nodes: Mapping[str, Mapping[str, Any]], places: Mapp
         own = [name for name, node in nodes.items() if node["kind"] == kind]
         if own:
             x, y = zip(*(places[name] for name in own), strict=True)
-            axis.scatter(x, y, marker=marker, s=18, color=_NODE, zorder=2, label=_WORDS.get(kind, kind))
+            axis.scatter(x, y, marker=marker, s=18, color=_NODE, zorder=2, label=kind)
     for name, node in nodes.items():
         texts = {"readout": node["label"].removeprefix("logit of "), "subcomponent": str(node["subcomponent"])}
         text = texts.get(node["kind"])

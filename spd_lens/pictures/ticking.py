@@ -1,7 +1,7 @@
 """An attribution graph inside a notebook: its page, and nodes that a user ticks off, with the change that is measured.
 
 The page alone (`AttributionGraph.to_html`) holds no model and can only predict. Here the kernel has it: every tick runs
-the model without the nodes that are ticked, and puts the measured change of every target beside the predicted one.
+the model without the nodes that are ticked, and puts the measured change of every readout beside the predicted one.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class GraphView:
         self.page, self.choices, self.height = page, tuple(choices), height
 
     def __repr__(self) -> str:
-        return f"GraphView({len(self.choices)} nodes to take away, shown in notebooks)"
+        return f"GraphView({len(self.choices)} nodes to ablate, shown in notebooks)"
 
     def _repr_html_(self) -> str:
         return framed(self.page, self.height)
@@ -121,7 +121,7 @@ def graph_view(
 ) -> GraphView:
     """An attribution graph inside a notebook, with its nodes to tick off: what that does is measured at once.
 
-    `tokens` are the prompt that the graph is of. Nodes are listed by influence on the targets. `harvest` and `labels`
+    `tokens` are the prompt that the graph is of. Nodes are listed by influence on the readouts. `harvest` and `labels`
     as in `AttributionGraph.to_html`, `metrics` as in `AttributionGraph.removal`. Cost of a tick: two forward passes.
 
     Raises ValueError for the harvest or labels of another decomposition.

@@ -139,7 +139,7 @@ def hostile_graph() -> AttributionGraph:
         "importance": 0.5,
         "probability": None,
         "readout_weight": None,
-        "target": None,
+        "predicts": None,
         "from_unshown": 0.25,
         "activation": 1.5,
     }
@@ -150,7 +150,7 @@ def hostile_graph() -> AttributionGraph:
                            "row": 1})  # fmt: skip
     inner.add_node("t", **{**common, "kind": "readout", "label": "logit of '<b>'", "site": "", "subcomponent": -1,
                            "number": 9, "position": 1, "token": "a&amp;b", "row": 2, "importance": None,
-                           "readout_weight": 1.0, "probability": 0.5, "target": "'<b>'"})  # fmt: skip
+                           "readout_weight": 1.0, "probability": 0.5, "predicts": "'<b>'"})  # fmt: skip
     inner.add_edge("e", "s", weight=2.0)
     inner.add_edge("s", "t", weight=-0.5)
     inner.add_edge("e", "t", weight=0.001)
@@ -279,7 +279,7 @@ def test_a_graph_that_was_changed_by_hand_is_refused(graph: AttributionGraph, tm
         (
             lambda w: {
                 **w,
-                "metadata": {**w["metadata"], "spd_lens": {"format_version": 3, "tokens": [], "check": {"edges": []}}},
+                "metadata": {**w["metadata"], "spd_lens": {"format_version": 4, "tokens": [], "check": {"edges": []}}},
             },
             "the check in metadata.spd_lens is incomplete",
         ),

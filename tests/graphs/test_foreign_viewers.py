@@ -64,7 +64,7 @@ def test_viewers_read_probability_and_token_from_the_labels(graph: AttributionGr
     for node in logits:
         data = graph.graph.nodes[node["spd_lens"]["id"]]
         assert viewers_probability(node["clerp"]) == pytest.approx(data["probability"], rel=0.06, abs=0.0005)
-        assert viewers_token(node["clerp"]) == data["target"].replace("\n", "⏎").replace('"', "”")
+        assert viewers_token(node["clerp"]) == data["predicts"].replace("\n", "⏎").replace('"', "”")
     assert whole["metadata"]["node_threshold"] == 1.0
     assert max(node["influence"] for node in whole["nodes"]) <= 1.0
 
@@ -293,7 +293,7 @@ def test_hostile_texts_run_nowhere_in_circuit_tracers_page(viewer: Path, tab: Br
     made = hostile_graph()
     trap = "<img src=x onerror=\"document.body.dataset.broken='1'\">"
     for _, data in made.graph.nodes(data=True):
-        data.update(label=trap, token=trap, **({"target": trap} if data["kind"] == "readout" else {}))
+        data.update(label=trap, token=trap, **({"predicts": trap} if data["kind"] == "readout" else {}))
     made = AttributionGraph(made.graph, made.check, (trap, trap), {"model": trap})
     made.to_viewer(tmp_path, slug="hostile", groups=[Unit(made.units[0].members, name=trap)])
     with served(viewer / "assets", tmp_path) as address:

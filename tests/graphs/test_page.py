@@ -24,7 +24,7 @@ def random_graph(seed: int = 0) -> AttributionGraph:
     import random
 
     draw, inner = random.Random(seed), nx.DiGraph()
-    common = {"importance": None, "probability": None, "readout_weight": None, "from_unshown": 0.0, "target": None}
+    common = {"importance": None, "probability": None, "readout_weight": None, "from_unshown": 0.0, "predicts": None}
     for t in range(N_POSITIONS):
         inner.add_node(f"e @{t}", **common, kind="embedding", label="token embedding", site="embed", subcomponent=-1,
                        number=-1, position=t, token=f" word{t}", row=0, activation=None)  # fmt: skip
@@ -34,7 +34,13 @@ def random_graph(seed: int = 0) -> AttributionGraph:
                 inner.add_node(f"{site}[{c}] @{t}", **values, kind="subcomponent", label=f"{site}[{c}]", site=site,
                                subcomponent=c, number=c, position=t, token=f" word{t}", row=row)  # fmt: skip
     for r in range(N_READOUTS):
-        values = {**common, "probability": 10.0**-r, "readout_weight": 10.0**-r, "target": f" t{r}", "activation": 3.0}
+        values = {
+            **common,
+            "probability": 10.0**-r,
+            "readout_weight": 10.0**-r,
+            "predicts": f" t{r}",
+            "activation": 3.0,
+        }
         inner.add_node(f"readout {r}", **values, kind="readout", label=f"logit of ' t{r}'", site="", subcomponent=-1,
                        number=r, position=N_POSITIONS - 1, token=f" word{N_POSITIONS - 1}", row=4)  # fmt: skip
     nodes = list(inner.nodes(data=True))
@@ -96,7 +102,7 @@ def click(tab: Browser, name: str, **keys: bool) -> None:
 
 
 @needs_chromium
-def test_at_first_every_target_has_edges_and_the_others_are_those_with_most_influence(
+def test_at_first_every_readout_has_edges_and_the_others_are_those_with_most_influence(
     tab: Browser, graph: AttributionGraph
 ) -> None:
     edges = shown(tab)
@@ -118,7 +124,7 @@ def test_at_first_every_target_has_edges_and_the_others_are_those_with_most_infl
     assert {e for e in edges if e[1] not in {f"readout {r}" for r in range(N_READOUTS)}} == {
         e for e, v in influence.items() if v >= least and not e[1].startswith("readout")
     }
-    assert min(influence[e] for e in edges) < least  # the targets' own are beyond it
+    assert min(influence[e] for e in edges) < least  # the readouts' own are beyond it
     assert tab.do("$('count').textContent").startswith(f"{len(edges)} of {len(weights)}")
     assert tab.messages == []
 
@@ -193,7 +199,7 @@ def test_pins_groups_and_labels_are_kept_by_the_address(tab: Browser, graph: Att
 
 
 @needs_chromium
-def test_nodes_that_are_taken_away_change_the_targets_as_python_predicts(tab: Browser, graph: AttributionGraph) -> None:
+def test_nodes_that_are_ablated_change_the_readouts_as_python_predicts(tab: Browser, graph: AttributionGraph) -> None:
     names = [f"{SITES[0]}[1] @3", f"{SITES[1]}[0] @5"]
     for name in names:
         click(tab, name)
@@ -219,7 +225,7 @@ def test_pictures_are_files_of_what_is_shown(tab: Browser, tmp_path: Path) -> No
     root = ET.fromstring(tab.downloaded(tmp_path / "graph.svg"))
     space = "{http://www.w3.org/2000/svg}"
     words = {e.text for e in root.iter(f"{space}text")}
-    assert {"Random", "␣word3", "targets", "␣t0"} <= words
+    assert {"Random", "␣word3", "readouts", "␣t0"} <= words
     strokes = [
         e for e in root.iter(f"{space}path") if e.get("fill") == "none" and e.get("stroke", "").startswith("rgb")
     ]

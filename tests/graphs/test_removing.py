@@ -1,4 +1,4 @@
-"""Nodes taken away at once: predicted along all paths, measured by hooks of this test, and ticked in a notebook."""
+"""Nodes ablated at once: predicted along all paths, measured by hooks of this test, and ticked in a notebook."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_prediction_is_the_sum_over_all_paths() -> None:
         for first in gone:
             for path in nx.all_simple_paths(inner, first, f"readout {r}"):
                 if set(path[1:]) & set(gone):
-                    continue  # what is taken away passes nothing on
+                    continue  # what is ablated passes nothing on
                 lengths.add(len(path))
                 value = 1.0
                 for k, (s, t) in enumerate(itertools.pairwise(path)):
@@ -99,7 +99,7 @@ def test_where_the_rest_is_linear_and_shown_the_prediction_is_what_happens() -> 
         made.removal(decomposition, PROMPT, last[:1])
 
 
-def test_deltas_and_embeddings_can_be_taken_away(decomposition: Decomposition, graph: AttributionGraph) -> None:
+def test_deltas_and_embeddings_can_be_ablated(decomposition: Decomposition, graph: AttributionGraph) -> None:
     kinds = {data["kind"]: name for name, data in graph.graph.nodes(data=True) if graph.graph.out_degree(name)}
     for kind in ("delta", "embedding"):
         got = graph.removal(decomposition, PROMPT, [kinds[kind]])
@@ -110,7 +110,7 @@ def test_mistakes_are_named(decomposition: Decomposition, graph: AttributionGrap
     name = str(graph.units[0])
     with pytest.raises(ValueError, match=r"no node 'blocks\.0\.mlp\.W_in' in the graph; near: 'blocks"):
         graph.removal(decomposition, PROMPT, ["blocks.0.mlp.W_in"])
-    with pytest.raises(ValueError, match="expected at least one, and no target"):
+    with pytest.raises(ValueError, match="expected at least one, and no readout"):
         graph.removal(decomposition, PROMPT, ["readout 3"])
     with pytest.raises(ValueError, match="expected at least one"):
         graph.removal(decomposition, PROMPT, [])

@@ -44,7 +44,7 @@ def graph_of(text: str) -> AttributionGraph:
     """Two nodes and an edge; every string is `text`."""
     inner = nx.DiGraph()
     common = {"importance": 0.5, "probability": None, "readout_weight": None, "from_unshown": 0.25, "activation": 1.5,
-              "position": 0, "token": text, "label": text, "target": text}  # fmt: skip
+              "position": 0, "token": text, "label": text, "predicts": text}  # fmt: skip
     inner.add_node("s", **{**common, "kind": "subcomponent", "site": text, "subcomponent": 3, "number": 3, "row": 1})
     inner.add_node(text, **{**common, "kind": "readout", "site": "", "subcomponent": -1, "number": 9, "row": 2,
                             "importance": None, "readout_weight": 1.0})  # fmt: skip

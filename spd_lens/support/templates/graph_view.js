@@ -7,14 +7,14 @@ const raw=data.edges.map(e=>e.length>3?e[3]:Math.abs(e[2]||0)),sums=data.nodes.m
 data.edges.forEach((e,i)=>{sums[e[1]]+=raw[i]});
 const shares=data.edges.map((e,i)=>raw[i]/(sums[e[1]]||1)),measures={influence:data.influence,share:shares,size:raw};
 if(!data.influence){$('measure').querySelector('[value=influence]').remove()}
-// The three edges that act most on each target are always shown.
+// The three edges that act most on each readout are always shown.
 const always=new Set();data.nodes.forEach((n,i)=>{if(n.kind==='readout')[...incoming[i]].sort((a,b)=>raw[b]-raw[a]).slice(0,3).forEach(e=>always.add(e))});
 const paths=new Map();let strength=shares,order=[],strongest=1,limit=0,chosen=null;const pinned=[],removed=new Set();let groups=[];
 function path(i){if(paths.has(i))return paths.get(i);const [s,t,w]=data.edges[i],[x1,y1]=at[s],[x2,y2]=at[t],m=(y1+y2)/2;
 const p=el(edgeLayer,'path',{class:'edge '+(w<0?'lowers':'raises'),d:`M${x1} ${y1}C${x1} ${m} ${x2} ${m} ${x2} ${y2}`});paths.set(i,p);return p}
 const marks=data.nodes.map((n,i)=>{const g=el(nodeLayer,'g',{class:'node',tabindex:0,role:'button'});
 if(n.kind==='readout'){el(g,'rect',{class:'shape readout',x:-56,y:-13,width:112,height:26,rx:5});
-el(g,'text',{'text-anchor':'middle',y:4},short(shown(n.target===null?n.label:n.target),17))}
+el(g,'text',{'text-anchor':'middle',y:4},short(shown(n.predicts===null?n.label:n.predicts),17))}
 else if(n.kind==='delta')el(g,'path',{class:'shape delta',d:'M0 -7L7 0L0 7L-7 0Z'});
 else if(n.kind==='embedding')el(g,'rect',{class:'shape embedding',x:-6,y:-6,width:12,height:12});
 else{el(g,'circle',{class:'shape',r:7.5});el(g,'circle',{class:'inner',r:7,'fill-opacity':n.importance===null?.55:.12+.83*n.importance})}
