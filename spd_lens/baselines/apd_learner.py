@@ -91,7 +91,7 @@ class APDLearner:
 
     def batch(self, step: int) -> Float[Tensor, "member batch features"]:
         """The inputs with an active feature; members with fewer of them are filled up with zeros."""
-        batches = [source.batch(step) for source in self.data]
+        batches = [features.batch(step) for features in self.data]
         batches = [x[(x != 0).any(1)] for x in batches]
         return torch.nn.utils.rnn.pad_sequence(batches, batch_first=True).to(next(iter(self.matrices.values())))
 

@@ -111,7 +111,7 @@ def faithfulness_curve(
     n = len(parts)
     if sizes is None:
         sizes = range(n + 1) if n <= _ALL_SIZES else [round(fraction * n) for fraction in FRACTIONS]
-    sizes = [given_whole("a size", size) for size in given_list("sizes", sizes, "numbers of units")]
+    sizes = [given_whole("a size", size) for size in given_list("sizes", sizes, "numbers of parts")]
     chosen = sorted({0, n, *sizes})
     if chosen[0] < 0 or chosen[-1] > n:
         raise ValueError(f"sizes {list(sizes)}: expected numbers of parts between 0 and {n}")

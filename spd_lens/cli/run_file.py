@@ -21,7 +21,7 @@ from typing import Any, get_args
 from pydantic import Field, TypeAdapter, ValidationError
 
 from spd_lens.cli.sections import (
-    SOURCES,
+    ORIGINS,
     DataSection,
     DecomposeSection,
     EvaluateSection,
@@ -65,8 +65,8 @@ class RunFile(Section):
         """The data to evaluate on."""
         given = self.evaluate.data
         kept = self.data.model_dump()
-        if any(name in given for name in SOURCES):
-            kept |= dict.fromkeys(SOURCES)
+        if any(name in given for name in ORIGINS):
+            kept |= dict.fromkeys(ORIGINS)
             for name in ("stream", "streams", "shuffle", "documents"):
                 del kept[name]
         return DataSection.model_validate(kept | given)

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from spd_lens.data import Documents
 
-SOURCES = ("text", "files", "dataset", "tokens", "residuals")
+ORIGINS = ("text", "files", "dataset", "tokens", "residuals")
 
 
 class Section(BaseModel):
@@ -83,9 +83,9 @@ class DataSection(Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> DataSection:
-        given = [n for n in SOURCES if getattr(self, n) is not None]
+        given = [n for n in ORIGINS if getattr(self, n) is not None]
         if len(given) != 1:
-            raise ValueError(f"given {', '.join(given) or 'no source'}; expected one of {', '.join(SOURCES)}")
+            raise ValueError(f"given {', '.join(given) or 'none'}; expected one of {', '.join(ORIGINS)}")
         if self.stream and given[0] not in ("files", "dataset"):
             raise ValueError(f"stream: true with {given[0]}, which is read as it is; expected files or dataset")
         if self.stream and (self.cache_residuals or self.max_rows is not None):

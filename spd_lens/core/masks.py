@@ -62,7 +62,7 @@ def mask_from_source(
 
 
 class _Mask(torch.autograd.Function):
-    """K1, keeping nothing for the backward pass but its two arguments, which are alive anyway."""
+    """K1, keeping nothing for the backward pass but its two arguments, which are kept anyway."""
 
     generate_vmap_rule = True
 

@@ -24,13 +24,13 @@ class ResidualBatches(TokenBatches):
 
     def __init__(
         self,
-        source: TokenBatches,
+        batches: TokenBatches,
         residuals: Float[Tensor, "n pos d_model"],
         start_at: int,
         made_from: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(source.tokens, source.batch_size, seed=source.seed, exclude=source.exclude)
-        self._share = source._share
+        super().__init__(batches.tokens, batches.batch_size, seed=batches.seed, exclude=batches.exclude)
+        self._share = batches._share
         self.residuals = residuals
         self.start_at = start_at
         self.made_from = None if made_from is None else dict(made_from)

@@ -36,12 +36,12 @@ def endless_batches(
     return _endless(_collection(batches, decomposition), decomposition, start, whole)
 
 
-def _endless(source: Any, decomposition: Decomposition, start: int, whole: bool) -> Iterator[Batch]:
-    if hasattr(source, "batches_from"):
-        items: Iterator[Any] = source.batches_from(start)
+def _endless(data: Any, decomposition: Decomposition, start: int, whole: bool) -> Iterator[Batch]:
+    if hasattr(data, "batches_from"):
+        items: Iterator[Any] = data.batches_from(start)
         skipped = 0
     else:
-        items, skipped = _repeated(source), start
+        items, skipped = _repeated(data), start
     for i, item in enumerate(islice(items, skipped, None)):
         batch = checked_batch(item, decomposition, f"batch {start + i}")
         if whole and counts_nowhere(batch):
@@ -65,19 +65,19 @@ def first_batches(
             raise TypeError(f"max_batches={max_batches!r}; expected a whole number")
         if max_batches < 1:
             raise ValueError(f"max_batches={max_batches}; expected at least 1")
-    source = _collection(batches, decomposition)
-    if max_batches is None and hasattr(source, "batches_from") and not hasattr(source, "once"):
-        raise ValueError(f"max_batches=None with a {type(source).__name__}, which has no end; say how many")
-    return _first(source, decomposition, max_batches, purpose)
+    data = _collection(batches, decomposition)
+    if max_batches is None and hasattr(data, "batches_from") and not hasattr(data, "once"):
+        raise ValueError(f"max_batches=None with a {type(data).__name__}, which has no end; say how many")
+    return _first(data, decomposition, max_batches, purpose)
 
 
-def _first(source: Any, decomposition: Decomposition, max_batches: int | None, purpose: str) -> Iterator[Batch]:
-    if hasattr(source, "once"):
-        items = source.once()
-    else:
-        items = source if isinstance(source, Iterable) else source.batches_from(0)
+def _first(data: Any, decomposition: Decomposition, max_batches: int | None, purpose: str) -> Iterator[Batch]:
+    if hasattr(data, "once"):
+        data = data.once()
+    elif not isinstance(data, Iterable):
+        data = data.batches_from(0)
     n_read = n_given = 0
-    for item in islice(items, None if max_batches is None else int(max_batches)):
+    for item in islice(data, None if max_batches is None else int(max_batches)):
         batch = checked_batch(item, decomposition, f"batch {n_read}")
         n_read += 1
         if not counts_nowhere(batch):

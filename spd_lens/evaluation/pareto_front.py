@@ -99,12 +99,12 @@ class Pareto:
 
     def _panels(self) -> list[tuple[str, str, Any]]:
         points = [p for own in self.points.values() for p in own]
-        unit = f"{self.kind.upper()} from the target"
-        panels: list[tuple[str, str, Any]] = [("Random masks", unit, _stochastic)]
+        axis = f"{self.kind.upper()} from the target"
+        panels: list[tuple[str, str, Any]] = [("Random masks", axis, _stochastic)]
         steps = {p.adversary_steps for p in points} - {None}
         if steps:
             budget = " or ".join(str(n) for n in sorted(n for n in steps if n is not None))
-            panels.append((f"Adversary, {budget} steps (ringed: verdict holds)", unit, _adversarial))
+            panels.append((f"Adversary, {budget} steps (ringed: verdict holds)", axis, _adversarial))
         if any(p.extra_ce is not None for p in points):
             panels.append(("Next-token loss, random masks", "extra cross-entropy in nats", _extra_ce))
         return panels

@@ -75,7 +75,7 @@ def reconstruction_passes(
 ) -> Iterator[Float[Tensor, ""]]:
     """The summands of `reconstruction_loss`, one for every pass, each computed when it is asked for.
 
-    Differentiating each before asking for the next keeps one graph alive instead of all.
+    Differentiating each before asking for the next keeps one graph instead of all.
     """
     if draws < 1:
         raise ValueError(f"draws={draws}; expected at least 1")

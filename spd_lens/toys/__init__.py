@@ -15,7 +15,6 @@ from spd_lens.toys.tms import TMS
 from spd_lens.toys.train_target import (
     folded_output,
     tms_gradients,
-    tms_is_accepted,
     tms_target_report,
     train_many_tms,
     train_resid_mlp,
@@ -46,7 +45,6 @@ __all__ = [
     "resid_mlp_report",
     "tms_features",
     "tms_gradients",
-    "tms_is_accepted",
     "tms_report",
     "tms_target_report",
     "train_many_tms",

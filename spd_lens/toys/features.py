@@ -91,10 +91,10 @@ class ActiveRows(SparseFeatures):
         """Batch number `index`."""
         share = 1 - (1 - self.probability) ** self.n_features
         draw = int(1.3 * self.batch_size / share) + 200
-        source = SparseFeatures(
+        features = SparseFeatures(
             self.n_features, draw, probability=self.probability, low=self.low, high=self.high, seed=self.seed
         )
-        x = source.batch(index)
+        x = features.batch(index)
         x = x[x.any(dim=1)][: self.batch_size]
         assert len(x) == self.batch_size, "seven standard deviations below the expected number of active rows"
         return x

@@ -144,17 +144,6 @@ def target_contributions(
     return W_in * W_out.T
 
 
-def neuron_contributions(
-    V: Float[Tensor, "features C"], U: Float[Tensor, "C neurons"], W_out: Float[Tensor, "neurons features"]
-) -> Float[Tensor, "features C neurons"]:
-    """`V[i, c] U[c, n] W_out[n, i]`: the part of `target_contributions` that subcomponent c of W_in carries.
-
-    `V` is in feature space (`W_E @ V`), and so is `W_out` (`W_out @ W_U`, or its decomposed sum). Summed over c this
-    is the contribution of the whole `V @ U`.
-    """
-    return torch.einsum("ic,cn,ni->icn", V, U, W_out)
-
-
 @dataclass(frozen=True)
 class FeatureSite:
     """A site that should have one subcomponent per feature.

@@ -161,8 +161,8 @@ def tms_gradients(
 
 def _stacked_batch(data: Sequence[SparseFeatures], index: int) -> Float[Tensor, "member batch features"]:
     x = np.zeros((len(data), data[0].batch_size, data[0].n_features), dtype=np.float32)
-    for member, source in zip(x, data, strict=True):
-        source.write_batch(index, member.reshape(-1))
+    for member, features in zip(x, data, strict=True):
+        features.write_batch(index, member.reshape(-1))
     return torch.from_numpy(x)
 
 
@@ -211,8 +211,3 @@ def tms_target_report(model: TMS, *, best_loss: float | None = None) -> TMSTarge
     x = tms_features(model.n_features, REPORT_ENTRIES // model.n_features, seed=REPORT_SEED).batch(0).to(model.W)
     loss = float((model(x) - x).square().mean())
     return TMSTargetReport(tuple(model.W.norm(dim=1).tolist()), loss, best_loss)
-
-
-def tms_is_accepted(model: TMS, *, best_loss: float | None = None) -> bool:
-    """`tms_target_report(model).accepted`: every feature learned, and a loss near the best of its kind."""
-    return tms_target_report(model, best_loss=best_loss).accepted

@@ -186,7 +186,7 @@ def _checked_configs(
     members = (configs,) * len(decompositions) if isinstance(configs, TrainConfig) else tuple(configs)
     if not len(decompositions) == len(batches) == len(members):
         raise ValueError(
-            f"{len(decompositions)} decompositions, {len(batches)} sources of batches, {len(members)} configs; "
+            f"{len(decompositions)} decompositions, {len(batches)} sets of batches, {len(members)} configs; "
             "expected one of each for every member"
         )
     if len({id(d.model) for d in decompositions}) < len(decompositions):

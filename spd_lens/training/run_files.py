@@ -284,18 +284,18 @@ def open_run(
         files = RunFiles(given_directory(out_dir, "out_dir"), loggers)
         files.require_new()
         return files, None
-    source = given_path(resume_from, "resume_from")
-    if not source.is_dir():
+    start = given_path(resume_from, "resume_from")
+    if not start.is_dir():
         raise ValueError(f"resume_from={str(resume_from)!r} is not a directory of a run")
-    is_checkpoint = (source / STATE).is_file() or _CHECKPOINT_NAME.fullmatch(source.resolve().name) is not None
-    files = RunFiles(source.resolve().parent.parent if is_checkpoint else source, loggers)
+    is_checkpoint = (start / STATE).is_file() or _CHECKPOINT_NAME.fullmatch(start.resolve().name) is not None
+    files = RunFiles(start.resolve().parent.parent if is_checkpoint else start, loggers)
     if not files.config_path.is_file():
         raise ValueError(f"resume_from={str(resume_from)!r} holds neither a run nor a checkpoint")
-    if is_checkpoint and source.resolve().parent != files.checkpoint_directory.resolve():
+    if is_checkpoint and start.resolve().parent != files.checkpoint_directory.resolve():
         raise ValueError(
             f"resume_from={str(resume_from)!r} is not in {files.checkpoint_directory}; move it there to go on from it"
         )
-    checkpoint = read_checkpoint(source.resolve()) if is_checkpoint else files.newest()
+    checkpoint = read_checkpoint(start.resolve()) if is_checkpoint else files.newest()
     if out_dir is not None and given_path(out_dir, "out_dir").resolve() != files.directory.resolve():
         raise ValueError("resume_from continues a run in its own directory; leave out_dir away")
     steps = files.config_values().get("steps")

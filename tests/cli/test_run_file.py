@@ -64,7 +64,7 @@ def test_what_is_written_reads_back(tmp_path: Path) -> None:
         ("  context: 16", "  contxt: 16", r"line 7: data\.contxt: .*near: 'context'"),
         ("  context: 16", "  context: 1", r"line 7: data\.context: 1; "),
         ("  text: moby_dick", "  text: moby", r"line 6: data\.text: 'moby'; .*near: 'moby_dick'"),
-        ("  text: moby_dick", "  split: train", r"line 5: data: given no source; expected one of text, files"),
+        ("  text: moby_dick", "  split: train", r"line 5: data: given none; expected one of text, files"),
         ("W_in: 16", "W_in: many", r"line 4: decompose\.sites\.blocks\.0\.mlp\.W_in: 'many'; .*integer"),
         ("W_in: 16", "W_in: 0", r"line 3: decompose\.sites: .*at least 1"),
         ("model: {name: tiny_lm}", "model: {nam: tiny_lm}", r"line 1: model\.name: is missing.*1 more"),

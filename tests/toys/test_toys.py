@@ -24,7 +24,6 @@ from spd_lens.toys import (
     resid_mlp_features,
     tms_features,
     tms_gradients,
-    tms_is_accepted,
     tms_target_report,
     train_many_tms,
     train_resid_mlp,
@@ -309,8 +308,8 @@ def test_many_targets_at_once_equal_single_ones(monkeypatch: pytest.MonkeyPatch)
 
 def test_tms_learns_every_feature() -> None:
     models = train_many_tms(5, 2, range(6), steps=4_000)
-    assert [tms_is_accepted(model) for model in models] == [True] * 6
-    assert [tms_is_accepted(TMS(5, 2, seed=s)) for s in range(6)] == [False] * 6
+    assert [tms_target_report(model).accepted for model in models] == [True] * 6
+    assert [tms_target_report(TMS(5, 2, seed=s)).accepted for s in range(6)] == [False] * 6
 
 
 def hand_made(angles: list[float], lengths: list[float], bias: float) -> TMS:
@@ -332,12 +331,12 @@ def test_acceptance_is_about_features_and_loss() -> None:
 
     (only,) = tms_target_report(hand_made(turns, [1.0] * 5, 0)).problems
     assert only.startswith("the loss")
-    assert tms_is_accepted(hand_made(turns, [1.0] * 5, 0), best_loss=1.0)
+    assert tms_target_report(hand_made(turns, [1.0] * 5, 0), best_loss=1.0).accepted
 
 
 def test_an_unknown_size_needs_the_best_loss() -> None:
     with pytest.raises(ValueError, match="7 features in 3 dimensions; train several seeds"):
-        tms_is_accepted(TMS(7, 3))
+        tms_target_report(TMS(7, 3))
 
 
 @pytest.mark.parametrize("n_layers", [1, 3])

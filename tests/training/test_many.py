@@ -221,7 +221,7 @@ def test_what_does_not_fit_together_is_refused(without_type_checks: None) -> Non
     ok, batches = [member(0), member(1)], [data(0), data(1)]
     with pytest.raises(ValueError, match="was given no decomposition"):
         train_many([], [], CONFIG)
-    with pytest.raises(ValueError, match="2 decompositions, 1 sources of batches, 2 configs"):
+    with pytest.raises(ValueError, match="2 decompositions, 1 sets of batches, 2 configs"):
         train_many(ok, batches[:1], CONFIG)
     with pytest.raises(ValueError, match=r"member 1 differs from the first in more than seed, lr"):
         train_many(ok, batches, [CONFIG, CONFIG.changed(steps=7)])
