@@ -18,7 +18,7 @@ What to call, in this order:
 - More: `spd_lens.patching` (ablate and patch), `.circuits` (find and check a circuit), `.graphs` (attribution graphs),
   `.components` (group subcomponents), `.editing` (find, edit, bake), `.specialists` (a smaller model of one domain),
   `.audit` (reasons that others can check), `.tasks` (prompts), `.pictures`, `.statistics`, `.models` (small models
-  that ship with the package, two of them decomposed), `.toys` (models whose mechanisms are known), `.baselines` (APD
+  that ship with the package, some of them decomposed), `.toys` (models whose mechanisms are known), `.baselines` (APD
   and rivals of edits and specialists), `.core` (the functions that all of this is made of). The shell has
   `spd-lens --help`.
 

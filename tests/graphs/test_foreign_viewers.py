@@ -72,7 +72,7 @@ def test_viewers_read_probability_and_token_from_the_labels(graph: AttributionGr
 @pytest.mark.parametrize(("token", "shown"), [('a"b', "a”b"), ("(p=7)", "(p =7)"), ("<b>", "‹b>"), (")", ")")])
 def test_a_token_cannot_pass_for_the_rest_of_a_label(token: str, shown: str, tmp_path: Path) -> None:
     made = hostile_graph()
-    made.graph.nodes["t"].update(target=token, probability=0.25)
+    made.graph.nodes["t"].update(predicts=token, probability=0.25)
     whole = json.loads(made.to_json(tmp_path / "g.json").read_text())
     (logit,) = (node["clerp"] for node in whole["nodes"] if node["feature_type"] == "logit")
     assert (viewers_probability(logit), viewers_token(logit)) == (0.25, shown)
