@@ -7,6 +7,7 @@ U: it is refused for any other decomposition. Names may be changed in the file b
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
@@ -17,6 +18,7 @@ from pydantic import Field
 
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.fingerprint import difference, subcomponent_hashes
+from spd_lens.core.hub import downloaded
 from spd_lens.core.inputs import checked_decomposition
 from spd_lens.core.units import Unit, units_of
 from spd_lens.support.checked_json import CheckedContent, read_checked, write_checked
@@ -29,6 +31,8 @@ from spd_lens.support.versions import library_versions
 FORMAT, FORMAT_VERSION, FILE = "spd_lens components", 1, "components.json"
 # People may rename components in the file; everything else there is under its checksum.
 _BY_HAND = (("names", "given"),)
+# A name with an ending is meant as a file.
+_HUB_ID = re.compile(r"[\w-][\w.-]*/(?!.*\.json$)[\w-][\w.-]*")
 _HEADER = ("component", "members", "sites", "rate", "stability", "subcomponents")
 _SHOWN = 30
 
@@ -214,13 +218,16 @@ class Components(Sequence[Unit]):
         return path
 
     @staticmethod
-    def load(path: str | Path, decomposition: Decomposition) -> Components:
+    def load(path_or_hub_id: str | Path, decomposition: Decomposition, *, revision: str | None = None) -> Components:
         """Read what `save` wrote, for the decomposition that it was made from.
 
-        Raises ValueError for another decomposition, and for a damaged, altered, foreign or newer file.
+        A text "owner/name" that is no path here is a repository of the Hugging Face Hub, to which
+        `decomposition.push_to_hub(components=...)` has put them; `revision` is a branch, tag or commit there.
+
+        Raises ValueError for another decomposition, and for a damaged, altered, foreign, newer or missing file.
         """
         checked_decomposition(decomposition, "Components.load")
-        path = _file(path)
+        path = _found(path_or_hub_id, revision)
         saved = _read(path)
         if len(saved.names.given) != len(saved.components):
             raise ValueError(f"{path}: {len(saved.names.given)} names for {len(saved.components)} components")
@@ -279,6 +286,26 @@ def _check_names(names: Sequence[Any]) -> None:
 def _file(path: str | Path) -> Path:
     path = given_path(path)
     return path / FILE if path.is_dir() else path
+
+
+def _found(path_or_hub_id: str | Path, revision: str | None) -> Path:
+    """The file, here or from the Hub."""
+    path = _file(path_or_hub_id)
+    is_hub_id = isinstance(path_or_hub_id, str) and _HUB_ID.fullmatch(path_or_hub_id) is not None
+    if path.exists() or not is_hub_id:
+        if revision is not None:
+            raise ValueError(
+                f"revision={revision!r} is for the Hub, and {path} is a path here; leave it away, or give the name of "
+                "a repository of the Hub, 'owner/name'"
+            )
+        return path
+    directory, _ = downloaded(str(path_or_hub_id), revision, [FILE], "components")
+    if not (directory / FILE).exists():
+        raise ValueError(
+            f"{path_or_hub_id!r} has no {FILE} on the Hugging Face Hub; decomposition.push_to_hub({path_or_hub_id!r}, "
+            "components=components) puts it there. Use Components.of where there are none yet"
+        )
+    return directory / FILE
 
 
 def _read(path: Path) -> SavedComponents:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from spd_lens.core.decomposed_model import DecomposedModel
 from spd_lens.core.decomposed_weight import DecomposedWeight
+from spd_lens.core.hub import upload
 from spd_lens.core.interventions import Factor, HookList, hooks_for_masks
-from spd_lens.core.saving import check_same_weights, check_tensors, read_decomposition, upload, write_decomposition
+from spd_lens.core.saving import check_same_weights, check_tensors, read_decomposition, write_decomposition
 from spd_lens.core.settings import GateMaker, Settings
 from spd_lens.core.summary import Summary, summarise
 from spd_lens.core.swap import check_sites, swap_sites

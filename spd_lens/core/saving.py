@@ -18,6 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from spd_lens.core.card import is_replaceable, model_card
+from spd_lens.core.hub import downloaded
 from spd_lens.core.settings import Settings
 from spd_lens.hosts.host import Host
 from spd_lens.hosts.site import Site
@@ -151,7 +152,8 @@ def read_decomposition(directory_or_hub_id: str | Path, revision: str | None = N
     if directory.is_file():
         raise ValueError(f"{directory} is a file; expected the directory that save_pretrained wrote")
     if not directory.is_dir():
-        directory, loaded_from = _download(str(directory_or_hub_id), revision)
+        files = [TENSORS, CONFIG, CARD]
+        directory, loaded_from = downloaded(str(directory_or_hub_id), revision, files, "a decomposition")
     elif revision is not None:
         raise ValueError(f"revision={revision!r} is for the Hub, but {directory} is a directory here; leave it away")
     config, tensors = _files(directory).load()
@@ -216,42 +218,3 @@ def check_same_weights(saved: SavedDecomposition, sites: Sequence[Site]) -> None
 
 def _dtype(site: Site) -> str:
     return str(site.matrix.stored().dtype).removeprefix("torch.")
-
-
-# -- the Hub -----------------------------------------------------------------------------------------------------------
-
-
-def _download(hub_id: str, revision: str | None) -> tuple[Path, dict[str, str | None]]:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        directory = Path(snapshot_download(hub_id, revision=revision, allow_patterns=[TENSORS, CONFIG, CARD]))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        at = "" if revision is None else f" at revision {revision!r}"
-        raise ValueError(
-            f"{hub_id!r} is not a directory here, and the Hugging Face Hub did not give a decomposition of that "
-            f"name{at}: {error}"
-        ) from error
-    # The cache has one directory for each commit, called by its hash.
-    commit = directory.name if directory.parent.name == "snapshots" else None
-    return directory, {"hub_id": hub_id, "revision": revision, "commit": commit}
-
-
-def upload(directory: Path, repo_id: str, *, private: bool, token: str | None) -> str:
-    """Put a saved decomposition on the Hugging Face Hub; returns the address of the commit.
-
-    A README there that is not a card of ours, or was edited, stays.
-    """
-    from huggingface_hub import HfApi
-
-    api = HfApi(token=token)
-    api.create_repo(repo_id, private=private, exist_ok=True)
-    keeps_readme = api.file_exists(repo_id, CARD) and not is_replaceable(Path(api.hf_hub_download(repo_id, CARD)))
-    commit = api.upload_folder(
-        repo_id=repo_id,
-        folder_path=str(directory),
-        commit_message="Upload decomposition",
-        ignore_patterns=[CARD] if keeps_readme else None,
-    )
-    return str(commit.commit_url)

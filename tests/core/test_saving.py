@@ -260,6 +260,8 @@ def test_a_hub_name_that_cannot_be_had_is_a_clear_error(monkeypatch: pytest.Monk
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(ValueError, match="is not a directory here, and the Hugging Face Hub"):
         Decomposition.from_pretrained("someone/something", tiny_transformer())
+    with pytest.raises(ValueError, match=r"'someone/something' is not a directory .* did not give components"):
+        Components.load("someone/something", decompose(tiny_transformer(), SITES))
 
 
 def test_the_hub_round_trip_uploads_what_loading_downloads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -310,6 +312,19 @@ def test_the_hub_round_trip_uploads_what_loading_downloads(monkeypatch: pytest.M
     components = Components.of(original, [Unit(((site, 0),), name=site) for site in original])
     original.push_to_hub("me/thing", components=components)
     assert [unit.name for unit in Components.load(hub / "me/thing", original)] == list(original)
+    monkeypatch.chdir(tmp_path / "again")
+    components_again = Components.load("me/thing", loaded, revision="v2")
+    assert (list(components_again), asked[-1]) == (list(components), "v2")
+    with pytest.raises(ValueError, match="belong to another decomposition"):
+        Components.load("me/thing", decompose(tiny_transformer(seed=1), SITES, seed=1))
+    (hub / "me/thing" / "components.json").unlink()
+    shutil.rmtree(tmp_path / "snapshots")
+    with pytest.raises(ValueError, match=r"'me/thing' has no components.json on the Hugging Face Hub; .*push_to_hub"):
+        Components.load("me/thing", loaded)
+    with pytest.raises(ValueError, match=r"revision='v1' is for the Hub, and .*again.* is a path here"):
+        Components.load(tmp_path / "again", loaded, revision="v1")
+    with pytest.raises(ValueError, match=r"components\.json does not exist"):
+        Components.load("me/components.json", loaded)
     with pytest.raises(ValueError, match="another"):
         decompose(tiny_transformer(seed=1), SITES, seed=1).push_to_hub("me/other", components=components)
     assert not (hub / "me/other").exists()
