@@ -141,7 +141,7 @@ def smollm2_cases(names: Sequence[str], saved: Path, device: str, host: Any) -> 
     wanted = [name.removeprefix(SMOLLM2) for name in names if name.startswith(SMOLLM2)]
     blocks = sorted({int(site.split(".")[1]) for site in decomposition})
     prefix = f"{SMOLLM2}{'-'.join(map(str, blocks))}_"
-    yield from book_cases(decomposition, plain_copy(decomposition), wanted, first=None, prefix=prefix)
+    yield from book_cases(decomposition, plain_copy(decomposition, cut_below=None), wanted, first=None, prefix=prefix)
 
 
 def other_text(decomposition: Decomposition, *, first: int | None) -> tuple[Tensor, Tensor]:
@@ -198,5 +198,5 @@ def induction_case() -> Case:
         found[1][:HELD_OUT],
         other[:CONTROLS],
         other[CONTROLS:],
-        plain_copy(decomposition),
+        plain_copy(decomposition, cut_below=None),
     )

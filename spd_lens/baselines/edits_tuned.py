@@ -69,8 +69,9 @@ def lora(
 ) -> Rival:
     """LoRA (peft) on every matrix that is decomposed, trained against the habit.
 
-    `plain` is the unedited model as peft takes it: a Hugging Face GPT-2, or, for any host, `plain_copy(decomposition)`
-    of `spd_lens.specialists` (in a bridge the modules of TransformerLens's native model have other names).
+    `plain` is the unedited model as peft takes it: a Hugging Face GPT-2, or, for any host,
+    `spd_lens.specialists.plain_copy(decomposition, cut_below=None)` (in a bridge the modules of TransformerLens's
+    native model have other names).
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model

@@ -43,12 +43,13 @@ def plain_copy(
     matrices: Mapping[str, SmallMatrix] | None = None,
     *,
     tokens: Tensor | None = None,
-    cut_below: float = 0.0,
+    cut_below: float | None = 0.0,
 ) -> PlainTransformer:
     """The decomposed model, written anew in plain PyTorch, with `matrices[site]` in place of the sites' own.
 
     - `tokens`: the token ids that keep their rows of the embedding; None: all do.
-    - `cut_below`: heads and neurons with weights below this share of the largest are left out, too.
+    - `cut_below`: heads and neurons with weights below this share of the largest are left out, too; None: all stay,
+      even those that nothing reads or writes, so that every matrix has the shape of the site's.
 
     Raises ValueError, naming it, for what a plain transformer has no place for.
     """
@@ -67,7 +68,7 @@ def plain_copy(
             out.bias = out.bias + late @ out.matrix.product()
             out.has_bias = out.has_bias or bool(late.any())
         kv_of_head = cut_heads(pieces, architecture, cut_below)
-        if not architecture.attention_only:
+        if not architecture.attention_only and cut_below is not None:
             cut_neurons(pieces, architecture, cut_below)
         blocks.append({"kv_of_head": kv_of_head, "matrices": {n: p.spec() for n, p in pieces.items()}})
         for name, piece in pieces.items():
@@ -170,7 +171,7 @@ def _stored(name: str, piece: Piece) -> dict[str, Tensor]:
 # -- cutting ---------------------------------------------------------------------------------------------------------
 
 
-def cut_heads(pieces: dict[str, Piece], architecture: Architecture, below: float) -> list[int]:
+def cut_heads(pieces: dict[str, Piece], architecture: Architecture, below: float | None) -> list[int]:
     """Leave out heads that write nothing or the same everywhere; which keys and values each remaining head reads.
 
     A head's values are averaged over positions with weights that sum to 1, so values that are all `b_V` come out as
@@ -178,6 +179,8 @@ def cut_heads(pieces: dict[str, Piece], architecture: Architecture, below: float
     """
     H, K, d = architecture.n_heads, architecture.n_kv_heads, architecture.d_head
     kv_of_head = [h * K // H for h in range(H)]
+    if below is None:
+        return kv_of_head
     o, v = pieces["o"], pieces["v"]
     no_values = is_small(v.matrix.column_sizes().view(K, d).norm(dim=1), below)[kv_of_head]
     no_output = is_small(o.matrix.row_sizes().view(H, d).norm(dim=1), below)

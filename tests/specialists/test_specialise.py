@@ -148,8 +148,12 @@ def test_what_nothing_reads_or_writes_is_cut_and_the_logits_stay(decomposition: 
     for site, W in whole.items():
         other[site].site.matrix.write(W)
     new = tokens(4, seed=2)
+    uncut = plain_copy(other, cut_below=None)
+    assert [len(block["kv_of_head"]) for block in uncut.config["blocks"]] == [4, 4]
+    assert all(block["matrices"]["in"][:2] == [16, 32] for block in uncut.config["blocks"])
     with torch.no_grad():
         assert close(made(new), other.host.forward(new))
+        assert close(uncut(new), other.host.forward(new))
 
 
 def test_the_best_directions_for_a_gradient_are_kept() -> None:
