@@ -1,11 +1,12 @@
-"""One decision of the tiny language model, audited like a loan: which words made it choose its next token?
+"""Decisions of language models, audited like a loan: which words made it choose its next token?
 
     python experiments/audit_language_model.py --json     # writes results/audit/tiny_lm.json, the report and its page
     python experiments/audit_language_model.py scan --json    # results/audit/tiny_lm_scan.json: what any word survives
+    python experiments/audit_language_model.py --smollm2 DIR --json    # SmolLM2, a block decomposed by smollm2.py
 
 Prompts are windows of 12 tokens of the held-out chapters of Moby Dick, the cases 200 windows of the training chapters.
 The first prompts are audited at which the model is sure (its margin over the second token is above 1). A place is a
-word; its cells are the subcomponents of all twelve matrices that are used there, at the last position those alone
+word; its cells are the subcomponents of all decomposed matrices that are used there, at the last position those alone
 that fewer than half of the control cases use. The report is verified on its own seed and on a fresh one.
 
 `scan` takes the prompts at which the model is surest and asks of the three words that move each decision most how large
@@ -29,9 +30,9 @@ from torch import Tensor
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from spd_lens import pack_tokens
+from spd_lens import Decomposition, pack_tokens
 from spd_lens.audit import Bench, Budget, Cases, Choices, audit_page, explain, verify, worst_claims
-from spd_lens.models import load_moby_dick, load_tiny_lm
+from spd_lens.models import load_moby_dick, load_smollm2, load_tiny_lm
 from spd_lens.support import library_versions, write_json
 
 RESULTS = Path(__file__).resolve().parent / "results" / "audit"
@@ -45,8 +46,13 @@ LADDER = {
 
 @dataclass(frozen=True)
 class Setting:
-    """The model, the cases to compare with, and the prompts `[n pos]` with their two strongest next tokens."""
+    """The model, the cases to compare with, and the prompts `[n pos]` with their two strongest next tokens.
 
+    `first`: the first position that is a word, behind a mark of the beginning if there is one.
+    """
+
+    name: str
+    first: int
     decomposition: Any
     cases: Cases
     vocabulary: list[str]
@@ -55,32 +61,56 @@ class Setting:
     margins: Float[Tensor, " n"]
 
     def text(self, row: int) -> str:
-        """The prompt without its first token, which marks the beginning."""
-        return "".join(self.vocabulary[t] for t in self.prompts[row, 1:].tolist())
+        """The prompt without the mark of its beginning."""
+        return "".join(self.vocabulary[t] for t in self.prompts[row, self.first :].tolist())
+
+    def about(self, arguments: str, seed: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """What goes into the file: how the rows were made, and the rows."""
+        given = " --smollm2 DIR" if self.name == "smollm2" else ""
+        return {
+            "command": f"python experiments/audit_language_model.py {arguments}{given}",
+            "versions": library_versions(),
+            "seed": seed,
+            "sites": list(self.decomposition),
+            "context": CONTEXT,
+            "cases": N_CASES,
+            "prompts": rows,
+        }
 
 
-def setting(seed: int) -> Setting:
-    """Windows of the held-out chapters as prompts, of the training chapters as cases."""
-    decomposition: Any = load_tiny_lm(decomposed=True)
+def setting(seed: int, smollm2: Path | None) -> Setting:
+    """Windows of the held-out chapters as prompts, of the training chapters as cases.
+
+    `smollm2`: the directory of a decomposition of SmolLM2; None: the tiny language model with its own.
+    """
+    decomposition: Any
+    if smollm2 is None:
+        name, first, n_prompts, decomposition = "tiny_lm", 1, N_PROMPTS, load_tiny_lm(decomposed=True)
+    else:
+        name, first, n_prompts = "smollm2", 0, N_PROMPTS // 4
+        decomposition = Decomposition.from_pretrained(smollm2, load_smollm2(host="bridge"))
     model, tokenizer = decomposition.model, decomposition.model.tokenizer
     held_out, training = (
-        pack_tokens([load_moby_dick(split)], tokenizer, CONTEXT, prepend_bos=True) for split in ("held_out", "train")
+        pack_tokens([load_moby_dick(split)], tokenizer, CONTEXT, prepend_bos=bool(first))
+        for split in ("held_out", "train")
     )
     order = torch.randperm(len(training), generator=torch.Generator().manual_seed(seed))[:N_CASES]
-    vocabulary = [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
-    vocabulary += [""] * (decomposition.host.vocabulary_size() - len(vocabulary))
+    size = decomposition.host.vocabulary_size()
+    vocabulary = [tokenizer.decode([i]) for i in range(min(size, len(tokenizer)))]
+    vocabulary += [""] * (size - len(vocabulary))
     with torch.no_grad():
-        top = model(held_out[:N_PROMPTS])[:, -1].topk(2)
+        top = torch.cat([model(part)[:, -1] for part in held_out[:n_prompts].split(50)]).topk(2)
     margins = top.values[:, 0] - top.values[:, 1]
-    return Setting(decomposition, Cases(training[order], vocabulary), vocabulary, held_out, top.indices, margins)
+    cases = Cases(training[order], vocabulary)
+    return Setting(name, first, decomposition, cases, vocabulary, held_out, top.indices, margins)
 
 
-def run(n: int, out: Path, seed: int) -> dict[str, Any]:
-    """Audit `n` prompts; the first one's report and page are written."""
-    told = setting(seed)
+def run(told: Setting, n: int, out: Path, seed: int) -> dict[str, Any]:
+    """Audit `n` prompts, written after each; the first one's report and page are kept."""
+    command = f"--json --prompts {n} --seed {seed}"
     decomposition, cases, vocabulary, held_out = told.decomposition, told.cases, told.vocabulary, told.prompts
     choices = Choices(n_controls=8, n_draws=32, budget=Budget(steps=20, starts=1))
-    places = list(range(1, CONTEXT))
+    places = list(range(told.first, CONTEXT))
     asked: Any = {"cases": cases, "reasons_at": places}
     rows = []
     for i, row in enumerate((told.margins > SURE).nonzero().squeeze(1).tolist()[:n]):
@@ -89,8 +119,8 @@ def run(n: int, out: Path, seed: int) -> dict[str, Any]:
         title = f"Why {vocabulary[chosen]!r} after {told.text(row)!r}?"
         report = explain(decomposition, held_out[row], chosen, **asked, choices=choices, title=title, seed=seed)
         if i == 0:
-            report.save(out / "tiny_lm_report.json")
-            audit_page(report, out / "tiny_lm_report.html")
+            report.save(out / f"{told.name}_report.json")
+            audit_page(report, out / f"{told.name}_report.html")
         own = verify(report, decomposition, **asked, standard=choices, title=title)
         fresh = verify(report, decomposition, **asked, standard=choices, seed=seed + 1_000) if report.reasons else own
         rows.append(
@@ -110,25 +140,19 @@ def run(n: int, out: Path, seed: int) -> dict[str, Any]:
                 "seconds": round(time.perf_counter() - started, 1),
             }
         )
-    return {
-        "command": f"python experiments/audit_language_model.py --json --prompts {n} --seed {seed}",
-        "versions": library_versions(),
-        "seed": seed,
-        "context": CONTEXT,
-        "cases": N_CASES,
-        "prompts": rows,
-    }
+        write_json(out / f"{told.name}.json", told.about(command, seed, rows))
+    return told.about(command, seed, rows)
 
 
 @torch.no_grad()
-def scan(n: int, seed: int) -> dict[str, Any]:
+def scan(told: Setting, n: int, seed: int) -> dict[str, Any]:
     """What the strongest words of the `n` surest prompts survive."""
-    told = setting(seed)
     rows = []
     for row in told.margins.argsort(descending=True, stable=True).tolist()[:n]:
         chosen = int(told.top[row, 0])
         choices = Choices(n_controls=8, n_draws=32)
-        bench = Bench(told.decomposition, told.prompts[row], chosen, told.cases, None, range(1, CONTEXT), choices, seed)
+        places = range(told.first, CONTEXT)
+        bench = Bench(told.decomposition, told.prompts[row], chosen, told.cases, None, places, choices, seed)
         effects = bench.effects().mean(1)
         strongest = effects.abs().argsort(descending=True, stable=True).tolist()[:N_WORDS]
         claims = [(bench.found[i].cells, float(effects[i])) for i in strongest]
@@ -157,13 +181,9 @@ def scan(n: int, seed: int) -> dict[str, Any]:
         print(json.dumps(rows[-1]), flush=True)
     first = [word for row in rows for word in row["words"][:1]]
     return {
-        "command": f"python experiments/audit_language_model.py scan --json --prompts {n} --seed {seed}",
-        "versions": library_versions(),
-        "seed": seed,
-        "prompts": len(rows),
+        **told.about(f"scan --json --prompts {n} --seed {seed}", seed, rows),
         "strongest_word_survives": {name: sum(w["smallest"][name] > 0 for w in first) for name in LADDER},
         "margin_survives": {name: sum(r["smallest_margin"][name] > 0 for r in rows) for name in LADDER},
-        "rows": rows,
     }
 
 
@@ -174,20 +194,21 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--json", action="store_true", help="print the whole result")
+    parser.add_argument("--smollm2", type=Path, help="directory of a decomposition of SmolLM2 (smollm2.py makes them)")
     args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    told = setting(args.seed, args.smollm2)
     if args.command == "scan":
-        found = scan(args.prompts, args.seed)
-        write_json(args.out / "tiny_lm_scan.json", found)
-        if args.json:
-            print(json.dumps(found, indent=1))
-        return
-    found = run(args.prompts, args.out, args.seed)
-    write_json(args.out / "tiny_lm.json", found)
+        found = scan(told, args.prompts, args.seed)
+        write_json(args.out / f"{told.name}_scan.json", found)
+    else:
+        found = run(told, args.prompts, args.out, args.seed)
     if args.json:
         print(json.dumps(found, indent=1))
         return
     for row in found["prompts"]:
-        print(f"{row['text']!r} -> {row['chosen']!r}: {row['reasons']}, rest {row['rest']:+.2f}")
+        told_of = row["words"] if args.command == "scan" else row["reasons"]
+        print(f"{row['text']!r} -> {row['chosen']!r}: {told_of}")
 
 
 if __name__ == "__main__":

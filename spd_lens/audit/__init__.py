@@ -4,12 +4,13 @@
 it again and says where it disagrees."""
 
 from spd_lens.audit.adversary import Budget, worst_claims
-from spd_lens.audit.bench import Bench, Choices, Judged, judge_places
+from spd_lens.audit.bench import Bench, Choices, judge_places
 from spd_lens.audit.cases import Cases
 from spd_lens.audit.decision import Decision
 from spd_lens.audit.explaining import explain
 from spd_lens.audit.fairness import FairnessView, fairness_view
 from spd_lens.audit.fingerprints import digests
+from spd_lens.audit.judged import Judged
 from spd_lens.audit.page import audit_page
 from spd_lens.audit.report import AuditReport, Reason, Withheld, report_schema
 from spd_lens.audit.verifying import Verification, verify, verify_page

@@ -103,8 +103,8 @@ def _hooks(
 
 
 def _times(value: Tensor, hook: Any, *, factor: Tensor) -> Tensor:
-    return value * factor
+    return value * factor.to(value.dtype)
 
 
 def _replace(value: Tensor, hook: Any, *, where: Tensor, values: Tensor) -> Tensor:
-    return torch.where(where, values, value)
+    return torch.where(where, values.to(value.dtype), value)

@@ -1,13 +1,14 @@
 """The bench that an audit is measured on: one input, its decision, control cases, and candidates for reasons.
 
 `Bench` does every experiment of an audit; `explain` makes a report of them, `judge_places` scores what others claim.
+Candidates are the places of the input, or components (see `candidates`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -16,14 +17,17 @@ from torch import Tensor
 from spd_lens.audit.adversary import Budget, worst_claims
 from spd_lens.audit.candidates import (
     Candidate,
+    barred,
     candidates,
     equal_use,
     mean_values,
+    named_units,
     use_rates,
     used_cells,
 )
 from spd_lens.audit.cases import Cases
 from spd_lens.audit.decision import the_decision
+from spd_lens.audit.judged import Change, Judged
 from spd_lens.audit.trials import Trial, Trials, record
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.inputs import checked_decomposition, checked_tokens
@@ -33,18 +37,10 @@ N_REASONS = 4
 # A report may ask for no more.
 MOST_CONTROLS, MOST_DRAWS = 1_024, 4_096
 COVERAGE_OF_CONTROLS = 0.95
+# Seeds of audits are below this; the second draw of everything random has `seed + N_SEEDS`, which no first one has.
+N_SEEDS = 1 << 32
 # Cases that tell how often a subcomponent is used at a place.
 N_FOR_RATES = 256
-# Agreement of a counterfactual: a difference of at most this share of the larger change, or this much.
-CF_SHARE, CF_ABSOLUTE = 0.25, 0.05
-# Beside these: what only an audit as a whole can say.
-Why = Literal[
-    "no more than random subcomponents of equal use",
-    "the adversary undoes it",
-    "no controls of equal use",
-    "it does not come out again with other control cases",
-    "as many stronger reasons are given",
-]
 
 
 @dataclass(frozen=True)
@@ -71,53 +67,6 @@ class Choices:
             raise ValueError(f"smallest_effect={self.smallest_effect}; expected a share of the margin, 0 to 1")
 
 
-@dataclass(frozen=True)
-class Change:
-    """A place's token changed to `token`: what its subcomponents predict that the margin loses, and what it loses."""
-
-    token: int
-    predicted: float
-    measured: float
-
-    @property
-    def agrees(self) -> bool:
-        """Equal signs, and a difference of at most a quarter of the larger, or 0.05."""
-        gap, size = abs(self.measured - self.predicted), max(abs(self.measured), abs(self.predicted))
-        return self.measured * self.predicted > 0 and gap <= max(CF_SHARE * size, CF_ABSOLUTE)
-
-
-@dataclass(frozen=True)
-class Judged:
-    """What the interventions say about one place.
-
-    - `effect`: what the margin loses when the place's subcomponents are as in the control cases, mean over these.
-    - `controls`: the middle 95 % of what random subcomponents of equal use do; None where there are none.
-    - `worst`: the smallest effect, in its own direction, that the adversary reaches.
-    - `change`: the counterfactual; None where every control case has the same token there.
-    """
-
-    position: int
-    effect: float
-    effects: tuple[float, ...]
-    controls: tuple[float, float] | None
-    worst: float
-    change: Change | None
-
-    @property
-    def beyond_controls(self) -> bool:
-        """Whether the effect is outside of what random subcomponents of equal use do."""
-        return self.controls is not None and not self.controls[0] <= self.effect <= self.controls[1]
-
-    @property
-    def why_not(self) -> Why | None:
-        """Why this is no reason; None: it is one."""
-        if self.controls is None:
-            return "no controls of equal use"
-        if not self.beyond_controls:
-            return "no more than random subcomponents of equal use"
-        return None if self.worst > 0 else "the adversary undoes it"
-
-
 @torch.no_grad()
 def judge_places(
     decomposition: Decomposition,
@@ -135,9 +84,7 @@ def judge_places(
     Arguments and errors as in `explain`; places that have no subcomponents which depend on the case are not in it.
     """
     bench = Bench(decomposition, inputs, decision, cases, position, reasons_at, choices or Choices(), seed)
-    effects = bench.effects()
-    order = effects.mean(1).abs().argsort(descending=True, stable=True).tolist()
-    return {judged.position: judged for judged in bench.judged(order, effects)}
+    return {judged.position: judged for judged in bench.all_judged()}
 
 
 class Bench:
@@ -153,6 +100,7 @@ class Bench:
         reasons_at: Sequence[int] | None,
         choices: Choices,
         seed: int,
+        components: Any = None,
     ) -> None:
         self.decomposition = checked_decomposition(decomposition, "explain")
         if not isinstance(cases, Cases):
@@ -160,6 +108,7 @@ class Bench:
         self.cases, self.choices = cases, choices
         self.tokens = _one_input(inputs, decomposition)
         self._check_fit()
+        self.units = named_units(decomposition, components, self.tokens.shape[1])
         self.own = record(decomposition, self.tokens)
         names = cases.outputs if cases.outputs is not None else self._output_names()
         self.decision = the_decision(decision, self.own.logits, names, position)
@@ -171,10 +120,10 @@ class Bench:
         self.control_cases = self._choose_controls()
         self.controls = record(decomposition, cases.tokens[self.control_cases])
         self.means = mean_values(self.controls)
-        self.rates = use_rates(record(decomposition, cases.tokens[:N_FOR_RATES]))
+        self.rates = use_rates(record(decomposition, cases.tokens[_evenly(len(cases.tokens), N_FOR_RATES)]))
         self.start = float(self.case_margins[self.control_cases].mean())
         self.reasons_at = self._places(reasons_at)
-        self.found = candidates(self.own, self.controls, self.decision.position, self.reasons_at)
+        self.found = candidates(self.own, self.controls, self.decision.position, self.reasons_at, self.units)
 
     # -- what is given ----------------------------------------------------------------------------------------------
 
@@ -227,6 +176,11 @@ class Bench:
         ]
         return self.margin - self.trials.margins(trials).view(len(self.found), len(self.control_cases))
 
+    def all_judged(self) -> list[Judged]:
+        """Every candidate, those of the largest effects first."""
+        effects = self.effects()
+        return self.judged(effects.mean(1).abs().argsort(descending=True, stable=True).tolist(), effects)
+
     def judged(self, chosen: Sequence[int], effects: Tensor) -> list[Judged]:
         """The chosen candidates, in their order."""
         means = [float(effects[i].mean()) for i in chosen]
@@ -235,27 +189,27 @@ class Bench:
             self.trials, self.own.importances, claims, self.means, self.choices.budget, self.generator
         )
         found: list[Judged] = []
-        given: set[int] = set()
-        for i, mean, least in zip(chosen, means, worst, strict=True):
-            candidate = self.found[i]
+        given: list[Candidate] = []
+        asked = [self.found[i] for i in chosen]
+        changes = self.changes(asked)
+        for i, candidate, mean, least, change in zip(chosen, asked, means, worst, changes, strict=True):
             controls = self._controls(candidate, given)
             singles = tuple(effects[i].tolist())
-            one = Judged(candidate.position, mean, singles, controls, least, self.change(candidate))
+            place = _place_of(candidate, change)
+            one = Judged(place, mean, singles, controls, least, change, candidate.component)
             found.append(one)
             if one.why_not is None:
-                given.add(candidate.position)
+                given.append(candidate)
         return found
 
-    def _controls(self, candidate: Candidate, given: set[int]) -> tuple[float, float] | None:
+    def _controls(self, candidate: Candidate, given: Sequence[Candidate]) -> tuple[float, float] | None:
         """What as many random cells of equal use do, replaced by their means over the control cases.
 
-        Places that are reasons already are left out, else the strongest would hide all others.
+        Those of reasons found already are left out, else the strongest would hide all others.
         """
-        rates = {name: rate.clone() for name, rate in self.rates.items()}
-        for rate in rates.values():
-            rate[sorted(given)] = 0.0
         used = [used_cells(candidate, self.controls, k) for k in range(len(self.control_cases))]
-        drawn = equal_use(candidate.position, used, rates, self.choices.n_draws, self.generator)
+        own = barred([candidate, *given])
+        drawn = equal_use(own, used, self.rates, self.choices.n_draws, self.generator)
         if drawn is None:
             return None
         effects = self.margin - self.trials.margins([Trial(replaced=cells, values=self.means) for cells in drawn])
@@ -263,20 +217,52 @@ class Bench:
         low, high = effects.quantile(torch.tensor([outside, 1 - outside], dtype=effects.dtype)).tolist()
         return low, high
 
-    def change(self, candidate: Candidate) -> Change | None:
-        """The place's token becomes the one that most control cases have there; None where all have this one."""
-        p = candidate.position
+    def changes(self, asked: Sequence[Candidate]) -> list[Change | None]:
+        """A place's token becomes the one that most control cases have there; None where all have this one.
+
+        For a component this is tried at every place of `reasons_at`, and the change that it predicts most of counts.
+        """
+        found: list[Change | None] = [None] * len(asked)
+        for p in self.reasons_at:
+            rows = [i for i, candidate in enumerate(asked) if candidate.position in (None, p)]
+            token = self._usual_token(p)
+            if not rows or token is None:
+                continue
+            changed = self.tokens.clone()
+            changed[0, p] = token
+            after = record(self.decomposition, changed)
+            measured = self.margin - float(self.decision.margin(after.logits).double())
+            trials = [Trial(replaced=asked[i].cells, values=after.row(0)) for i in rows]
+            for i, margin in zip(rows, self.trials.margins(trials).tolist(), strict=True):
+                change, before = Change(p, token, self.margin - margin, measured), found[i]
+                if before is None or abs(change.predicted) > abs(before.predicted):
+                    found[i] = change
+        return found
+
+    def _usual_token(self, p: int) -> int | None:
         there = self.cases.tokens[self.control_cases, p]
         others, counts = there[there != self.ids[p]].unique(return_counts=True)
-        if not len(others):
-            return None
-        token = int(others[counts.argmax()])
-        changed = self.tokens.clone()
-        changed[0, p] = token
-        after = record(self.decomposition, changed)
-        measured = self.margin - float(self.decision.margin(after.logits).double())
-        trial = Trial(replaced=candidate.cells, values=after.row(0))
-        return Change(token, self.margin - float(self.trials.margins([trial])[0]), measured)
+        return int(others[counts.argmax()]) if len(others) else None
+
+
+def checked_seed(seed: Any) -> None:
+    """Raise ValueError for what is no seed of an audit."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < N_SEEDS:
+        raise ValueError(f"seed={seed!r}; expected a whole number from 0 to {N_SEEDS - 1:,}")
+
+
+def _evenly(n: int, most: int) -> Tensor:
+    """At most `most` of `n` rows, all over them: data are often sorted."""
+    return torch.linspace(0, n - 1, min(n, most)).round().long()
+
+
+def _place_of(candidate: Candidate, change: Change | None) -> int:
+    """The candidate's place; a component's is the one whose change moves it most, else the first where it is used."""
+    if candidate.position is not None:
+        return candidate.position
+    if change is not None:
+        return change.position
+    return min(int(cells.any(1).nonzero()[0]) for cells in candidate.cells.values() if bool(cells.any()))
 
 
 def _one_input(inputs: Any, decomposition: Decomposition) -> Tensor:

@@ -48,7 +48,7 @@ class Cases:
         tokens = as_tensor(self.tokens, "cases.tokens")
         if tokens.ndim != 2 or tokens.is_floating_point() or len(tokens) < 2:
             raise ValueError(f"cases.tokens has shape {tuple(tokens.shape)}; expected integers [n pos], at least two")
-        object.__setattr__(self, "tokens", tokens)
+        object.__setattr__(self, "tokens", tokens.detach().cpu())
         if self.places is not None and len(self.places) > tokens.shape[1]:
             raise ValueError(
                 f"{len(self.places)} places for {tokens.shape[1]} positions; expected at most one for each"

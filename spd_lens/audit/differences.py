@@ -42,10 +42,10 @@ def differences(then: Any, now: Any, where: str = "") -> Iterator[str]:
 
 
 def paired(report: AuditReport, again: AuditReport) -> Iterator[tuple[Reason, Reason | None]]:
-    """Every reason with the one of equal place and direction in another report, or None."""
-    new = {(r.place.position, r.effect > 0): r for r in again.reasons}
+    """Every reason with the one of equal place or component and equal direction in another report, or None."""
+    new = {(r.key, r.effect > 0): r for r in again.reasons}
     for reason in report.reasons:
-        yield reason, new.get((reason.place.position, reason.effect > 0))
+        yield reason, new.get((reason.key, reason.effect > 0))
 
 
 def brief(value: Any) -> str:

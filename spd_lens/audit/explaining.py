@@ -1,9 +1,9 @@
 """`explain`: one decision of a decomposed model, in at most four reasons for it and four against it.
 
-A reason is a place of the input (an attribute, a word) together with the subcomponents through which it acts. Its
-effect is what is measured when these subcomponents are given the activations that they have in *control cases*, cases
-of the data that the model decides the other way (all others, if there are too few): "compared with applicants who were
-approved". What is then done to it:
+A reason is a place of the input (an attribute, a word) together with the subcomponents through which it acts, or a
+component: a group of subcomponents that somebody named, wherever they act. Its effect is what is measured when these
+subcomponents are given the activations that they have in *control cases*, cases of the data that the model decides the
+other way (all others, if there are too few): "compared with applicants who were approved". What is then done to it:
 
 - removed, and kept as the only place: necessity and sufficiency, each for itself;
 - compared with random subcomponents of equal use (C7): an effect inside the middle 95 % of theirs is no reason;
@@ -16,7 +16,8 @@ Places whose effect is large but whose evidence fails are listed as withheld, wi
 
 Cost: for a table of 20 attributes some thousand rows of forward and twice `budget.steps` backward passes: seconds.
 
-Limits: a place acts through all its subcomponents at once; what two places do together is in `rest.together`.
+Limits: a place acts through all its subcomponents at once; what two reasons do together is in `rest.together`. So is
+what two components do one after the other: an effect that passes through both is in both.
 """
 
 from __future__ import annotations
@@ -29,8 +30,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spd_lens.audit.bench import Bench, Choices, Judged, Why
+from spd_lens.audit.bench import N_SEEDS, Bench, Choices, checked_seed
+from spd_lens.audit.candidates import Key
 from spd_lens.audit.fingerprints import code_digest, digests
+from spd_lens.audit.judged import Judged, Why
 from spd_lens.audit.report import (
     Adversary,
     AuditReport,
@@ -49,13 +52,11 @@ from spd_lens.audit.report import (
     rest_value,
     rounded,
 )
-from spd_lens.audit.trials import Trial, union, without
+from spd_lens.audit.trials import Cells, Trial, union, without
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.support.versions import library_versions
 
 N_SIMILAR = 3
-# The second draw of everything random has the seed `seed + LARGEST_SEED`, which no first one has.
-LARGEST_SEED = 1 << 32
 
 
 def explain(
@@ -66,6 +67,7 @@ def explain(
     cases: Any,
     position: int | None = None,
     reasons_at: Sequence[int] | None = None,
+    components: Any = None,
     choices: Choices | None = None,
     title: str = "",
     seed: int = 0,
@@ -76,17 +78,19 @@ def explain(
       `position`, the last by default.
     - `cases`: a `Cases`: what to compare with, and the words.
     - `reasons_at`: positions that may be reasons; by default those that have a name, or all of a text.
+    - `components`: `Components`, or a list of named units: these may be reasons instead of places, each with all its
+      subcomponents wherever they are used; `reasons_at` are then the places that may be said to move them.
 
-    Raises ValueError for an input outside the vocabulary, a decision that the model does not make or does not have, and
-    cases of another length; TypeError for what is no decomposition.
+    Raises ValueError for components of another decomposition or two of one name, for an input outside the vocabulary, a
+    decision that the model does not make or does not have, and cases of another length; TypeError for what is no
+    decomposition.
     """
     choices = choices or Choices()
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < LARGEST_SEED:
-        raise ValueError(f"seed={seed!r}; expected a whole number from 0 to {LARGEST_SEED - 1:,}")
+    checked_seed(seed)
     with torch.inference_mode(False), torch.no_grad():
         first, second = (
-            partial(Bench, decomposition, inputs, decision, cases, position, reasons_at, choices, own)
-            for own in (seed, seed + LARGEST_SEED)
+            partial(Bench, decomposition, inputs, decision, cases, position, reasons_at, choices, own, components)
+            for own in (seed, seed + N_SEEDS)
         )
         return _Account(first(), second).report(title, seed)
 
@@ -97,7 +101,7 @@ class _Account:
     def __init__(self, bench: Bench, second: Callable[[], Bench]) -> None:
         self.bench, self.cases, self.choices, self.ids = bench, bench.cases, bench.choices, bench.ids
         self.second = second
-        self.candidate = {c.position: c for c in bench.found}
+        self.candidate = {c.key: c for c in bench.found}
         self.every = union([c.used for c in bench.found]) if bench.found else None
 
     def report(self, title: str, seed: int) -> AuditReport:
@@ -122,7 +126,7 @@ class _Account:
             reasons_for=sides[True],
             reasons_against=sides[False],
             withheld=[
-                Withheld(place=self._place(j.position), effect=rounded(j.effect), why=why)
+                Withheld(component=j.component, place=self._place(j.position), effect=rounded(j.effect), why=why)
                 for j, why in judged
                 if why is not None
             ],
@@ -144,20 +148,20 @@ class _Account:
                 control_cases=bench.control_cases,
                 smallest_effect=choices.smallest_effect,
             ),
-            digests=digests(bench.decomposition, self.cases, bench.tokens),
+            digests=digests(bench.decomposition, self.cases, bench.tokens, bench.units or None),
             versions=library_versions(),
             spd_lens_audit=code_digest(),
         )
 
     def _judged(self, effects: Float[Tensor, "candidate control"]) -> list[tuple[Judged, Why | None]]:
-        """Every place that is looked at, and why it is no reason; None: it is one."""
+        """Every candidate that is looked at, and why it is no reason; None: it is one."""
         judged = self.bench.judged(self._looked_at(effects.mean(1)), effects)
-        lasting = self._lasting([j.position for j in judged if j.why_not is None])
+        lasting = self._lasting([j.key for j in judged if j.why_not is None])
         told: list[tuple[Judged, Why | None]] = []
         given = {True: 0, False: 0}
         for j in judged:
             why: Why | None = j.why_not
-            if why is None and (j.position, j.effect > 0) not in lasting:
+            if why is None and (j.key, j.effect > 0) not in lasting:
                 why = "it does not come out again with other control cases"
             elif why is None and given[j.effect > 0] == self.choices.n_reasons:
                 why = "as many stronger reasons are given"
@@ -165,14 +169,14 @@ class _Account:
             told.append((j, why))
         return told
 
-    def _lasting(self, positions: list[int]) -> set[tuple[int, bool]]:
-        """Of these places those that pass again, each with the sign of its effect then."""
-        if not positions:
+    def _lasting(self, keys: list[Key]) -> set[tuple[Key, bool]]:
+        """Of these candidates those that pass again, each with the sign of its effect then."""
+        if not keys:
             return set()
         again = self.second()
-        found = {c.position: i for i, c in enumerate(again.found)}
-        judged = again.judged([found[p] for p in positions if p in found], again.effects())
-        return {(j.position, j.effect > 0) for j in judged if j.why_not is None}
+        found = {c.key: i for i, c in enumerate(again.found)}
+        judged = again.judged([found[key] for key in keys if key in found], again.effects())
+        return {(j.key, j.effect > 0) for j in judged if j.why_not is None}
 
     def _looked_at(self, effects: Float[Tensor, " candidate"]) -> list[int]:
         """Candidates by the size of their effects, of each sign at most twice as many as there can be reasons."""
@@ -183,7 +187,7 @@ class _Account:
         return [i for i in large if i in kept]
 
     def _reason(self, judged: Judged) -> Reason:
-        bench, candidate = self.bench, self.candidate[judged.position]
+        bench, candidate = self.bench, self.candidate[judged.key]
         assert self.every is not None
         assert judged.controls is not None
         without_all, only, removed = bench.trials.margins(
@@ -193,15 +197,11 @@ class _Account:
                 Trial(removed=candidate.used),
             ]
         ).tolist()
-        members = [
-            Members(site=name, ids=cells[judged.position].nonzero().squeeze(1).tolist())
-            for name, cells in candidate.cells.items()
-            if bool(cells.any())
-        ]
         low, high = judged.controls
         return Reason(
+            component=judged.component,
             place=self._place(judged.position),
-            members=members,
+            members=_members(candidate.cells),
             effect=rounded(judged.effect),
             effect_low=rounded(min(judged.effects)),
             effect_high=rounded(max(judged.effects)),
@@ -231,7 +231,7 @@ class _Account:
         value = rest_value(rounded(bench.margin), rounded(bench.start), effects)
         joint = 0.0
         if reasons:
-            cells = union([self.candidate[r.place.position].cells for r in reasons])
+            cells = union([self.candidate[r.key].cells for r in reasons])
             trials = [Trial(replaced=cells, values=bench.controls.row(k)) for k in range(len(bench.control_cases))]
             joint = bench.margin - float(bench.trials.margins(trials).mean())
         together = rounded(joint - sum(effects))
@@ -273,6 +273,17 @@ class _Account:
             )
             for i in order
         ]
+
+
+def _members(cells: Cells) -> list[Members]:
+    """Cells as sites, positions and ids; positions with the same ids stand together."""
+    found = []
+    for name, own in cells.items():
+        at: dict[tuple[int, ...], list[int]] = {}
+        for position in own.any(1).nonzero().squeeze(1).tolist():
+            at.setdefault(tuple(own[position].nonzero().squeeze(1).tolist()), []).append(position)
+        found += [Members(site=name, positions=positions, ids=list(ids)) for ids, positions in at.items()]
+    return found
 
 
 def _short(text: str) -> str:

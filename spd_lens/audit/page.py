@@ -64,7 +64,10 @@ def _lines(report: AuditReport) -> list[tuple[str | None, str, float, str]]:
         says = reason.place.says
         if reason.place.name not in says and not reason.place.name.startswith("position "):
             says = f"{reason.place.name}: {says}"
-        lines.append((reason.place.words, says, reason.effect, "for" if reason.effect > 0 else "against"))
+        if reason.component is not None:
+            says = f"acts most when the input says: {says}"
+        side = "for" if reason.effect > 0 else "against"
+        lines.append((reason.component or reason.place.words, says, reason.effect, side))
     lines.append((None, "not explained", report.rest.value, "other"))
     name = report.decision.chosen_name
     lines.append((None, f"the decision's margin (above 0: {name})", report.decision.margin, "other"))
@@ -78,10 +81,19 @@ def _shown(report: AuditReport) -> dict[str, Any]:
         for own, reason in zip(shown[side], getattr(report, side), strict=True):
             own |= _more(reason)
             own["place"]["says"] = shortened(own["place"]["says"], LONGEST)
+    for own in shown["withheld"]:
+        own["called"] = own["component"] or own["place"]["words"] or own["place"]["name"]
     shown["reasons"] = [*shown["reasons_for"], *shown["reasons_against"]]
     return shown
 
 
 def _more(reason: Reason) -> dict[str, Any]:
     sign = 1 if reason.effect > 0 else -1
-    return {"n_members": sum(len(m.ids) for m in reason.members), "worst_signed": sign * reason.worst}
+    told = reason.counterfactual
+    part = told is not None and not told.agrees and 0 < told.predicted / (told.measured or 1.0) < 1
+    return {
+        "called": reason.called,
+        "n_members": len({(m.site, i) for m in reason.members for i in m.ids}),
+        "worst_signed": sign * reason.worst,
+        "carries_a_part": reason.component is not None and part,
+    }

@@ -17,11 +17,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from spd_lens.audit.adversary import MOST_STARTS, MOST_STEPS
-from spd_lens.audit.bench import MOST_CONTROLS, MOST_DRAWS, N_REASONS, Why
+from spd_lens.audit.bench import MOST_CONTROLS, MOST_DRAWS, N_REASONS
+from spd_lens.audit.candidates import Key, key_of
+from spd_lens.audit.judged import Why
 from spd_lens.support.checked_json import CheckedContent, checked_text, read_checked
 from spd_lens.support.files import given_path, write_text
 
-FORMAT, VERSION = "spd_lens audit report", 2
+FORMAT, VERSION = "spd_lens audit report", 3
 # A report has a few hundred numbers; what is larger is none.
 LARGEST_FILE = 2_000_000
 SCHEMA_PATH = Path(__file__).resolve().parent / "audit_report.schema.json"
@@ -66,9 +68,10 @@ class Counterfactual(CheckedContent):
 
 
 class Members(CheckedContent):
-    """The subcomponents of one site in a reason."""
+    """Subcomponents of one site in a reason, and the positions at which just these take part."""
 
     site: Text
+    positions: Annotated[list[Index], Field(min_length=1, max_length=100_000)]
     ids: Annotated[list[Index], Field(max_length=10_000)]
 
 
@@ -81,18 +84,21 @@ class PastCases(CheckedContent):
 
 
 class Reason(CheckedContent):
-    """One reason.
+    """One reason: a place of the input, or a component.
 
-    - `effect`: the margin minus the margin with the place's subcomponents as in the control cases, mean over these;
+    - `component`: its name, given by people; None: the reason is the place. `place`: the place; of a component the one
+      at which another token moves its subcomponents' effect most.
+    - `effect`: the margin minus the margin with the members as in the control cases, mean over these;
       `effect_low`, `effect_high`: the smallest and largest over single control cases.
     - `remove`: margin minus the margin with them removed (necessity); `flips`: whether the decision then changes.
-      `keep_only`: the margin with only this place kept of all places, minus that with none (sufficiency).
+      `keep_only`: the margin with only this kept of all places (components), minus that with none (sufficiency).
     - `controls`: what random subcomponents of equal use do.
     - `worst`: the smallest effect, in the reason's own direction, that the adversary of the report's budget reaches.
     """
 
+    component: Text | None
     place: Place
-    members: Annotated[list[Members], Field(min_length=1, max_length=1_000)]
+    members: Annotated[list[Members], Field(min_length=1, max_length=10_000)]
     effect: Number
     effect_low: Number
     effect_high: Number
@@ -104,10 +110,21 @@ class Reason(CheckedContent):
     counterfactual: Counterfactual | None
     past: PastCases
 
+    @property
+    def key(self) -> Key:
+        """What it is told by: the component's name, or the place's position."""
+        return key_of(self.component, self.place.position)
+
+    @property
+    def called(self) -> str:
+        """What people call it: the component's name, else the place's words or name."""
+        return self.component or self.place.words or self.place.name
+
 
 class Withheld(CheckedContent):
-    """A place whose effect is as large as a reason's, but whose evidence does not support one, and why."""
+    """A place or component whose effect is as large as a reason's, but whose evidence supports none, and why."""
 
+    component: Text | None
     place: Place
     effect: Number
     why: Why
@@ -180,13 +197,15 @@ class Settings(CheckedContent):
 
 
 class Digests(CheckedContent):
-    """SHA-256 of what the report is about; `sites`: of every decomposed matrix of the model."""
+    """SHA-256 of what the report is about; `sites`: of every decomposed matrix of the model; `components`: of the
+    components that could be reasons, with their names, None where places could."""
 
     model: Sha256
     host: Text
     sites: dict[str, Sha256]
     decomposition: Sha256
     cases: Sha256
+    components: Sha256 | None
     input: Sha256
 
 

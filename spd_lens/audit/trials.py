@@ -122,11 +122,11 @@ def _values(trial: Trial, name: str, like: Tensor) -> Tensor:
 
 
 def _times(value: Tensor, hook: Any, *, factor: Tensor) -> Tensor:
-    return value * factor
+    return value * factor.to(value.dtype)
 
 
 def _replace(value: Tensor, hook: Any, *, where: Tensor, values: Tensor) -> Tensor:
-    return torch.where(where, values, value)
+    return torch.where(where, values.to(value.dtype), value)
 
 
 # -- sets of cells ---------------------------------------------------------------------------------------------------
@@ -142,13 +142,9 @@ def without(cells: Cells, other: Cells) -> Cells:
     return {name: own & ~other[name] for name, own in cells.items()}
 
 
-def at_position(cells: Cells, position: int) -> Cells:
-    """The cells at one position."""
-    found = {}
-    for name, own in cells.items():
-        found[name] = torch.zeros_like(own)
-        found[name][position] = own[position]
-    return found
+def both(cells: Cells, other: Cells) -> Cells:
+    """The cells that are in both sets."""
+    return {name: own & other[name] for name, own in cells.items()}
 
 
 def count(cells: Cells) -> int:

@@ -1,8 +1,8 @@
 """`verify`: every claim of a report is run again, on the model, the decomposition and the data that it names.
 
 Whoever verifies says what an audit has to show; the report does not. Before anything is run a report is refused that is
-about another model, decomposition, data set, input, decision or choice of places, that attacked less, drew fewer
-controls or looked at less than `standard` asks, that lacks a control, or that does not add up.
+about another model, decomposition, data set, input, decision, choice of places or components, that attacked less, drew
+fewer controls or looked at less than `standard` asks, that lacks a control, or that does not add up.
 
 Then it is run again with its own seed, and every number has to come out, within rounding. With `seed=` also other
 controls are drawn and other climbs started, and what has to hold then is each claim: the effect's sign, that it is
@@ -18,16 +18,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from spd_lens.audit.adversary import Budget
-from spd_lens.audit.bench import Choices, Judged, judge_places
+from spd_lens.audit.bench import Bench, Choices, checked_seed
+from spd_lens.audit.candidates import Key, named_units
 from spd_lens.audit.cases import Cases
 from spd_lens.audit.differences import differences, paired, said
 from spd_lens.audit.explaining import explain
 from spd_lens.audit.fingerprints import code_digest, digests
+from spd_lens.audit.judged import Judged
 from spd_lens.audit.page import page_html
 from spd_lens.audit.report import LARGEST_FILE, AuditReport, Reason
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.inputs import checked_decomposition, checked_tokens
+from spd_lens.core.units import Unit
 from spd_lens.support.files import given_path
 
 
@@ -72,6 +77,7 @@ def verify(
     decision: Any = None,
     position: int | None = None,
     reasons_at: Sequence[int] | None = None,
+    components: Any = None,
     standard: Choices | None = None,
     title: str | None = None,
     seed: int | None = None,
@@ -82,16 +88,24 @@ def verify(
       it. `title`: as `inputs`.
     - `decision`, `position`, `reasons_at`: as in `explain`, and with its defaults: the report's chosen output against
       the strongest other, at the last position; all places.
+    - `components`: those of the report, by the names that they have in it; None: its reasons have to be places.
     - `standard`: the least that the report may have measured; None: what `explain` measures unless told otherwise.
     - `seed`: other controls and climbs, besides the report's own.
 
-    Raises ValueError for files that are no report, TypeError for what are no cases or no decomposition.
+    Raises ValueError for files that are no report and for the report's own seed as another; TypeError for what are no
+    cases or no decomposition.
     """
     checked_decomposition(decomposition, "verify")
     if not isinstance(cases, Cases):
         raise TypeError(f"cases is a {type(cases).__name__}; expected spd_lens.audit.Cases")
     if not isinstance(report, AuditReport):
         report = AuditReport.load(report)
+    if seed is not None:
+        checked_seed(seed)
+        if seed == report.settings.seed:
+            raise ValueError(
+                f"seed={seed} is the report's own, whose controls and attacks come out again anyway; give another one"
+            )
     n = len(report.reasons)
     given: Any = [report.inputs] if inputs is None else inputs
     try:
@@ -100,7 +114,8 @@ def verify(
         )
     except ValueError as error:
         return Verification((f"its input is none of this model: {error}",), (), n, 0)
-    other = [*_other_things(report, decomposition, tokens, cases), *_lacking(report, standard or Choices())]
+    units = named_units(decomposition, components, tokens.shape[1])
+    other = [*_other_things(report, decomposition, tokens, cases, units), *_lacking(report, standard or Choices())]
     if title is not None and title != report.title:
         other.append(f"its title is {said(report.title)!r}, not {said(title)!r}")
     if other:
@@ -109,6 +124,7 @@ def verify(
         "cases": cases,
         "position": position,
         "reasons_at": reasons_at,
+        "components": units or None,
         "choices": _choices(report),
     }
     made = report.decision.chosen if decision is None else decision
@@ -117,7 +133,7 @@ def verify(
         wrong = list(differences(report, again))
         lost = [own for own, new in paired(report, again) if any(differences(own, new, "reason"))]
         if not wrong and seed is not None:
-            found = judge_places(decomposition, tokens, made, **asked, seed=seed)
+            found = _judged_anew(decomposition, tokens, made, **asked, seed=seed)
             undone = [(own, text) for own in report.reasons if (text := _undone(own, found)) is not None]
             wrong, lost = [text for _, text in undone], [own for own, _ in undone]
     except ValueError as error:
@@ -160,8 +176,10 @@ def _choices(report: AuditReport) -> Choices:
 # -- before anything is run --------------------------------------------------------------------------------------------
 
 
-def _other_things(report: AuditReport, decomposition: Decomposition, tokens: Any, cases: Cases) -> Iterator[str]:
-    then, now = report.digests, digests(decomposition, cases, tokens)
+def _other_things(
+    report: AuditReport, decomposition: Decomposition, tokens: Any, cases: Cases, units: Sequence[Unit]
+) -> Iterator[str]:
+    then, now = report.digests, digests(decomposition, cases, tokens, units or None)
     changed = [name for name, digest in now.sites.items() if then.sites.get(name) != digest]
     if changed or then.sites.keys() != now.sites.keys():
         odd = changed or sorted(then.sites.keys() ^ now.sites.keys())
@@ -172,6 +190,12 @@ def _other_things(report: AuditReport, decomposition: Decomposition, tokens: Any
         yield "another decomposition of the model than the report's"
     if then.cases != now.cases:
         yield "other cases, or other words about them, than the report's"
+    if then.components != now.components:
+        yield (
+            "its reasons are components: give the ones that it was made with"
+            if now.components is None
+            else "other components, or other names of them, than the report's"
+        )
     if then.input != now.input:
         yield "another input than the report's"
 
@@ -195,15 +219,14 @@ def _lacking(report: AuditReport, standard: Choices) -> Iterator[str]:
         )
     for reason in report.reasons:
         if reason.controls.draws < settings.n_draws:
-            yield f"{said(reason.place.name)}: {reason.controls.draws} control draws of {settings.n_draws}"
+            yield f"{_name(reason)}: {reason.controls.draws} control draws of {settings.n_draws}"
     if len(set(settings.control_cases)) < 2:
         yield "fewer than two control cases"
     for sign, reasons in ((1, report.reasons_for), (-1, report.reasons_against)):
         for reason in reasons:
             if reason.effect * sign <= 0:
                 side = "for" if sign > 0 else "against"
-                name = said(reason.place.name)
-                yield f"{name} is among the reasons {side} the decision and has the effect {reason.effect}"
+                yield f"{_name(reason)} is among the reasons {side} the decision and has the effect {reason.effect}"
 
 
 def _notes(report: AuditReport, decomposition: Decomposition, title: str) -> Iterator[str]:
@@ -218,11 +241,32 @@ def _notes(report: AuditReport, decomposition: Decomposition, title: str) -> Ite
 # -- what comes out --------------------------------------------------------------------------------------------------
 
 
-def _undone(reason: Reason, found: dict[int, Judged]) -> str | None:
+@torch.no_grad()
+def _judged_anew(
+    decomposition: Decomposition,
+    tokens: Any,
+    decision: Any,
+    *,
+    cases: Cases,
+    position: int | None,
+    reasons_at: Sequence[int] | None,
+    components: Any,
+    choices: Choices,
+    seed: int,
+) -> dict[Key, Judged]:
+    bench = Bench(decomposition, tokens, decision, cases, position, reasons_at, choices, seed, components)
+    return {own.key: own for own in bench.all_judged()}
+
+
+def _undone(reason: Reason, found: dict[Key, Judged]) -> str | None:
     """Why a reason does not hold on a fresh seed, or None."""
-    new, name = found.get(reason.place.position), said(reason.place.name)
+    new, name = found.get(reason.key), _name(reason)
     if new is None:
-        return f"{name}: this place does nothing here"
+        return f"{name}: it does nothing here"
     if new.effect * reason.effect <= 0:
         return f"{name}: its effect was {reason.effect:g} and is {new.effect:g} with other controls"
     return None if new.why_not is None else f"{name}: {new.why_not}"
+
+
+def _name(reason: Reason) -> str:
+    return said(reason.component or reason.place.name)

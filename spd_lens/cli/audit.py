@@ -9,20 +9,25 @@ import typer
 
 from spd_lens.audit import AuditReport, Cases, Verification, audit_page, explain, verify, verify_page
 from spd_lens.cli.output import DONE, FAILED, JsonFlag, ends_in_words, show
+from spd_lens.components import Components
 from spd_lens.core import Decomposition
 from spd_lens.models import CREDIT_DECISIONS, credit_cases, decline_margin, load_credit, load_credit_applicants
+from spd_lens.support.pages import visible
 
 HELP = """Audit one decision of the credit model that ships with the package, or run the report of one again.
 
 Nothing is downloaded. The report is applicant-N.json in --out, its page applicant-N.html. With --verify every claim of
 a report is run again; the exit status is 1 on any disagreement. With --applicant it has to be about that one, with
---page the page has to be the report's, with --seed its claims also have to hold with other controls and attacks.
+--page the page has to be the report's, with --seed its claims also have to hold with other controls and attacks. With
+--components the reasons are components (a file that spd_lens.components wrote) instead of attributes, in both cases.
 
 Examples:
 
     spd-lens audit
 
     spd-lens audit --applicant 17 --out runs/audit
+
+    spd-lens audit --applicant 17 --components components.json
 
     spd-lens audit --verify runs/audit/applicant-17.json --page runs/audit/applicant-17.html --applicant 17
 """
@@ -40,28 +45,32 @@ def command(
     seed: Annotated[
         int | None, typer.Option(help="With --verify: other controls and attacks than the report's.")
     ] = None,
+    components: Annotated[
+        Path | None, typer.Option(help="components.json: reasons are these components instead of attributes.")
+    ] = None,
     json: JsonFlag = False,
 ) -> None:
     if what != "demo":
         raise ValueError(f"audit {what!r}; expected 'demo', or spd_lens.audit.explain(...) in Python for other models")
     if verify_file is not None:
-        ended = _run_again(verify_file, page, applicant, seed)
+        ended = _run_again(verify_file, page, applicant, seed, components)
         show(str(ended), _values(ended), as_json=json)
         raise typer.Exit(FAILED if ended.status else DONE)
     if page is not None or seed is not None:
         raise ValueError("--page and --seed are for --verify; give it a report to run again")
     cases = Cases(**credit_cases())
     decomposition = load_credit(decomposed=True)
+    grouped = None if components is None else Components.load(components, decomposition)
     asked = load_credit_applicants("held_out")
     margins = decline_margin(decomposition.model, asked.tokens)
     chosen = int((margins > 0).nonzero()[0]) if applicant is None else _known(applicant)
     decision = CREDIT_DECISIONS[int(margins[chosen] > 0)]
     title = _title(chosen, decision)
-    report = explain(decomposition, asked.tokens[chosen], decision, cases=cases, title=title)
+    report = explain(decomposition, asked.tokens[chosen], decision, cases=cases, components=grouped, title=title)
     path = report.save(out / f"applicant-{chosen}.json")
     written = audit_page(report, out / f"applicant-{chosen}.html")
-    ended = verify(path, decomposition, cases=cases, inputs=asked.tokens[chosen], title=title)
-    reasons = [f"    {r.effect:+.2f}  {r.place.words or r.place.name}: {r.place.says}" for r in report.reasons]
+    ended = verify(path, decomposition, cases=cases, inputs=asked.tokens[chosen], components=grouped, title=title)
+    reasons = [f"    {r.effect:+.2f}  {visible(r.called)}: {visible(r.place.says)}" for r in report.reasons]
     lines = [
         title,
         *reasons,
@@ -75,14 +84,18 @@ def command(
     raise typer.Exit(FAILED if ended.status else DONE)
 
 
-def _run_again(path: Path, page: Path | None, applicant: int | None, seed: int | None) -> Verification:
+def _run_again(
+    path: Path, page: Path | None, applicant: int | None, seed: int | None, components: Path | None
+) -> Verification:
     """A report of the credit model, verified; its title has to name the applicant whose attributes it has."""
     report = AuditReport.load(path)
     asked, inputs = load_credit_applicants("held_out"), None
     if applicant is not None:
         inputs = asked.tokens[_known(applicant)]
     decomposition = _decomposition_of(report)
-    ended = verify(report, decomposition, cases=Cases(**credit_cases()), inputs=inputs, seed=seed)
+    grouped = None if components is None else Components.load(components, decomposition)
+    cases = Cases(**credit_cases())
+    ended = verify(report, decomposition, cases=cases, inputs=inputs, components=grouped, seed=seed)
     wrong, notes = list(ended.disagreements), list(ended.notes)
     same = [i for i, own in enumerate(asked.tokens.tolist()) if own == report.inputs]
     if report.title in {_title(i, report.decision.chosen_name) for i in same}:

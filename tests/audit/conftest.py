@@ -48,7 +48,7 @@ def forged(report: AuditReport, change: Callable[[dict[str, Any]], Any], folder:
     values = content(report)
     change(values)
     path = folder / "forged.json"
-    path.write_text(checked_text(values, format_name="spd_lens audit report", version=2))
+    path.write_text(checked_text(values, format_name="spd_lens audit report", version=3))
     return path
 
 

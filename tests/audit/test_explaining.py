@@ -10,60 +10,20 @@ import pytest
 import torch
 
 from spd_lens.audit import AuditReport, Budget, Reason, explain
-from spd_lens.core import Decomposition
 from spd_lens.models import load_credit
+from tests.audit.arithmetic import pass_by_hand
 from tests.audit.conftest import SMALL, Audited, audited_cases
-
-
-def biases_of(decomposition: Decomposition) -> dict[str, torch.Tensor]:
-    """Biases by HookedTransformer's names; a bridge has other names, flat heads, and a buffer at the end."""
-    named = dict(decomposition.model.named_parameters())
-    own = {name.rsplit(".", 1)[-1]: p.detach() for name, p in named.items() if ".b_" in name and "gate" not in name}
-    if own:
-        return own
-    ends = {"q": "b_Q", "k": "b_K", "v": "b_V", "o": "b_O", "fc_in": "b_in", "fc_out": "b_out"}
-    tail = "._original_component.bias"
-    found = {n.removesuffix(tail).rsplit(".", 1)[-1]: p.detach() for n, p in named.items() if n.endswith(tail)}
-    found = {ends[name]: p.unflatten(0, (2, 8)) if name in "qkv" else p for name, p in found.items()}
-    return {**found, "b_U": decomposition.model.unembed.b_U.detach()}  # pyright: ignore
-
-
-def by_hand(decomposition: Decomposition, tokens: torch.Tensor, removed: dict[str, list[tuple[int, int]]]) -> float:
-    """The margin of the one-block model in plain arithmetic, subcomponents `(position, c)` taken out of each matrix."""
-    W = {name: weight.target_weight.detach() for name, weight in decomposition.items()}
-    b = biases_of(decomposition)
-
-    def times(x: torch.Tensor, name: str) -> torch.Tensor:
-        y = x @ W[name]
-        for position, c in removed.get(name, []):
-            y[position] -= (x[position] @ decomposition[name].V[:, c]) * decomposition[name].U[c]
-        return y
-
-    with torch.no_grad():
-        token = torch.nn.functional.one_hot(tokens, len(W["embed.W_E"])).float()
-        place = torch.eye(len(tokens), len(W["pos_embed.W_pos"]))
-        x = times(token, "embed.W_E") + times(place, "pos_embed.W_pos")
-        q, k, v = (times(x, f"blocks.0.attn.W_{s}").unflatten(-1, (2, 8)) + b[f"b_{s}"] for s in "QKV")
-        scores = torch.einsum("qhe,khe->hqk", q, k) / 8**0.5
-        causal = torch.ones(len(tokens), len(tokens), dtype=torch.bool).tril()
-        pattern = scores.masked_fill(~causal, -torch.inf).softmax(-1)
-        z = torch.einsum("hqk,khe->qhe", pattern, v).flatten(1)
-        x = x + times(z, "blocks.0.attn.W_O") + b["b_O"]
-        hidden = torch.relu(times(x, "blocks.0.mlp.W_in") + b["b_in"])
-        x = x + times(hidden, "blocks.0.mlp.W_out") + b["b_out"]
-        logits = (times(x, "unembed.W_U") + b["b_U"])[-1]
-    return float(logits[1] - logits[0])
 
 
 def test_the_margin_and_what_removing_a_reason_does_equal_arithmetic(audited: Audited) -> None:
     report, decomposition, tokens = audited.report, audited.decomposition, audited.declined[0]
-    assert by_hand(decomposition, tokens, {}) == pytest.approx(report.decision.margin, abs=1e-4)
+    assert pass_by_hand(decomposition, tokens)[0] == pytest.approx(report.decision.margin, abs=1e-4)
     used = {name: g[0] > 0.01 for name, g in decomposition.importance(tokens[None]).items()}
     assert report.reasons
     for reason in report.reasons:
         p = reason.place.position
         removed = {m.site: [(p, c) for c in m.ids if used[m.site][p, c]] for m in reason.members}
-        without = by_hand(decomposition, tokens, removed)
+        without, _ = pass_by_hand(decomposition, tokens, removed=removed)
         assert report.decision.margin - without == pytest.approx(reason.remove, abs=1e-4)
         assert reason.flips == (without < 0)
 

@@ -328,3 +328,10 @@ def refused_as(audited: Audited, report: AuditReport, change: Change, folder: Pa
     ended = audited.verify(forged(report, change, folder))
     assert ended.status == 1
     return str(ended)
+
+
+def test_the_reports_own_seed_is_no_fresh_one(audited: Audited) -> None:
+    with pytest.raises(ValueError, match="seed=0 is the report's own, whose controls and attacks come out again"):
+        audited.verify(audited.report, seed=0)
+    with pytest.raises(ValueError, match="seed=-1; expected a whole number from 0 to 4,294,967,295"):
+        audited.verify(audited.report, seed=-1)

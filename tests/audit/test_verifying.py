@@ -206,9 +206,9 @@ def test_numbers_that_do_not_add_up_are_refused(audited: Audited, tmp_path: Path
         ("[]", "it holds a list; expected an object"),
         ("[" * 100_000, "is damaged"),
         ('{"format": "spd_lens decomposition", "format_version": 1}', "was not written as a spd_lens audit report"),
-        ('{"format": "spd_lens audit report", "format_version": 99}', "format version 99; this spd_lens reads up to 2"),
-        ('{"format": "spd_lens audit report", "format_version": 2, "start": NaN}', "is damaged"),
-        ('{"format": "spd_lens audit report", "format_version": 2, "start": 1' + "0" * 5_000 + "}", "is damaged"),
+        ('{"format": "spd_lens audit report", "format_version": 99}', "format version 99; this spd_lens reads up to 3"),
+        ('{"format": "spd_lens audit report", "format_version": 3, "start": NaN}', "is damaged"),
+        ('{"format": "spd_lens audit report", "format_version": 3, "start": 1' + "0" * 5_000 + "}", "is damaged"),
         ("\x00\xff", "is damaged"),
     ],
 )

@@ -118,11 +118,11 @@ def by_hand(text: str) -> str:
 
 
 def newer(text: str) -> str:
-    return text.replace('"format_version": 2', '"format_version": 3')
+    return text.replace('"format_version": 3', '"format_version": 4')
 
 
 def older(text: str) -> str:
-    return text.replace('"format_version": 2', '"format_version": 1')
+    return text.replace('"format_version": 3', '"format_version": 2')
 
 
 def cut(text: str) -> str:
@@ -133,8 +133,8 @@ def cut(text: str) -> str:
     ("write", "message"),
     [
         (by_hand, "is damaged or was changed by hand"),
-        (newer, "format version 3; this spd_lens reads up to 2. Upgrade spd_lens"),
-        (older, "format version 1, of an spd_lens before its first release"),
+        (newer, "format version 4; this spd_lens reads up to 3. Upgrade spd_lens"),
+        (older, "format version 2, of an spd_lens before its first release"),
         (cut, "is damaged"),
         (lambda text: "[" * 200_000, "is damaged: it is nested too deeply"),
         (lambda text: '{"a": ' * 200_000, "is damaged"),
@@ -147,7 +147,7 @@ def test_damaged_huge_and_malicious_files_end_with_status_1(
     folder: Path, tmp_path: Path, write: Callable[[str], str], message: str
 ) -> None:
     text = (folder / "report.json").read_text()
-    assert '"format_version": 2' in text
+    assert '"format_version": 3' in text
     path = tmp_path / "report.json"
     path.write_text(write(text))
     assert message in verified(path)
