@@ -19,7 +19,7 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +73,12 @@ class Setting:
             "seed": seed,
             "sites": list(self.decomposition),
             "context": CONTEXT,
-            "cases": N_CASES,
+            "cases": len(self.cases.tokens),
             "prompts": rows,
         }
 
 
-def setting(seed: int, smollm2: Path | None) -> Setting:
+def setting(seed: int, smollm2: Path | None, host: Any, n_cases: int) -> Setting:
     """Windows of the held-out chapters as prompts, of the training chapters as cases.
 
     `smollm2`: the directory of a decomposition of SmolLM2; None: the tiny language model with its own.
@@ -88,13 +88,13 @@ def setting(seed: int, smollm2: Path | None) -> Setting:
         name, first, n_prompts, decomposition = "tiny_lm", 1, N_PROMPTS, load_tiny_lm(decomposed=True)
     else:
         name, first, n_prompts = "smollm2", 0, N_PROMPTS // 4
-        decomposition = Decomposition.from_pretrained(smollm2, load_smollm2(host="bridge"))
+        decomposition = Decomposition.from_pretrained(smollm2, load_smollm2(host=host))
     model, tokenizer = decomposition.model, decomposition.model.tokenizer
     held_out, training = (
         pack_tokens([load_moby_dick(split)], tokenizer, CONTEXT, prepend_bos=bool(first))
         for split in ("held_out", "train")
     )
-    order = torch.randperm(len(training), generator=torch.Generator().manual_seed(seed))[:N_CASES]
+    order = torch.randperm(len(training), generator=torch.Generator().manual_seed(seed))[:n_cases]
     size = decomposition.host.vocabulary_size()
     vocabulary = [tokenizer.decode([i]) for i in range(min(size, len(tokenizer)))]
     vocabulary += [""] * (size - len(vocabulary))
@@ -105,11 +105,11 @@ def setting(seed: int, smollm2: Path | None) -> Setting:
     return Setting(name, first, decomposition, cases, vocabulary, held_out, top.indices, margins)
 
 
-def run(told: Setting, n: int, out: Path, seed: int) -> dict[str, Any]:
+def run(told: Setting, choices: Choices, n: int, out: Path, seed: int) -> dict[str, Any]:
     """Audit `n` prompts, written after each; the first one's report and page are kept."""
     command = f"--json --prompts {n} --seed {seed}"
+    settings = asdict(choices)
     decomposition, cases, vocabulary, held_out = told.decomposition, told.cases, told.vocabulary, told.prompts
-    choices = Choices(n_controls=8, n_draws=32, budget=Budget(steps=20, starts=1))
     places = list(range(told.first, CONTEXT))
     asked: Any = {"cases": cases, "reasons_at": places}
     rows = []
@@ -140,8 +140,8 @@ def run(told: Setting, n: int, out: Path, seed: int) -> dict[str, Any]:
                 "seconds": round(time.perf_counter() - started, 1),
             }
         )
-        write_json(out / f"{told.name}.json", told.about(command, seed, rows))
-    return told.about(command, seed, rows)
+        write_json(out / f"{told.name}.json", {**told.about(command, seed, rows), "choices": settings})
+    return {**told.about(command, seed, rows), "choices": settings}
 
 
 @torch.no_grad()
@@ -192,17 +192,23 @@ def main() -> None:
     parser.add_argument("command", choices=["audit", "scan"], nargs="?", default="audit")
     parser.add_argument("--prompts", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cases", type=int, default=N_CASES, help="windows to compare with")
+    parser.add_argument("--controls", type=int, default=8)
+    parser.add_argument("--draws", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=20, help="of the adversary")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--json", action="store_true", help="print the whole result")
     parser.add_argument("--smollm2", type=Path, help="directory of a decomposition of SmolLM2 (smollm2.py makes them)")
+    parser.add_argument("--host", choices=["hooked", "bridge"], default="bridge", help="of SmolLM2")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    told = setting(args.seed, args.smollm2)
+    told = setting(args.seed, args.smollm2, args.host, args.cases)
     if args.command == "scan":
         found = scan(told, args.prompts, args.seed)
         write_json(args.out / f"{told.name}_scan.json", found)
     else:
-        found = run(told, args.prompts, args.out, args.seed)
+        choices = Choices(n_controls=args.controls, n_draws=args.draws, budget=Budget(steps=args.steps, starts=1))
+        found = run(told, choices, args.prompts, args.out, args.seed)
     if args.json:
         print(json.dumps(found, indent=1))
         return

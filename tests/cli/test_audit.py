@@ -14,6 +14,9 @@ from typer.testing import CliRunner
 
 from spd_lens.audit import AuditReport
 from spd_lens.cli import app
+from spd_lens.components import Components
+from spd_lens.core import Unit
+from spd_lens.models import CREDIT_ATTRIBUTES, load_credit
 from tests.audit.conftest import forged
 
 
@@ -169,3 +172,25 @@ def test_another_applicants_title_ends_with_status_1(folder: Path, tmp_path: Pat
         AuditReport.load(folder / "report.json"), lambda v: v.update(title="Applicant 3: why declined?"), tmp_path
     )
     assert "whom its title does not name" in verified(path)
+
+
+def test_components_of_a_file_are_the_reasons_and_are_needed_to_verify(folder: Path, tmp_path: Path) -> None:
+    decomposition = load_credit(decomposed=True)
+    everything = tuple((name, c) for name, w in decomposition.items() for c in range(w.n_subcomponents))
+    at = CREDIT_ATTRIBUTES.index
+    units = [
+        Unit(everything, (at("checking account"), at("savings")), "money at hand"),
+        Unit(everything, (at("residence"), at("property"), at("housing")), "home"),
+    ]
+    file = Components.of(decomposition, units).save(tmp_path / "components.json")
+    result = CliRunner().invoke(app, ["audit", "--components", str(file), "--out", str(tmp_path), "--json"])
+    told = json.loads(result.output)
+    assert (result.exit_code, told["verified"]) == (0, True)
+    report = AuditReport.load(told["report"])
+    assert {own.component for own in [*report.reasons, *report.withheld]} <= {"money at hand", "home"}
+    assert "Verified: " in verified(told["report"], "--components", file, "--page", told["page"], status=0)
+    assert "its reasons are components: give the ones that it was made with" in verified(told["report"])
+    others = Components.load(file, decomposition).rename({"home": "being young"}).save(tmp_path / "others.json")
+    assert "other components, or other names of them" in verified(told["report"], "--components", others)
+    file.write_text(file.read_text().replace('"positions": [', '"positions": [ 1,', 1))
+    assert "is damaged or was changed by hand" in verified(told["report"], "--components", file)
