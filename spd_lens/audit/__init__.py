@@ -5,6 +5,7 @@ it again and says where it disagrees."""
 
 from spd_lens.audit.adversary import Budget, worst_claims
 from spd_lens.audit.bench import Bench, Choices, judge_places
+from spd_lens.audit.candidates import equal_use
 from spd_lens.audit.cases import Cases
 from spd_lens.audit.decision import Decision
 from spd_lens.audit.explaining import explain
@@ -29,6 +30,7 @@ __all__ = [
     "Withheld",
     "audit_page",
     "digests",
+    "equal_use",
     "explain",
     "fairness_view",
     "judge_places",

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from spd_lens.audit import AuditReport, Bench, Judged, Reason, audit_page, digests, explain, verify
-from spd_lens.audit.candidates import equal_use
+from spd_lens.audit import AuditReport, Bench, Judged, Reason, audit_page, digests, equal_use, explain, verify
 from spd_lens.components import Components
 from spd_lens.core import Decomposition, Unit
 from spd_lens.models import CREDIT_ATTRIBUTES, load_credit
