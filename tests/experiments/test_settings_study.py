@@ -1,0 +1,72 @@
+"""The settings study on a few steps: what its rules mean, that it continues, and its table and picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from experiments import settings_study
+from experiments.settings_figure import save_basins
+from experiments.settings_study import START, How, Variant, read, rows_of, run_toy, table
+from spd_lens.toys import TMS
+
+
+def test_a_rule_says_what_the_number_means() -> None:
+    def of(rule: str, penalty: str, adversary: bool = False) -> Any:
+        return Variant(rule, penalty, adversary).configuration("tms_5-2", 0.05, 7, steps=100)
+
+    plain, share, tolerance = of("absolute", "power"), of("share", "smooth"), of("tolerance", "falling", True)
+    assert (plain.minimality, plain.relative_reconstruction, plain.tolerance) == (0.05, False, None)
+    assert (share.minimality, share.relative_reconstruction, share.penalty) == (0.05, True, "smooth_l0")
+    assert (tolerance.minimality, tolerance.tolerance, tolerance.relative_reconstruction) == (START, 0.05, True)
+    assert [term.name for term in share.reconstructions] == ["stochastic_all", "stochastic_layerwise"]
+    assert [term.name for term in tolerance.reconstructions] == ["pgd_all", "stochastic_layerwise"]
+    assert (tolerance.p_start, tolerance.p_end) == (2.0, 0.5)
+    assert {c.steps for c in (plain, share, tolerance)} == {100}
+    assert Variant("share", "smooth", False).configuration("tms_5-2", 0.05, 7, steps=10**6).steps == 4000
+
+
+def test_what_was_run_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    targets = SimpleNamespace(models=[TMS(5, 2, seed=i) for i in range(2)])
+    monkeypatch.setattr(settings_study, "accepted_targets", lambda *args: targets)
+    path, variant = tmp_path / "runs.jsonl", Variant("tolerance", "smooth", True)
+
+    def run(values: list[float], seeds: int) -> list[dict[str, Any]]:
+        run_toy("tms_5-2", variant, values, seeds, path=path, work=tmp_path / "work", how=How("cpu", 3))
+        return read(path)
+
+    first = run([0.01], 1)
+    assert run([0.01], 1) == first
+    more = run([0.01, 0.1], 2)
+    assert more[0] == first[0]
+    assert [(r["value"], r["run"]) for r in more] == [(0.01, 0), (0.01, 1), (0.1, 0), (0.1, 1)]
+    assert all(r["steps"] == 3 and r["adversary"] and r["coefficient"] > 0 and not r["success"] for r in more)
+
+
+RECORDS = [
+    {"rule": "share", "penalty": "smooth", "adversary": False, "toy": toy, "value": value, "success": success}
+    for toy, value, success in (
+        ("tms_40-10", 0.0316, True), ("tms_5-2", 0.0316, True), ("tms_5-2", 0.032, False), ("tms_5-2", 0.1, True)
+    )
+]  # fmt: skip
+
+
+def test_a_table_counts_half_decades_however_they_were_written() -> None:
+    rows = rows_of(RECORDS)
+    assert list(rows) == [("share", "smooth", False, "tms_5-2"), ("share", "smooth", False, "tms_40-10")]
+    assert rows["share", "smooth", False, "tms_5-2"] == {0.032: [True, False], 0.1: [True]}
+    lines = table(RECORDS).splitlines()
+    assert lines[0].split() == ["share", "toy", "0.032", "0.1"]
+    assert lines[2].split()[-2:] == ["1/2", "1/1"]
+    assert lines[3].split()[-2:] == ["1/1", "-"]
+
+
+def test_lines_from_before_there_was_an_adversary_had_none(tmp_path: Path) -> None:
+    old = {key: value for key, value in RECORDS[0].items() if key != "adversary"}
+    (tmp_path / "runs.jsonl").write_text(json.dumps(old) + "\n", encoding="utf-8")
+    assert read(tmp_path / "runs.jsonl") == [RECORDS[0]]
+    assert save_basins(tmp_path / "basins.png", rows_of(RECORDS)).stat().st_size > 10_000
