@@ -37,13 +37,14 @@ from spd_lens import TrainConfig
 from spd_lens.data import Batch
 from spd_lens.objective import PGD, Persistent
 from spd_lens.training import GraphedStep, Reconstruction
-from spd_lens.training import cuda_graphs as recording
 
 LETTERS = dict(zip("abcdefg", CONFIGURATIONS, strict=True))
 # Blocks before the decomposed one at which configuration f is measured besides its own.
 DEPTHS = (1, 3, 7, 11)
 # Masks of `--loss`; persistent ones have sources by position.
 MASKS: dict[str, Any] = {"stochastic": "stochastic", "pgd": None, "persistent": Persistent(scope="position")}
+# Steps of a `GraphedStep` until it has recorded one.
+ORDINARY = 6
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -158,7 +159,7 @@ def graphed(name: str, how: How, precision: str, changes: dict[str, Any]) -> Cal
     built = built_on(name, how, changes)
     product = ProductStep(built.decomposition, built.config.changed(precision=precision))
     step = GraphedStep(product.learner, steps_per_capture=1_000_000)
-    for _ in range(recording.STEPS_BEFORE + 1):
+    for _ in range(ORDINARY):
         step(built.batch, 0)
     return lambda: step(built.batch, 0)
 
