@@ -43,6 +43,17 @@ class Processes:
         """Whether this process writes files and shows progress."""
         return self.rank == 0
 
+    @staticmethod
+    def now() -> Processes:
+        """Those of the process group that is open; one alone where none is."""
+        if dist.is_available() and dist.is_initialized():
+            return Processes(dist.get_world_size(), dist.get_rank())
+        return Processes()
+
+    def share_of(self, things: Sequence[Any]) -> Sequence[Any]:
+        """This process's part of a list that all have."""
+        return things[self.rank :: self.count]
+
     # -- batches ---------------------------------------------------------------------------------------------------
 
     def own_rows(self, batch: Batch) -> Batch:
@@ -279,7 +290,7 @@ def join_processes(device: torch.device) -> Processes:
             return Processes()
         timeout = timedelta(seconds=float(os.environ.get(TIMEOUT, TIMEOUT_SECONDS)))
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
-    processes = Processes(dist.get_world_size(), dist.get_rank())
+    processes = Processes.now()
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if processes.count > 1 and device.type == "cuda" and device.index != local:
         raise ValueError(

@@ -2,60 +2,76 @@
 
     directory/residuals.json     the blocks, the streams' dtype, the target's hashes, a SHA-256 of every file
     directory/tokens.npy         [n pos]
-    directory/block-00003.npy    [n pos d_model], what enters block 3
+    directory/block-00003-00000.npy, block-00003-00001.npy, ...    [n pos d_model], what enters block 3
 
-Rows are written batch by batch and read row by row, so neither has to fit into main memory. Disk:
+Rows are written batch by batch and read row by row, so neither has to fit into main memory; a process reads its own
+rows, and checks its share of the files. Disk:
 `n pos d_model` numbers of the model's dtype for every block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.inputs import checked_decomposition, checked_tokens
 from spd_lens.data.batches import TokenBatches
+from spd_lens.data.processes import Processes
 from spd_lens.data.residuals import ResidualBatches, require_no_hooks, target_of
+from spd_lens.data.row_files import FILE_BYTES, RowFiles, RowWriter
 from spd_lens.support.checked_json import CheckedContent, read_checked, write_checked
 from spd_lens.support.files import file_hash, given_path, new_directory
-from spd_lens.support.given import given_instance, given_wholes
+from spd_lens.support.given import given_instance, given_whole, given_wholes
 from spd_lens.support.names import near_names
 from spd_lens.support.progress import tqdm
 
 _HEADER: dict[str, Any] = {"format_name": "spd_lens residual streams", "version": 2}
 INDEX, TOKENS = "residuals.json", "tokens.npy"
-# numpy has no bfloat16: its bits are kept as whole numbers of the same width.
-_KEPT_AS = {torch.bfloat16: torch.int16}
 
 
 class ResidualIndex(CheckedContent):
-    """The fields of `residuals.json`; `files` are SHA-256s by name."""
+    """The fields of `residuals.json`; `files` are SHA-256s by name.
+
+    `rows_per_file` and `n_rows` are None in directories from before there were several files for a block.
+    """
 
     blocks: list[int]
+    rows_per_file: int | None = Field(default=None, ge=1)
+    n_rows: int | None = Field(default=None, ge=1)
     dtype: Literal["float16", "bfloat16", "float32", "float64"]
     made_from: dict[str, Any]
     files: dict[str, str]
 
 
-def block_file(block: int) -> str:
-    """The name of a block's file."""
-    return f"block-{block:05d}.npy"
+def block_files(block: int, n_rows: int | None, rows_per_file: int | None) -> list[str]:
+    """The names of a block's files."""
+    if n_rows is None or rows_per_file is None:
+        return [f"block-{block:05d}.npy"]
+    return [f"block-{block:05d}-{k:05d}.npy" for k in range(-(-n_rows // rows_per_file))]
 
 
 @torch.no_grad()
 def write_residuals(
-    decomposition: Decomposition, batches: TokenBatches, blocks: Sequence[int], directory: str | Path
+    decomposition: Decomposition,
+    batches: TokenBatches,
+    blocks: Sequence[int],
+    directory: str | Path,
+    *,
+    rows_per_file: int | None = None,
 ) -> Path:
     """Write what enters the given blocks, for all rows of `batches`, to a new directory; returns it.
 
     One pass over the rows for each block. `decomposition` says which model; any sites of it will do. Streams keep the
-    dtype that the model computes them in, so that a pass from there on gives what the whole pass gives.
+    dtype that the model computes them in, so that a pass from there on gives what the whole pass gives. A file has
+    `rows_per_file` rows, by default as many as make a gigabyte.
 
     Raises ValueError if the directory is there already, for blocks that the model does not have or that passes may not
     start at, and for hooks on the model.
@@ -63,6 +79,8 @@ def write_residuals(
     checked_decomposition(decomposition, "write_residuals")
     given_instance("batches", batches, TokenBatches, "TokenBatches(tokens, batch_size)")
     blocks = _checked_blocks(blocks, decomposition.host.n_layers())
+    if rows_per_file is not None:
+        given_whole("rows_per_file", rows_per_file, least=1)
     checked_tokens(batches.tokens, decomposition.host, name="the tokens of batches")
     require_no_hooks(decomposition)
     path = given_path(directory, "directory")
@@ -70,11 +88,20 @@ def write_residuals(
         raise ValueError(f"{path} exists already; use it, or choose another directory")
     with new_directory(path) as temporary:
         np.save(temporary / TOKENS, batches.tokens.cpu().numpy())
+        n_rows, names = len(batches.tokens), [TOKENS]
         for block in tqdm(blocks, desc="residual streams", leave=False):
-            dtype = _write_block(decomposition, batches, block, temporary / block_file(block))
-        names = [TOKENS, *(block_file(block) for block in blocks)]
+            streams = _streams_before(decomposition, batches, block)
+            first = next(streams)
+            dtype, per_file = first.dtype, rows_per_file or max(1, FILE_BYTES // first[0].nbytes)
+            own = block_files(block, n_rows, per_file)
+            writer = RowWriter([temporary / name for name in own], n_rows, per_file)
+            for part in chain([first], streams):
+                writer.add(part)
+            names += own
         content = {
             "blocks": list(blocks),
+            "rows_per_file": per_file,
+            "n_rows": n_rows,
             "dtype": str(dtype).removeprefix("torch."),
             "made_from": target_of(decomposition),
             "files": {name: file_hash(temporary / name) for name in names},
@@ -90,22 +117,13 @@ def _checked_blocks(blocks: Any, count: int) -> tuple[int, ...]:
     return chosen
 
 
-def _write_block(decomposition: Decomposition, batches: TokenBatches, block: int, path: Path) -> torch.dtype:
-    """Write one block's streams; their dtype."""
-    file: Any = None
-    at = 0
+def _streams_before(decomposition: Decomposition, batches: TokenBatches, block: int) -> Iterator[Tensor]:
+    """What enters a block, batch by batch."""
     for tokens in batches.tokens.split(batches.batch_size):
         residual = decomposition.starts.residual_before(block, tokens.to(decomposition.device).long())
         if residual is None:
             raise ValueError(f"passes of this model cannot start at block {block}; train that block on the tokens")
-        kept = residual.view(_KEPT_AS.get(residual.dtype, residual.dtype)).cpu().numpy()
-        if file is None:
-            dtype, shape = residual.dtype, (len(batches.tokens), *residual.shape[1:])
-            file = np.lib.format.open_memmap(path, mode="w+", dtype=kept.dtype, shape=shape)
-        file[at : at + len(tokens)] = kept
-        at += len(tokens)
-    file.flush()
-    return dtype
+        yield residual
 
 
 def open_residuals(
@@ -118,7 +136,7 @@ def open_residuals(
     check: bool = True,
 ) -> ResidualBatches:
     """Batches of the streams that enter `block`, mapped into memory. With `check` the files' digests are compared,
-    which reads them once.
+    which reads them once; where several processes train together, each looks at its share of the files.
 
     Raises ValueError for a directory without streams, a block that is not in it, and files that were changed.
     """
@@ -127,16 +145,13 @@ def open_residuals(
     if block not in index.blocks:
         near = near_names(str(block), map(str, index.blocks))
         raise ValueError(f"{path} has no streams of block {block}; near: {near}")
-    for name in (TOKENS, block_file(block)):
+    own = block_files(block, index.n_rows, index.rows_per_file)
+    for name in (TOKENS, *own):
         if not (path / name).is_file():
             raise ValueError(f"{path / name} is missing; write these streams again")
-        if check and file_hash(path / name) != index.files[name]:
+    for name in Processes.now().share_of([TOKENS, *own]) if check else ():
+        if file_hash(path / name) != index.files[name]:
             raise ValueError(f"{path / name} is damaged: its contents differ from what was written (SHA-256 mismatch)")
     tokens = TokenBatches(np.load(path / TOKENS, mmap_mode="r"), batch_size, seed=seed, exclude=exclude)
-    streams = _mapped(path / block_file(block), getattr(torch, index.dtype))
+    streams = RowFiles([path / name for name in own], getattr(torch, index.dtype))
     return ResidualBatches(tokens, streams, block, index.made_from)
-
-
-def _mapped(path: Path, dtype: torch.dtype) -> Tensor:
-    """A file's numbers, read as they are asked for. Mapped copy-on-write: torch wants memory that can be written."""
-    return torch.from_numpy(np.load(path, mmap_mode="c")).view(dtype)

@@ -15,6 +15,7 @@ from spd_lens.core.fingerprint import difference, target_fingerprint
 from spd_lens.core.inputs import checked_decomposition, checked_tokens
 from spd_lens.core.swap import is_own_hook
 from spd_lens.data.batches import Batch, TokenBatches
+from spd_lens.data.row_files import RowFiles
 from spd_lens.hosts.site import Site, is_from_transformer_lens
 from spd_lens.support.progress import tqdm
 
@@ -25,7 +26,7 @@ class ResidualBatches(TokenBatches):
     def __init__(
         self,
         batches: TokenBatches,
-        residuals: Float[Tensor, "n pos d_model"],
+        residuals: Float[Tensor, "n pos d_model"] | RowFiles,
         start_at: int,
         made_from: Mapping[str, Any] | None = None,
     ) -> None:

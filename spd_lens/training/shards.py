@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
 
 from spd_lens.data.processes import Processes, is_shared
 from spd_lens.support.files import file_hash, flush
@@ -26,7 +25,7 @@ def put_shards(directory: Path, tensors: Mapping[str, Tensor], processes: Proces
     writer = HuggingFaceStorageWriter(str(directory), save_distributed=True)
     save({name: t.detach() for name, t in tensors.items()}, storage_writer=writer)
     processes.wait()
-    own = sorted(path for path in directory.iterdir())[processes.rank :: processes.count]
+    own = processes.share_of(sorted(directory.iterdir()))
     for path in own:
         flush(path)
     found = processes.of_all({path.name: file_hash(path) for path in own})
@@ -35,12 +34,10 @@ def put_shards(directory: Path, tensors: Mapping[str, Tensor], processes: Proces
 
 def check_shards(directory: Path, digests: Mapping[str, str]) -> None:
     """ValueError unless the files are there as they were written; every process looks at its part of them."""
-    together = dist.is_available() and dist.is_initialized()
-    rank, count = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
     for name in sorted(digests):
         if not (directory / name).is_file():
             raise ValueError(f"{directory / name} is missing: this is not a complete checkpoint")
-    for name in sorted(digests)[rank::count]:
+    for name in Processes.now().share_of(sorted(digests)):
         if file_hash(directory / name) != digests[name]:
             raise ValueError(f"{directory / name} is damaged: its contents differ from what was saved (SHA-256)")
 

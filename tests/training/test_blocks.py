@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from spd_lens import Decomposition, TokenBatches, TrainConfig, cache_residuals, decompose, train
-from spd_lens.data import open_residuals, write_residuals
+from spd_lens.data import Processes, open_residuals, write_residuals
 from spd_lens.training import merge_decompositions, sites_by_block
 from tests.small_models import tiny_transformer, tokens
 
@@ -53,6 +53,37 @@ def test_streams_are_written_of_blocks_that_there_are(blocks: Any, tmp_path: Pat
         write_residuals(_part(1), tokens(4), [1], tmp_path / "streams")  # pyright: ignore[reportArgumentType]
 
 
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_streams_in_several_files_are_those_in_one(dtype: torch.dtype, tmp_path: Path) -> None:
+    decomposition, data = _part(1), TokenBatches(tokens(11), 4, seed=2)
+    decomposition.model.to(dtype)
+    one = write_residuals(decomposition, data, [1], tmp_path / "one")
+    several = write_residuals(decomposition, data, [1], tmp_path / "several", rows_per_file=3)
+    names = sorted(path.name for path in several.glob("block-*"))
+    assert names == [f"block-00001-0000{k}.npy" for k in range(4)]
+    assert [len(np.load(several / name, mmap_mode="r")) for name in names] == [3, 3, 3, 2]
+    found, expected = (open_residuals(path, 1, batch_size=4, seed=2) for path in (several, one))
+    for own, other in zip(found.once(), expected.once(), strict=True):
+        assert own.inputs.dtype == dtype
+        assert torch.equal(own.inputs, other.inputs)
+    with pytest.raises(ValueError, match="rows_per_file=0"):
+        write_residuals(decomposition, data, [1], tmp_path / "none", rows_per_file=0)
+
+
+def test_a_process_checks_its_share_of_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = write_residuals(_part(1), TokenBatches(tokens(8), 4), [1], tmp_path / "streams", rows_per_file=2)
+    # Its files are the tokens and four of streams; process 1 of 2 checks the second and the fourth.
+    values = np.load(directory / "block-00001-00001.npy", mmap_mode="r+")
+    values[0] += 1
+    values.flush()
+    monkeypatch.setattr(Processes, "now", staticmethod(lambda: Processes(2, 1)))
+    open_residuals(directory, 1, batch_size=4)
+    monkeypatch.setattr(Processes, "now", staticmethod(lambda: Processes(2, 0)))
+    with pytest.raises(ValueError, match=r"block-00001-00001\.npy is damaged"):
+        open_residuals(directory, 1, batch_size=4)
+
+
 def test_streams_that_were_changed_or_are_of_another_model_are_refused(tmp_path: Path) -> None:
     data = TokenBatches(tokens(16), 4)
     directory = write_residuals(_part(1), data, [1], tmp_path / "streams")
@@ -63,13 +94,13 @@ def test_streams_that_were_changed_or_are_of_another_model_are_refused(tmp_path:
     other = decompose(tiny_transformer(seed=5), {"blocks.1.mlp.W_*": 12})
     with pytest.raises(ValueError, match="another model"):
         train(other, open_residuals(directory, 1, batch_size=4), CONFIG, out_dir=tmp_path / "run")
-    values = np.load(directory / "block-00001.npy", mmap_mode="r+")
+    values = np.load(directory / "block-00001-00000.npy", mmap_mode="r+")
     values[0, 0, 0] += 1
     values.flush()
-    with pytest.raises(ValueError, match=r"block-00001\.npy is damaged"):
+    with pytest.raises(ValueError, match=r"block-00001-00000\.npy is damaged"):
         open_residuals(directory, 1, batch_size=4)
-    (directory / "block-00001.npy").unlink()
-    with pytest.raises(ValueError, match=r"block-00001\.npy is missing"):
+    (directory / "block-00001-00000.npy").unlink()
+    with pytest.raises(ValueError, match=r"block-00001-00000\.npy is missing"):
         open_residuals(directory, 1, batch_size=4)
 
 

@@ -20,6 +20,7 @@ from tests.small_models import tiny_transformer, tokens
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning"),
     # It does not look through the checks of types.
     pytest.mark.usefixtures("without_type_checks"),
 ]
