@@ -53,7 +53,6 @@ def test_streams_are_written_of_blocks_that_there_are(blocks: Any, tmp_path: Pat
         write_residuals(_part(1), tokens(4), [1], tmp_path / "streams")  # pyright: ignore[reportArgumentType]
 
 
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_streams_in_several_files_are_those_in_one(dtype: torch.dtype, tmp_path: Path) -> None:
     decomposition, data = _part(1), TokenBatches(tokens(11), 4, seed=2)
