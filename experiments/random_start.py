@@ -20,6 +20,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -83,23 +84,27 @@ def judged(decomposition: Decomposition) -> dict[str, Any]:
     """What is used and where, what the adversary does, and the verdict."""
     check = check_induction(decomposition)
     measured = summary(decomposition, [RepeatedSequences(64, seed=TEST_SEED).batch(i) for i in range(2)])
-    known = {check["previous_token_head"], check["induction_head"]}
     by_head = {head: sum(own["used"].values()) for head, own in check["heads"].items()}
-    elsewhere = sum(count for head, count in by_head.items() if head not in {_shown(one) for one in known})
-    off, pgd = measured["divergence"]["all off"], measured["adversarial"][20]
-    problems = []
-    if elsewhere:
-        problems.append(f"{elsewhere} subcomponents used outside the two heads")
-    if check["used"]["all"] > FEW:
-        problems.append(f"{check['used']['all']} subcomponents used, more than {FEW}")
-    if pgd >= SHARE_OF_OFF * off:
-        problems.append(f"the adversary does {pgd / off:.0%} of everything off")
+    problems = problems_of(by_head, known_heads(check), measured["divergence"]["all off"], measured["adversarial"][20])
     return {"success": not problems, "problems": problems, "used_by_head": by_head, "check": check, **measured}
 
 
-def _shown(head: Any) -> str:
-    """A head as `check_induction` names it."""
-    return head if isinstance(head, str) else ".".join(map(str, head))
+def problems_of(used_by_head: Mapping[str, int], known: Collection[str], off: float, pgd: float) -> list[str]:
+    """Why a run is no success; empty if it is one."""
+    problems = []
+    used, elsewhere = sum(used_by_head.values()), sum(n for head, n in used_by_head.items() if head not in known)
+    if elsewhere:
+        problems.append(f"{elsewhere} subcomponents used outside the two heads")
+    if used > FEW:
+        problems.append(f"{used} subcomponents used, more than {FEW}")
+    if pgd >= SHARE_OF_OFF * off:
+        problems.append(f"the adversary does {pgd / off:.0%} of everything off")
+    return problems
+
+
+def known_heads(check: Mapping[str, Any]) -> set[str]:
+    """The two heads as `check_induction` names those of a model: `"0.3"`."""
+    return {".".join(map(str, check[role])) for role in ("previous_token_head", "induction_head")}
 
 
 def table(results: Path) -> str:
@@ -110,7 +115,7 @@ def table(results: Path) -> str:
         run = json.loads(path.read_text(encoding="utf-8"))
         used = run["used_by_head"]
         kl, pgd = run["divergence"], run["adversarial"]
-        two = {_shown(run["check"][role]) for role in ("previous_token_head", "induction_head")}
+        two = known_heads(run["check"])
         rows.append(
             [path.stem, "yes" if run["success"] else "no", str(sum(used.values()))]
             + [str(sum(n for head, n in used.items() if head not in two)), f"{sum(run['L0'].values()):.1f}"]
