@@ -7,20 +7,10 @@ from spd_lens.baselines.apd_learner import APDLearner
 from spd_lens.baselines.apd_losses import batch_top_k
 from spd_lens.baselines.apd_recovery import APDReport, apd_report, component_recovery, cut_off
 from spd_lens.baselines.apd_training import train_apd
-from spd_lens.baselines.edits import (
-    Rival,
-    cheapest,
-    component_writes,
-    components,
-    difference_of_means,
-    edit_rival,
-    effect_at,
-    heads_and_neurons,
-    leace,
-    rank_one,
-    strength_for,
-)
-from spd_lens.baselines.edits_tuned import fine_tuning, lora, task_vector
+from spd_lens.baselines.edits_by_subcomponents import component_writes, components, edit_rival
+from spd_lens.baselines.edits_by_training import fine_tuning, lora, task_vector
+from spd_lens.baselines.edits_of_activations import difference_of_means, heads_and_neurons, leace
+from spd_lens.baselines.edits_of_weights import rank_one
 from spd_lens.baselines.fixed import NO_LR, FixedKind, decompose_fixed, fixed_factors, train_gates
 from spd_lens.baselines.pruning import (
     SMALL_METHODS,
@@ -31,6 +21,7 @@ from spd_lens.baselines.pruning import (
     truncated_svd,
     wanda,
 )
+from spd_lens.baselines.rival import Rival, cheapest, effect_at, strength_for
 
 __all__ = [
     "APD",

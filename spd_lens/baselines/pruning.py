@@ -32,6 +32,7 @@ from spd_lens.specialists import (
     whitened_factors,
     whole_matrices,
 )
+from spd_lens.support.given import given_instance, given_one_of, given_whole
 
 SmallMethod = Literal[
     "subcomponents", "subcomponents, refitted", "subcomponents, whitened", "random subcomponents",
@@ -67,6 +68,9 @@ def small_model(
     Methods of low rank share out the room in two ways, equally and by effect; the lower loss on the domain is taken.
     "subcomponents, whitened" also chooses how many subcomponents it looks at; its control draws as many at random.
     """
+    given_one_of("method", method, SMALL_METHODS)
+    given_instance("domain", domain, Domain, "domain_of(decomposition, tokens)")
+    room = given_whole("room", room, least=1, of=" parameters")
     whole = whole_matrices(decomposition, domain)
     if method in ("magnitude", "Wanda"):
         share = room / sum(W.numel() for W in whole.values())

@@ -13,6 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import log2
+from typing import Any
+
+from spd_lens.support.given import given_number
 
 
 def description_length(rates: Sequence[float], sizes: Sequence[int], alpha: float) -> float:
@@ -21,6 +24,9 @@ def description_length(rates: Sequence[float], sizes: Sequence[int], alpha: floa
     >>> description_length([0.5, 0.25], [1, 2], alpha=1.0)
     1.75
     """
+    check_alpha(alpha)
+    if not len(rates) or len(rates) != len(sizes):
+        raise ValueError(f"{len(rates)} rates and {len(sizes)} sizes; expected one of each for every group")
     bits = log2(len(rates))
     return sum(s * (bits + alpha * r) for s, r in zip(rates, sizes, strict=True))
 
@@ -42,3 +48,8 @@ def merge_change(
     """
     pair = -s_both * (log2(k - 1) + alpha * (r_i + r_j)) + alpha * (s_i * r_j + s_j * r_i)
     return pair - total * log2(k / (k - 1))
+
+
+def check_alpha(alpha: Any) -> float:
+    """`alpha` as a number; TypeError or ValueError unless it is finite, zero or more."""
+    return given_number("alpha", alpha, least=0.0)

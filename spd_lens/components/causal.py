@@ -13,7 +13,6 @@ subcomponent and batch, from the block of its site on. Left out: what only shows
 from __future__ import annotations
 
 from collections.abc import Callable
-from numbers import Real
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -28,6 +27,7 @@ from spd_lens.core.units import ALIVE_ABOVE, Ids, units_of
 from spd_lens.data.batches import Batch
 from spd_lens.data.streams import first_batches
 from spd_lens.statistics.coactivations import CoActivation
+from spd_lens.support.given import given_function, given_number, given_whole
 from spd_lens.support.progress import tqdm
 
 # The model's output, and that of the clean pass: numbers `[... n]` of which each is an event.
@@ -63,8 +63,10 @@ def coeffects(
     is removed moves any output by more than `threshold`.
     """
     checked_decomposition(decomposition, "coeffects")
-    if isinstance(threshold, bool) or not isinstance(threshold, Real) or not 0 < threshold < float("inf"):
-        raise ValueError(f"threshold={threshold!r}; expected a change of the output, more than 0")
+    threshold = given_number("threshold", threshold, above=0.0)
+    seed = given_whole("seed", seed, least=0)
+    if readout is not None:
+        given_function("readout", readout, "readout(output, clean_output)", 2)
     read = readout or (top_log_probabilities if decomposition.host.vocabulary_size() is not None else _all_outputs)
     stream = [
         batch.to(decomposition.device)
@@ -74,11 +76,11 @@ def coeffects(
     sites = {name: weight.n_subcomponents for name, weight in decomposition.items()}
     parts = []
     for b, batch in enumerate(stream):
-        fires = _moved(decomposition, batch, chosen, float(threshold), read)
+        fires = _moved(decomposition, batch, chosen, threshold, read)
         offsets = np.cumsum([0, *sites.values()])
         by_site = {name: fires[:, o : o + n] for (name, n), o in zip(sites.items(), offsets[:-1], strict=True)}
-        generator = np.random.default_rng([int(seed), b])
-        parts.append(CoActivation.of(by_site, max_events=max_events, threshold=float(threshold), generator=generator))
+        generator = np.random.default_rng([seed, b])
+        parts.append(CoActivation.of(by_site, max_events=max_events, threshold=threshold, generator=generator))
     found = parts[0]
     for part in parts[1:]:
         found = found + part

@@ -10,7 +10,6 @@ Memory: one edge per pair that fires together, unlike merging, which keeps no pa
 from __future__ import annotations
 
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from jaxtyping import Int64
 
 from spd_lens.components.merging import labels_by_size, members_by_label
 from spd_lens.statistics.coactivations import CoActivation
+from spd_lens.support.given import given_instance, given_number, given_whole
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -49,12 +49,11 @@ def leiden(together: CoActivation, *, resolution: float = 0.3, seed: int = 0) ->
 
     Raises ValueError where nothing fires and for a resolution outside 0..1, ModuleNotFoundError without leidenalg.
     """
-    if isinstance(resolution, bool) or not isinstance(resolution, Real) or not 0 < resolution <= 1:
-        raise ValueError(f"resolution={resolution!r}; expected a number above 0, at most 1")
-    if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
-        raise ValueError(f"seed={seed!r}; expected a whole number, zero or more")
+    given_instance("together", together, CoActivation, "coactivation(decomposition, batches)")
+    resolution = given_number("resolution", resolution, above=0.0, most=1.0)
+    seed = given_whole("seed", seed, least=0)
     if not len(together.ids):
-        raise ValueError("nothing fires in these co-activations, so there is nothing to group")
+        raise ValueError("nothing fires in these co-activations, so there is nothing to group; give other data")
     try:
         import igraph
         import leidenalg
@@ -73,11 +72,11 @@ def leiden(together: CoActivation, *, resolution: float = 0.3, seed: int = 0) ->
         graph,
         leidenalg.CPMVertexPartition,
         weights=weights.tolist(),
-        resolution_parameter=float(resolution),
-        seed=int(seed),
+        resolution_parameter=resolution,
+        seed=seed,
         n_iterations=-1,
     )
-    settings = {"resolution": float(resolution), "seed": int(seed), **together.described()}
+    settings = {"resolution": resolution, "seed": seed, **together.described()}
     labels = labels_by_size(np.array(found.membership, np.int64))
     # leidenalg counts every pair of an undirected graph twice.
     return Communities(tuple(together.members(alive)), labels, float(found.quality()) / 2, settings)

@@ -23,6 +23,7 @@ from spd_lens.core.inputs import checked_decomposition
 from spd_lens.core.units import Unit, units_of
 from spd_lens.support.checked_json import CheckedContent, read_checked, write_checked
 from spd_lens.support.files import given_path
+from spd_lens.support.given import given_list, shown
 from spd_lens.support.names import near_names
 from spd_lens.support.pages import shortened, table_html, visible
 from spd_lens.support.tables import format_table
@@ -107,6 +108,8 @@ class Components(Sequence[Unit]):
         """
         checked_decomposition(decomposition, "Components.of")
         given = list(groups.groups) if hasattr(groups, "groups") else groups
+        if given is None:
+            raise TypeError("Components.of was given no groups; expected a Merging, or a list of {site: ids} or units")
         listed = isinstance(given, (list, tuple))
         if listed and given and isinstance(given[0], tuple):
             given = [Unit(tuple(group)) for group in given]
@@ -115,7 +118,7 @@ class Components(Sequence[Unit]):
         units = units_of(decomposition, given)
         if names is None:
             names = [unit.name or f"component {i}" for i, unit in enumerate(units)]
-        elif isinstance(names, str) or len(names) != len(units):
+        elif len(names := given_list("names", names, "texts, one for each component")) != len(units):
             raise ValueError(f"{len(names)} names for {len(units)} components; give one for each")
         known = [Found(*pair) for pair in groups.known()] if hasattr(groups, "known") else None
         return Components(
@@ -153,7 +156,11 @@ class Components(Sequence[Unit]):
         """The component that subcomponent `c` of `site` is in. Raises KeyError if it is in none."""
         if (site, c) not in self._by_member:
             known = sorted({name for name, _ in self._by_member})
-            why = f"no such site; near: {near_names(site, known)}" if site not in known else "it never fired"
+            why = (
+                f"no such site; near: {near_names(site, known)}"
+                if site not in known
+                else "it never fired; choose one that did"
+            )
             raise KeyError(f"{site}[{c}] is in no component: {why}")
         return self._units[self._by_member[site, c]]
 
@@ -161,6 +168,8 @@ class Components(Sequence[Unit]):
 
     def rename(self, names: Mapping[str, str]) -> Components:
         """The same with other names: `{"component 3": "identity"}`. Raises KeyError for a name that is not there."""
+        if not isinstance(names, Mapping):
+            raise TypeError(f"names={shown(names)}; expected {{old name: new name}}")
         for old in names:
             self[old]
         units = [replace(unit, name=names.get(str(unit.name), unit.name)) for unit in self]
@@ -168,7 +177,11 @@ class Components(Sequence[Unit]):
 
     def chosen(self, names: Sequence[str | int]) -> Components:
         """Only these, in this order."""
-        places = [self._by_name[str(self[key].name)] for key in names]
+        listed = given_list("names", names, "names or numbers of components")
+        odd = [key for key in listed if not isinstance(key, str) and not (isinstance(key, int) and key < len(self))]
+        if odd:
+            raise ValueError(f"no component {shown(odd[0])}; expected a name, or a number in 0..{len(self) - 1}")
+        places = [self._by_name[str(self[key].name)] for key in listed]
         return self._with([self._units[i] for i in places], [self.found[i] for i in places])
 
     def only_groups(self) -> Components:

@@ -12,14 +12,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from numbers import Integral
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int64
 
-from spd_lens.components.merging import Merging, Pairs, labels_by_size, members_by_label, merge_subcomponents
+from spd_lens.components.merging import (
+    Merging,
+    Pairs,
+    check_merging,
+    labels_by_size,
+    members_by_label,
+    merge_subcomponents,
+)
 from spd_lens.statistics.coactivations import CoActivation
+from spd_lens.support.given import given_list, given_number, given_whole
 from spd_lens.support.progress import tqdm
 
 
@@ -86,12 +93,16 @@ def ensemble(
 
     Raises ValueError and TypeError as `merge_subcomponents`, and for fewer than two runs.
     """
-    sets = [together] if isinstance(together, CoActivation) else list(together)
+    sets = [together] if isinstance(together, CoActivation) else given_list("together", together, "co-activations")
+    odd = [one for one in sets if not isinstance(one, CoActivation)]
+    if odd:
+        raise TypeError(f"the ensemble was given a {type(odd[0]).__name__}; expected co-activations: coactivation(...)")
     if not sets or any(one.sites != sets[0].sites for one in sets):
         raise ValueError("the ensemble was given no co-activations, or of other sites; expected those of one model")
-    if isinstance(runs, bool) or not isinstance(runs, Integral) or runs < 2:
-        raise ValueError(f"runs={runs!r}; expected a whole number, at least 2: one run has nothing to agree with")
-    runs = max(int(runs), len(sets))
+    share = given_number("share", share, above=0.0, most=1.0)
+    for one in sets:
+        check_merging(one, alpha, pairs, sampled, temperature, beyond, seed)
+    runs = max(given_whole("runs", runs, least=2, of=": one has nothing to agree with"), len(sets))
     chosen: dict[str, Any] = {"alpha": alpha, "pairs": pairs, "sampled": sampled, "temperature": temperature}
     found: list[Merging] = []
     null: list[Merging] = []
@@ -127,6 +138,11 @@ def adjusted_rand(one: Int64[np.ndarray, " n"], other: Int64[np.ndarray, " n"]) 
     >>> adjusted_rand(np.array([0, 0, 1, 1]), np.array([1, 1, 0, 0]))
     1.0
     """
+    one, other = np.asarray(one), np.asarray(other)
+    if one.ndim != 1 or one.shape != other.shape:
+        raise ValueError(
+            f"groupings of shapes {one.shape} and {other.shape}; expected a label for each of the same things"
+        )
     _, one = np.unique(one, return_inverse=True)
     _, other = np.unique(other, return_inverse=True)
     cells = np.unique(one.astype(np.int64) * (int(other.max(initial=0)) + 1) + other, return_counts=True)[1]

@@ -14,15 +14,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import log2
-from numbers import Integral, Real
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 from jaxtyping import Float, Int64
 
 from spd_lens.components.best_pairs import BestPairs
+from spd_lens.components.bits import check_alpha
 from spd_lens.components.overlaps import Overlaps
 from spd_lens.statistics.coactivations import CoActivation
+from spd_lens.support.given import given_number, given_whole, shown
 from spd_lens.support.pages import shortened
 from spd_lens.support.progress import tqdm
 
@@ -69,6 +70,7 @@ class Merging:
 
     def groups_after(self, n_merges: int) -> list[tuple[tuple[str, int], ...]]:
         """The groups after so many merges, the largest first, members in order."""
+        n_merges = given_whole("n_merges", n_merges, least=0, most=len(self.merges))
         return members_by_label(self.members, self._labels(n_merges))
 
     def known(self) -> list[tuple[float, None]]:
@@ -85,8 +87,6 @@ class Merging:
 
     def _tops(self, n_merges: int) -> Int64[np.ndarray, " members"]:
         """For every member the group, by its number in `merges`, that it is in after so many merges."""
-        if not 0 <= n_merges <= len(self.merges):
-            raise ValueError(f"n_merges={n_merges}; expected one of 0..{len(self.merges)}")
         n = len(self.members)
         top = np.arange(n + n_merges)
         for m in range(n_merges - 1, -1, -1):
@@ -155,7 +155,7 @@ def merge_subcomponents(
     >>> merge_subcomponents(together).groups
     [(('W', 0), ('W', 1)), (('W', 2),)]
     """
-    _check(together, alpha, pairs, sampled, temperature, beyond)
+    check_merging(together, alpha, pairs, sampled, temperature, beyond, seed)
     alive, ids = np.unique(together.ids, return_inverse=True)
     state = _State(Overlaps(together.starts, ids, len(alive)), float(alpha))
     limit = len(alive) if beyond is None else int(beyond)
@@ -166,32 +166,27 @@ def merge_subcomponents(
     return state.result(tuple(together.members(alive)), together.described())
 
 
-def _check(together: Any, alpha: Any, pairs: Any, sampled: Any, temperature: Any, beyond: Any) -> None:
+def check_merging(
+    together: Any, alpha: Any, pairs: Any, sampled: Any, temperature: Any, beyond: Any, seed: Any
+) -> None:
+    """Raise TypeError or ValueError for what `merge_subcomponents` cannot take."""
     if not isinstance(together, CoActivation):
         raise TypeError(
             f"merge_subcomponents was given a {type(together).__name__}; expected co-activations: "
             "coactivation(decomposition, batches)"
         )
     if not len(together.ids):
-        raise ValueError("nothing fires in these co-activations, so there is nothing to merge")
+        raise ValueError("nothing fires in these co-activations, so there is nothing to merge; give other data")
     check_alpha(alpha)
-    if pairs not in ("together", "all"):
-        raise ValueError(f"pairs={pairs!r}; expected 'together' (those that are ever active together) or 'all'")
+    if pairs not in get_args(Pairs):
+        raise ValueError(f"pairs={shown(pairs)}; expected 'together' (those that are ever active together) or 'all'")
     for name, value, least in (("sampled", sampled, 1), ("beyond", beyond, 0)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < least):
-            raise ValueError(f"{name}={value!r}; expected None or a whole number, at least {least}")
-    if isinstance(temperature, bool) or not isinstance(temperature, Real) or not 0 <= float(temperature) < np.inf:
-        raise ValueError(f"temperature={temperature!r}; expected a number of bits, at least 0")
+        if value is not None:
+            given_whole(name, value, least=least, or_none=True)
+    given_number("temperature", temperature, least=0.0)
+    given_whole("seed", seed, least=0)
     if temperature and sampled is None:
         raise ValueError(f"temperature={temperature!r} chooses among sampled pairs; give sampled=32, for example")
-
-
-def check_alpha(alpha: Any) -> None:
-    """Raise TypeError or ValueError unless `alpha` is a finite number, zero or more."""
-    if isinstance(alpha, bool) or not isinstance(alpha, Real):
-        raise TypeError(f"alpha={alpha!r}; expected a number of bits per member")
-    if not 0 <= float(alpha) < np.inf:
-        raise ValueError(f"alpha={alpha!r}; expected a finite number of bits per member, zero or more")
 
 
 class _State:

@@ -83,6 +83,8 @@ def changes_of(decomposition: Decomposition, given: Changes) -> tuple[Change, ..
     if isinstance(given, Unit):
         given = {given: 0.0}
     elif isinstance(given, Sequence) and not isinstance(given, (str, bytes)):
+        if hasattr(given, "check_belongs"):  # components, of this decomposition only
+            given.check_belongs(decomposition)  # pyright: ignore[reportAttributeAccessIssue]
         odd = [item for item in given if not isinstance(item, Unit)]
         if odd:
             raise TypeError(

@@ -28,6 +28,7 @@ from spd_lens.core.interventions import HookList
 from spd_lens.core.swap import tapped_input
 from spd_lens.editing.baking import explained_by_rounding, outputs_of, plain_model, some_tokens
 from spd_lens.editing.change import Above, Change, Changes, changes_of, check_condition, low_rank
+from spd_lens.support.given import given_instance, given_number
 
 
 class Edit:
@@ -75,6 +76,7 @@ class Edit:
 
         Raises ValueError for a strength of 0, and for rewrites of what is read, which have no strength.
         """
+        strength = given_number("strength", strength)
         changes = []
         for change in self.changes:
             if change.reads is not None:
@@ -164,6 +166,7 @@ class Edit:
     @torch.no_grad()
     def difference(self, plain: nn.Module, tokens: Tensor) -> float:
         """The largest difference between the outputs of a baked model and of the hooked one."""
+        given_instance("plain", plain, nn.Module, "edit.bake() makes one")
         return float((self.logits(tokens).double() - outputs_of(plain, tokens).double()).abs().max())
 
     def parameters_changed(self) -> dict[str, int]:

@@ -25,6 +25,7 @@ from spd_lens.patching.ablation import ablation_effects
 from spd_lens.patching.agreement import Agreement
 from spd_lens.patching.arguments import checked_input
 from spd_lens.patching.attribution import attribution_patching
+from spd_lens.support.given import given_number, given_whole
 from spd_lens.support.pages import table_html
 from spd_lens.support.tables import format_table
 from spd_lens.tasks.task import Task
@@ -81,11 +82,14 @@ class Found:
         costliest first; no smaller subset of what is left reaches it by leaving one out. Which set is smallest of all
         nobody knows without trying all. Raises ValueError if `at_most` units are not enough.
         """
-        if not 0 < effect < 1:
+        if given_number("effect", effect, above=0.0) >= 1:
             raise ValueError(f"effect={effect}; expected a share of the probability between 0 and 1, for example 0.9")
-        ranked = self.clear[:at_most]
+        ranked = self.clear[: given_whole("at_most", at_most, least=1)]
         if not ranked:
-            raise ValueError(f"no unit lowers {self.habit.name!r} by more than twice its standard error")
+            raise ValueError(
+                f"no unit lowers {self.habit.name!r} by more than twice its standard error: give more prompts, or "
+                "measure more units (n_measured)"
+            )
         before = float(self._probability([]))
 
         def reached(units: Sequence[Unit]) -> float:
@@ -164,13 +168,11 @@ def find(
     Raises ValueError for unknown sites, ids, and for prompts and controls that the model cannot run.
     """
     checked_decomposition(decomposition, "find")
-    habit = checked_habit(behaviour, "find").to(decomposition.device)
+    habit = checked_habit(behaviour, "find", decomposition)
     controls = checked_input(decomposition, controls, "controls")
-    if isinstance(n_measured, bool) or n_measured < 1:
-        raise ValueError(f"n_measured={n_measured}; expected at least 1")
+    n_measured = given_whole("n_measured", n_measured, least=1)
     units = units_of(decomposition, ids)
     few = habit[:_ESTIMATED_ON]
-    checked_input(decomposition, habit.prompts, "the behaviour's prompts")
     lead = few.prompts.shape
     # A run whose activations are all 0: to patch it in is to take a subcomponent away.
     nothing = {decomposition[s].site.point_names()[0]: torch.zeros(*lead, 1) for u in units for s in u.sites}

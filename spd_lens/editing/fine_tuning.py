@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from spd_lens.editing.baking import outputs_of
-from spd_lens.editing.habit import Habit
+from spd_lens.editing.habit import Habit, checked_habit
+from spd_lens.support.given import given_instance, given_number, given_whole
 
 # Back means: this share of the probability before the edit.
 BACK_AT = 0.9
@@ -61,7 +62,15 @@ def relearning(
     steps: int = 64,
     learning_rate: float = 1e-4,
 ) -> Relearning:
-    """Fine-tune a copy of a plain model on `examples`; measure the habit on `held_out` after 0, 1, 2, 4 ... steps."""
+    """Fine-tune a copy of a plain model on `examples`; measure the habit on `held_out` after 0, 1, 2, 4 ... steps.
+
+    Raises TypeError and ValueError for what is no model, no habit, and numbers out of range.
+    """
+    given_instance("model", model, nn.Module, "edit.bake() makes a plain one")
+    examples, held_out = checked_habit(examples, "relearning"), checked_habit(held_out, "relearning")
+    goal = given_number("goal", goal, above=0.0, most=1.0)
+    steps = given_whole("steps", steps, least=0)
+    learning_rate = given_number("learning_rate", learning_rate, above=0.0)
     tuned: Any = copy.deepcopy(model)
     tuned.requires_grad_(True)
     optimiser = torch.optim.AdamW(tuned.parameters(), lr=learning_rate, weight_decay=0.0)

@@ -13,7 +13,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from spd_lens.core.decomposition import Decomposition
+from spd_lens.core.inputs import checked_tokens
 from spd_lens.objective.divergences import divergence_per_position, log_probs
+from spd_lens.support.given import given_function, given_instance, given_seed, given_whole, given_wholes, shown
 from spd_lens.tasks.task import Task
 
 # Tokens [row pos] -> logits [row pos d_vocab].
@@ -38,7 +41,15 @@ class Habit:
     continuations: Int[Tensor, "row _n"] | None = None
 
     def __post_init__(self) -> None:
-        n = len(self.prompts)
+        for field in ("prompts", "answers", "continuations"):
+            value = getattr(self, field)
+            if value is None and field == "continuations":
+                continue
+            if not isinstance(value, Tensor) or value.is_floating_point() or value.dtype == torch.bool:
+                raise TypeError(
+                    f"the {field} of {self.name!r} are {shown(value)}; expected token ids, an integer tensor"
+                )
+        n = len(self.prompts) if self.prompts.ndim else 0
         if self.prompts.ndim != 2 or n == 0:
             raise ValueError(
                 f"the prompts of {self.name!r} are {tuple(self.prompts.shape)}; expected [row pos], not empty"
@@ -50,7 +61,8 @@ class Habit:
             )
         if self.continuations is not None and (self.continuations.ndim != 2 or len(self.continuations) != n):
             raise ValueError(
-                f"the continuations of {self.name!r} are {tuple(self.continuations.shape)} for {n} prompts"
+                f"the continuations of {self.name!r} are {tuple(self.continuations.shape)} for {n} prompts; expected "
+                "[row n], a row for each prompt"
             )
 
     def __len__(self) -> int:
@@ -59,6 +71,9 @@ class Habit:
     def __getitem__(self, rows: slice | Sequence[int] | Tensor) -> Habit:
         """The habit on some rows only."""
         index = rows if isinstance(rows, slice) else torch.as_tensor(rows)
+        numbers = index if isinstance(index, Tensor) and index.dtype != torch.bool else torch.zeros(0)
+        if bool(((numbers >= len(self)) | (numbers < -len(self))).any()):
+            raise ValueError(f"rows {shown(rows)} of {self.name!r}; expected some of 0..{len(self) - 1}")
         return replace(self, **{k: v[index] for k, v in vars(self).items() if isinstance(v, Tensor)})
 
     def to(self, device: torch.device | str) -> Habit:
@@ -86,13 +101,25 @@ class Habit:
         `rows [row pos]` is the text; `first` is put before every prompt (BOS). In random order, at most `most` of them.
         Raises ValueError if there are none.
         """
-        wanted = torch.tensor(sorted(set(map(int, answers))))
+        wanted = torch.tensor(sorted(set(given_wholes("answers", answers, least=0, of="token ids"))), dtype=torch.long)
+        if not isinstance(rows, Tensor) or rows.ndim != 2 or rows.is_floating_point():
+            raise TypeError(f"rows={shown(rows)}; expected token ids, an integer tensor [row pos]")
+        context = given_whole("context", context, least=1)
+        if most is not None:
+            given_whole("most", most, least=1, or_none=True)
+        if first is not None:
+            given_whole("first", first, least=0, of=", a token id", or_none=True)
+        if generator is not None:
+            given_instance("generator", generator, torch.Generator, "torch.Generator()")
         where = torch.isin(rows.cpu(), wanted)
         where[:, :context] = False
         where[:, rows.shape[1] - NEAR :] = False
         found = where.nonzero()
         if not len(found):
-            raise ValueError(f"no row of the text has one of the tokens {wanted.tolist()} after {context} others")
+            raise ValueError(
+                f"no row of the text has one of the tokens {wanted.tolist()} with {context} tokens before it and "
+                f"{NEAR} behind it; give other answers, a shorter context or more text"
+            )
         order = torch.randperm(len(found), generator=generator or torch.Generator().manual_seed(0))
         found = found[order[:most]]
         text = rows.cpu()
@@ -142,6 +169,10 @@ def generate(forward: Forward, prompts: Int[Tensor, "row pos"], n: int, *, seed:
 
     Every token takes a whole pass, without a key-value cache, so that conditional edits can look at all positions.
     """
+    given_function("forward", forward, "forward(tokens [row pos]) -> logits")
+    n, seed = given_whole("n", n, least=0), given_seed(seed)
+    if not isinstance(prompts, Tensor) or prompts.ndim != 2:
+        raise ValueError(f"prompts={shown(prompts)}; expected token ids [row pos]")
     tokens, generator = prompts, torch.Generator().manual_seed(seed)
     for _ in range(n):
         p = forward(tokens)[:, -1].float().softmax(-1).cpu().double()
@@ -160,10 +191,19 @@ def kl_from(
     return divergence_per_position(clean, edited)
 
 
-def checked_habit(habit: Any, caller: str) -> Habit:
-    """`habit`, a `Habit`, or a `Task` as one; TypeError for anything else."""
+def checked_habit(habit: Any, caller: str, decomposition: Decomposition | None = None) -> Habit:
+    """`habit`, a `Habit`, or a `Task` as one, on the decomposition's device; TypeError for anything else.
+
+    Raises ValueError for tokens that the decomposition's model does not have.
+    """
     if isinstance(habit, Task):
-        return Habit.of_task(habit)
+        habit = Habit.of_task(habit)
     if not isinstance(habit, Habit):
         raise TypeError(f"{caller} was given a {type(habit).__name__}; expected a Habit, or a Task (spd_lens.tasks)")
-    return habit
+    if decomposition is None:
+        return habit
+    checked_tokens(habit.tokens, decomposition.host, name=f"the prompts of {habit.name!r}")
+    most, size = int(habit.answers.max()), decomposition.host.vocabulary_size()
+    if size is not None and most >= size:
+        raise ValueError(f"an answer of {habit.name!r} is token {most}; expected ids in 0..{size - 1}")
+    return habit.to(decomposition.device)

@@ -11,14 +11,23 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from spd_lens.core.decomposed_weight import DecomposedWeight
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.inputs import checked_decomposition
 from spd_lens.core.units import Unit
 from spd_lens.editing.change import Above, Change, Rewrite
-from spd_lens.editing.edits import Edit, edit
+from spd_lens.editing.edits import Edit, checked_edit, edit
 from spd_lens.hosts.host import configuration_of
 from spd_lens.support.checked_json import CheckedContent, read_checked, write_checked
-from spd_lens.support.files import given_directory, given_path, new_directory, tensor_hash, write_json, write_tensors
+from spd_lens.support.files import (
+    check_tokenizer,
+    given_directory,
+    given_path,
+    new_directory,
+    tensor_hash,
+    write_json,
+    write_tensors,
+)
 
 _FORMAT, _VERSION = "spd_lens edit", 1
 
@@ -52,7 +61,7 @@ def save_edit(edit: Edit, path: str | Path) -> Path:
 
     Raises OSError for a path that cannot be written and for a full disk; what was there before is then intact.
     """
-    path = given_path(path)
+    edit, path = checked_edit(edit, "save_edit"), given_path(path)
     content = {
         "changes": [_change_content(change) for change in edit.changes],
         "when": None
@@ -125,6 +134,11 @@ def save_baked(model: nn.Module, directory: str | Path, *, tokenizer: Any = None
     Raises ValueError if the directory exists, OSError for a place that cannot be written and for a full disk; nothing
     is left there then.
     """
+    if not isinstance(model, nn.Module) or isinstance(model, Decomposition):
+        raise TypeError(f"save_baked was given a {type(model).__name__}; expected a plain model: edit.bake() makes one")
+    if any(isinstance(module, DecomposedWeight) for module in model.modules()):
+        raise ValueError("this model is decomposed; expected a plain one: edit(decomposition, ...).bake() makes one")
+    check_tokenizer(tokenizer)
     directory = given_directory(directory)
     with _said_where(directory), new_directory(directory) as temporary:
         if hasattr(model, "save_pretrained"):

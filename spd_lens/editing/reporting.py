@@ -9,7 +9,7 @@ generations, and a fine-tuning of the baked model where `relearn_on` is given.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.units import ALIVE_ABOVE, Unit
 from spd_lens.editing.change import Change
 from spd_lens.editing.edits import Edit, checked_edit
@@ -24,6 +25,7 @@ from spd_lens.editing.fine_tuning import Relearning, relearning
 from spd_lens.editing.habit import NEAR, Forward, Habit, checked_habit, generate, kl_from
 from spd_lens.patching.arguments import checked_input
 from spd_lens.support.files import given_path, write_text
+from spd_lens.support.given import given_seed, given_whole, shown
 from spd_lens.support.pages import filled_page, table_html
 from spd_lens.support.tables import format_table
 from spd_lens.tasks.task import Task
@@ -50,14 +52,15 @@ class Effect:
 
     @property
     def effect(self) -> float:
-        """The share of the probability that is gone."""
-        return 1 - self.after / self.before
+        """The share of the probability that is gone; NaN where there was none."""
+        return 1 - self.after / self.before if self.before else float("nan")
 
 
 def measure(
     clean: Forward, edited: Forward, habit: Habit, unrelated: Tensor, *, n_generated: int = 20, seed: int = 0
 ) -> Effect:
     """`Effect` of any two models, given as functions of tokens."""
+    habit, n_generated = checked_habit(habit, "measure"), given_whole("n_generated", n_generated, least=0)
     with torch.no_grad():
         at = habit.prompts.shape[1] - 1
         first, second = clean(habit.tokens), edited(habit.tokens)
@@ -188,11 +191,16 @@ def report(
     Raises ValueError if the edit changes no output at all on these prompts (a conditional edit that never acts).
     """
     decomposition = checked_edit(edit, "report").decomposition
-    device = decomposition.device
-    habit = checked_habit(habit, "report").to(device)
+    habit = checked_habit(habit, "report", decomposition)
+    n_random = given_whole("n_random", n_random, least=0)
     unrelated = checked_input(decomposition, unrelated, "unrelated")
     clean = decomposition.host.forward
-    others = {name: checked_habit(h, "report").to(device) for name, h in (wordings or {}).items()}
+    if wordings is not None and not isinstance(wordings, Mapping):
+        raise TypeError(f"wordings={shown(wordings)}; expected {{name: habit}}")
+    others = {name: checked_habit(h, "report", decomposition) for name, h in (wordings or {}).items()}
+    relearn_on = None if relearn_on is None else checked_habit(relearn_on, "report", decomposition)
+    _check_generated(decomposition, [habit, *others.values()], n_generated)
+    seed = given_seed(seed)
     with torch.no_grad():
         largest = float((edit.logits(habit.tokens) - clean(habit.tokens)).abs().max())
     if largest == 0:
@@ -220,8 +228,17 @@ def report(
     )
 
 
-def _relearning(edit: Edit, plain: nn.Module, habit: Habit, relearn_on: Habit | Task) -> Relearning:
-    on = checked_habit(relearn_on, "report").to(edit.decomposition.device)
+def _check_generated(decomposition: Decomposition, habits: Sequence[Habit], n_generated: int) -> None:
+    limit, n = decomposition.host.context_length(), given_whole("n_generated", n_generated, least=0)
+    longest = max(habit.prompts.shape[1] for habit in habits)
+    if limit is not None and longest + n > limit:
+        raise ValueError(
+            f"n_generated={n} after prompts of {longest} tokens is more than this model's context of {limit}; give at "
+            f"most {limit - longest}"
+        )
+
+
+def _relearning(edit: Edit, plain: nn.Module, habit: Habit, on: Habit) -> Relearning:
     goal = float(habit.probability(edit.decomposition.host.forward).mean())
     return relearning(plain, on, habit, goal=goal)
 
@@ -232,7 +249,9 @@ def random_edits(edit: Edit, tokens: Tensor, n: int, *, seed: int = 0) -> list[E
     Each is drawn from the ten that are nearest in firing rate. Edits of directions have no such control and are taken
     as removals. Raises ValueError where a site has no other subcomponents.
     """
-    decomposition, generator = edit.decomposition, torch.Generator().manual_seed(seed)
+    decomposition = checked_edit(edit, "random_edits").decomposition
+    tokens = checked_input(decomposition, tokens)
+    generator, n = torch.Generator().manual_seed(given_seed(seed)), given_whole("n", n, least=0)
     if n == 0:
         return []
     rates = {

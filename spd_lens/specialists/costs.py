@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from spd_lens.support.given import shown
+
 
 @dataclass(frozen=True)
 class Costs:
@@ -34,6 +36,8 @@ class Costs:
 @torch.no_grad()
 def costs_of(model: nn.Module, tokens: Tensor, *, repeats: int = 5) -> Costs:
     """The costs of a model that is called with tokens `[batch pos]`."""
+    if not isinstance(tokens, Tensor) or tokens.ndim != 2:
+        raise TypeError(f"tokens={shown(tokens)}; expected token ids [batch pos]")
     parameters = list(model.parameters())
     stored = [*parameters, *model.buffers()]
     counter = FlopCounterMode(display=False)
@@ -67,6 +71,8 @@ def _finish(device: torch.device) -> None:
 @torch.no_grad()
 def mean_loss(model: nn.Module, rows: Tensor, *, per_pass: int = 32) -> float:
     """Cross-entropy of the next token, nats, mean over positions; infinite where one has no probability."""
+    if rows.shape[-1] < 2:
+        raise ValueError(f"rows {tuple(rows.shape)} have no next token to predict; expected at least two in a row")
     total, count = 0.0, 0
     for part in rows.split(per_pass):
         logp = model(part)[:, :-1].log_softmax(-1).gather(-1, part[:, 1:, None])

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from spd_lens.support.given import given_function, given_instance, given_number, given_seed, given_whole, shown
+
 
 def distil(
     model: nn.Module,
@@ -23,6 +25,12 @@ def distil(
 
     Adam with a learning rate that falls to 0 along a cosine. `keep_zeros`: what is 0 stays 0, as pruning wants it.
     """
+    given_instance("model", model, nn.Module, "Specialist.model is one")
+    given_function("target", target, "target(tokens) -> logits")
+    if not isinstance(rows, Tensor) or rows.ndim != 2 or not len(rows):
+        raise TypeError(f"rows={shown(rows)}; expected token ids [row pos]")
+    steps, batch = given_whole("steps", steps, least=1), given_whole("batch", batch, least=1)
+    lr, seed = given_number("lr", lr, above=0.0), given_seed(seed)
     parameters = list(model.parameters())
     zeros = [p == 0 for p in parameters] if keep_zeros else []
     optimiser = torch.optim.Adam(parameters, lr=lr)

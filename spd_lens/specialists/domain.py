@@ -21,9 +21,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from spd_lens.core.decomposition import Decomposition
-from spd_lens.core.inputs import checked_tokens
+from spd_lens.core.inputs import checked_decomposition, checked_tokens
 from spd_lens.data.batches import as_batch, is_one_batch
-from spd_lens.support.given import shown
+from spd_lens.support.given import given_seed, shown
 
 _ROWS_PER_PASS = 16
 
@@ -75,6 +75,8 @@ def rows_of(decomposition: Decomposition, batches: Any) -> Int[Tensor, "row pos"
         found.append(checked_tokens(batch.tokens, decomposition.host, name="domain_batches"))
     if not found:
         raise ValueError("domain_batches is empty; expected tokens [batch pos], or a list of such batches")
+    if min(part.shape[1] for part in found) < 2:
+        raise ValueError("domain_batches has rows of one token, which predict nothing; expected longer rows")
     if len({part.shape[1] for part in found}) > 1:
         raise ValueError(
             f"domain_batches has rows of {sorted({p.shape[1] for p in found})} tokens; expected one length"
@@ -84,7 +86,8 @@ def rows_of(decomposition: Decomposition, batches: Any) -> Int[Tensor, "row pos"
 
 def domain_of(decomposition: Decomposition, batches: Any, *, seed: int = 0) -> Domain:
     """Run the model on a domain's text and keep what its matrices see."""
-    rows = rows_of(decomposition, batches)
+    checked_decomposition(decomposition, "domain_of")
+    rows, seed = rows_of(decomposition, batches), given_seed(seed)
     sites = [name for name in decomposition if not decomposition[name].site.is_lookup and name.startswith("blocks.")]
     if not sites:
         raise ValueError(f"none of {list(decomposition)} is a matrix of a block; only those are made smaller")

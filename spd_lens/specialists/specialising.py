@@ -27,7 +27,7 @@ from spd_lens.specialists.domain import Domain, domain_of
 from spd_lens.specialists.plain_transformer import PlainTransformer
 from spd_lens.specialists.specialist import Specialist
 from spd_lens.specialists.writing import plain_copy
-from spd_lens.support.given import given_number, given_one_of, given_whole
+from spd_lens.support.given import given_number, given_one_of, given_seed, given_whole
 
 Tokens = Literal["all", "domain"]
 # Rows of the domain that choices are measured on.
@@ -73,7 +73,7 @@ def specialise(
     given_one_of("allocation", allocation, get_args(Allocation))
     given_one_of("tokens", tokens, get_args(Tokens))
     cut_below = given_number("cut_below", cut_below, least=0.0, most=1.0)
-    steps = given_whole("distil_steps", distil_steps, least=0)
+    steps, seed = given_whole("distil_steps", distil_steps, least=0), given_seed(seed)
     domain = domain_of(decomposition, domain_batches, seed=seed)
     allowed = _allowed(decomposition, domain, ids)
     rows = None if tokens == "all" else domain.rows

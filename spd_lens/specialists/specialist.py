@@ -15,7 +15,7 @@ from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.inputs import checked_tokens
 from spd_lens.specialists.costs import Costs, costs_of, mean_loss
 from spd_lens.specialists.plain_transformer import PlainTransformer
-from spd_lens.support.files import given_directory, new_directory, write_json, write_tensors
+from spd_lens.support.files import check_tokenizer, given_directory, new_directory, write_json, write_tensors
 from spd_lens.support.pages import table_html
 from spd_lens.support.tables import format_table
 
@@ -73,6 +73,7 @@ class Specialist:
         Raises ValueError if the directory exists, OSError for a place that cannot be written and for a full disk;
         nothing is left there then.
         """
+        check_tokenizer(tokenizer)
         directory = given_directory(directory)
         with new_directory(directory) as temporary:
             shutil.copyfile(Path(model_file.__file__), temporary / "model.py")

@@ -26,6 +26,11 @@ def whitened_factors(
 
     With `M = L L^T`, `G = R R^T` (Cholesky) and `L^T W R = P S Q`: `A = L^-T P S`, `B = Q R^-1`.
     """
+    for what, moments, d in (("inputs", inputs, W.shape[0]), ("outputs", outputs, W.shape[1])):
+        if moments is not None and moments.shape != (d, d):
+            raise ValueError(
+                f"the moments of {what} are {list(moments.shape)}; expected {[d, d]} for W {list(W.shape)}"
+            )
     L = _root(inputs, damping)
     weighted = L.T @ W.double()
     R = None if outputs is None else _root(outputs, damping)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from spd_lens.core.decomposition import Decomposition
+from spd_lens.core.inputs import checked_decomposition
+from spd_lens.core.units import check_site
 from spd_lens.hosts.architecture import Architecture, architecture_of
 from spd_lens.hosts.host import Host
 from spd_lens.specialists.matrices import SmallMatrix, is_small
@@ -53,9 +55,12 @@ def plain_copy(
 
     Raises ValueError, naming it, for what a plain transformer has no place for.
     """
+    checked_decomposition(decomposition, "plain_copy")
     host = decomposition.host
     architecture = architecture_of(host)
     matrices = matrices or {}
+    for site in matrices:
+        check_site(decomposition, site)
     W_E, W_U, b_U = *(_matrix(decomposition, s) for s in ("embed.W_E", "unembed.W_U")), _bias(host, "unembed.W_U")
     tied = torch.equal(W_E, W_U.T)
     state: dict[str, Tensor] = {}

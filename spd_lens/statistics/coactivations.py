@@ -27,6 +27,7 @@ from spd_lens.core.squashings import importance_of
 from spd_lens.core.units import ALIVE_ABOVE
 from spd_lens.data.streams import first_batches
 from spd_lens.statistics.event_sample import Collector, Part, chosen_events, joined, smallest_keys
+from spd_lens.support.given import given_instance, given_number, shown
 from spd_lens.support.names import near_names
 from spd_lens.support.progress import tqdm
 
@@ -91,7 +92,13 @@ class CoActivation:
         >>> together.pair_counts().toarray().tolist()
         [[1, 1, 0], [1, 1, 0], [0, 0, 1]]
         """
+        if not isinstance(fires, Mapping):
+            raise TypeError(f"fires={shown(fires)}; expected {{site: bool [events C]}}")
         arrays = {site: np.asarray(fired) for site, fired in fires.items()}
+        for site, fired in arrays.items():
+            if fired.ndim != 2 or fired.dtype != np.bool_:
+                given = f"{fired.dtype} {list(fired.shape)}"
+                raise ValueError(f"what fires at {site} is {given}; expected bool [events C], for example g > 0.01")
         lengths = {site: len(fired) for site, fired in arrays.items()}
         if not arrays or 0 in lengths.values() or len(set(lengths.values())) > 1:
             raise ValueError(f"events per site: {lengths}; expected the same number, at least one, at every site")
@@ -240,14 +247,15 @@ class CoActivation:
 
     def drawn(self, share: float, generator: np.random.Generator) -> CoActivation:
         """A random part of the events, without replacement."""
-        if not 0 < share <= 1:
-            raise ValueError(f"share={share!r}; expected a number above 0, at most 1")
+        share = given_number("share", share, above=0.0, most=1.0)
+        given_instance("generator", generator, np.random.Generator, "numpy.random.default_rng(0)")
         chosen = generator.permutation(self.n_events)[: max(1, round(share * self.n_events))]
         starts, ids, keys = chosen_events(self._part(), np.sort(chosen))
         return replace(self, starts=starts, ids=ids, keys=keys)
 
     def shuffled(self, generator: np.random.Generator) -> CoActivation:
         """What chance gives: every subcomponent fires as often as before, in events drawn anew for each."""
+        given_instance("generator", generator, np.random.Generator, "numpy.random.default_rng(0)")
         counts = self.counts
         alive = np.flatnonzero(counts)
         events = [generator.choice(self.n_events, counts[c], replace=False, shuffle=False) for c in alive]

@@ -90,7 +90,7 @@ def read_json(path: Path, *, format_name: str, newest_version: int) -> dict[str,
     """
     whole = read_json_object(path)
     if whole.get("format") != format_name:
-        raise ValueError(f"{path} was not written as a {format_name} by spd_lens")
+        raise ValueError(f"{path} was not written as a {format_name} by spd_lens; choose another path")
     found = whole.get("format_version")
     if isinstance(found, bool) or not isinstance(found, int) or found < 1:
         raise ValueError(f"{path} is damaged: its format version is {str(found)[:40]!r}")
@@ -125,7 +125,8 @@ def content_hash(content: Mapping[str, Any]) -> str:
 def read_json_object(path: Path) -> dict[str, Any]:
     """Any JSON file that holds an object. Raises ValueError, naming the file, for everything else."""
     if not path.is_file():
-        raise ValueError(f"{path} does not exist" if not path.exists() else f"{path} is no file")
+        what = "does not exist" if not path.exists() else "is no file"
+        raise ValueError(f"{path} {what}; give the path of a file that spd_lens wrote")
     try:
         if path.stat().st_size > _LARGEST:
             raise ValueError(f"it has {path.stat().st_size:,} bytes")
@@ -136,7 +137,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     except RecursionError as error:
         raise ValueError(f"{path} is damaged: it is nested too deeply") from error
     except ValueError as error:  # also json.JSONDecodeError, UnicodeDecodeError, and integers of too many digits
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise ValueError(f"{path} is damaged: {error}; expected JSON that spd_lens wrote") from error
     if not isinstance(whole, dict):
         raise ValueError(f"{path} is damaged: it holds a {type(whole).__name__}; expected an object")
     return whole

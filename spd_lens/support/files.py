@@ -54,6 +54,14 @@ def given_path(path: str | os.PathLike[str], what: str = "path") -> Path:
         raise ValueError(f"{what}={os.fspath(path)!r}: {error} Give the whole path instead of ~") from error
 
 
+def check_tokenizer(tokenizer: Any) -> None:
+    """TypeError unless it is None or can be saved beside a model."""
+    if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
+        raise TypeError(
+            f"tokenizer is a {type(tokenizer).__name__}; expected one of transformers, such as model.tokenizer"
+        )
+
+
 def given_directory(path: str | os.PathLike[str], what: str = "directory") -> Path:
     """As `given_path`, for a directory that is there or can be made. Raises ValueError if a file is in the way."""
     directory = given_path(path, what)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from spd_lens import Decomposition, decompose
 from spd_lens.core import Unit
 from spd_lens.editing import (
     Above,
+    Effect,
     Habit,
     edit,
     find,
@@ -203,6 +205,11 @@ def test_a_task_is_a_habit_and_nothing_else_is(decomposition: Decomposition, wit
         find(decomposition, batch, batch)  # pyright: ignore
     with pytest.raises(TypeError, match="expected an Edit"):
         report({SITE: [2]}, a_habit(), batch)  # pyright: ignore
+
+
+def test_an_effect_on_nothing_is_not_a_number() -> None:
+    assert math.isnan(Effect(0.0, 0.0, 0, 0, 0.0, 0.0, 0.0).effect)
+    assert Effect(0.5, 0.1, 0, 0, 0.0, 0.0, 0.0).effect == pytest.approx(0.8)
 
 
 def test_measuring_equal_models_gives_nothing(decomposition: Decomposition) -> None:

@@ -41,6 +41,11 @@ def other(seed: int = 1) -> Decomposition:
     return decompose(tiny_transformer(seed=seed), {SITE: 4})
 
 
+def another() -> Decomposition:
+    """With subcomponents of its own: those of `other` start equal."""
+    return decompose(tiny_transformer(seed=1), {SITE: 4}, seed=1)
+
+
 def plain_model() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 3))
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spd_lens.baselines.edits import Rival, against, site_deltas, weight_rival
+from spd_lens.baselines.edits_of_weights import site_deltas, weight_rival
+from spd_lens.baselines.rival import Rival, against
 from spd_lens.core import Decomposition
 from spd_lens.editing import Habit, outputs_of
 
