@@ -199,7 +199,6 @@ def report(
         raise TypeError(f"wordings={shown(wordings)}; expected {{name: habit}}")
     others = {name: checked_habit(h, "report", decomposition) for name, h in (wordings or {}).items()}
     relearn_on = None if relearn_on is None else checked_habit(relearn_on, "report", decomposition)
-    _check_generated(decomposition, [habit, *others.values()], n_generated)
     seed = given_seed(seed)
     with torch.no_grad():
         largest = float((edit.logits(habit.tokens) - clean(habit.tokens)).abs().max())
@@ -208,6 +207,7 @@ def report(
             f"this edit changes no output on the prompts of {habit.name!r}: {edit!r}"
             + ("" if edit.when is None else "; it acts at none of their positions")
         )
+    _check_generated(decomposition, [habit, *others.values()], n_generated)
     plain = None if edit.when is not None else edit.bake()
     return EditReport(
         habit=habit.name,

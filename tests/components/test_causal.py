@@ -90,7 +90,7 @@ def test_a_readout_of_ones_own_says_which_numbers_count() -> None:
 def test_bad_arguments_are_named(without_type_checks: None) -> None:
     decomposition = decompose(tiny_transformer(), {IN: 6}, gate="shared", gate_width=8)
     rows: Any = tokens(3)
-    with pytest.raises(ValueError, match="threshold=0; expected a change of the output, more than 0"):
+    with pytest.raises(ValueError, match="threshold=0; expected a number above 0"):
         coeffects(decomposition, rows, threshold=0)
     with pytest.raises(ValueError, match=r"expected single subcomponents at all positions"):
         coeffects(decomposition, rows, [{IN: [1, 2]}])

@@ -34,7 +34,7 @@ def test_the_quality_is_inner_jaccard_weight_minus_resolution_per_pair() -> None
 
 def test_bad_arguments_and_a_missing_library_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     together = CoActivation.of({"W": mechanisms()})
-    with pytest.raises(ValueError, match=r"resolution=2\.0; expected a number above 0, at most 1"):
+    with pytest.raises(ValueError, match="resolution=2; expected a number above 0 and at most 1"):
         leiden(together, resolution=2.0)
     with pytest.raises(ValueError, match="nothing fires"):
         leiden(CoActivation.of({"W": np.zeros((4, 3), bool)}))

@@ -91,7 +91,7 @@ def test_stability_is_the_share_of_runs_in_which_pairs_are_together() -> None:
 
 def test_bad_arguments_are_named(without_type_checks: None) -> None:
     together: Any = CoActivation.of({"W": mechanisms()})
-    with pytest.raises(ValueError, match="runs=1; expected a whole number, at least 2"):
+    with pytest.raises(ValueError, match="runs=1; expected at least 2: one has nothing to agree with"):
         ensemble(together, runs=1)
     with pytest.raises(ValueError, match="share=0; expected a number above 0"):
         ensemble(together, share=0)

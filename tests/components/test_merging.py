@@ -140,12 +140,12 @@ def test_lists_are_shortened_without_a_trace() -> None:
 def test_bad_arguments_are_named(without_type_checks: None) -> None:
     together: Any = CoActivation.of({"W": planted(0)})
     for arguments, message in (
-        ({"alpha": -1.0}, "alpha=-1.0; expected a finite number of bits per member, zero or more"),
-        ({"alpha": math.nan}, "alpha=nan; expected a finite number"),
+        ({"alpha": -1.0}, "alpha=-1; expected a number at least 0"),
+        ({"alpha": math.nan}, "alpha=nan; expected a number at least 0"),
         ({"pairs": "most"}, "pairs='most'; expected 'together'"),
-        ({"sampled": 0}, "sampled=0; expected None or a whole number, at least 1"),
-        ({"beyond": -1}, "beyond=-1; expected None or a whole number, at least 0"),
-        ({"sampled": 4, "temperature": -1.0}, "temperature=-1.0; expected a number of bits"),
+        ({"sampled": 0}, "sampled=0; expected at least 1, or None"),
+        ({"beyond": -1}, "beyond=-1; expected at least 0, or None"),
+        ({"sampled": 4, "temperature": -1.0}, "temperature=-1; expected a number at least 0"),
         ({"temperature": 1.0}, "chooses among sampled pairs; give sampled=32"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -156,7 +156,7 @@ def test_bad_arguments_are_named(without_type_checks: None) -> None:
         merge_subcomponents([1])  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="nothing fires in these co-activations"):
         merge_subcomponents(CoActivation.of({"W": np.zeros((4, 3), bool)}))
-    with pytest.raises(ValueError, match="n_merges=99; expected one of 0"):
+    with pytest.raises(ValueError, match="n_merges=99; expected at most "):
         merge_subcomponents(together).groups_after(99)
 
 
