@@ -54,18 +54,18 @@ for name, x in {
     "text scale": {SITE: {0: "off"}}, "None scale": {SITE: {0: None}}, "flag": {SITE: {0: False}}, "a list": [SITE],
     "a text": SITE, "a number": 3, "nothing": None, "ids alone": [0, 1], "at positions": U.at(2),
     "no direction": {SITE: {0: Rewrite()}}, "short": {SITE: {0: Rewrite(writes=torch.ones(3))}},
-    "whole": {SITE: {0: Rewrite(writes=torch.ones(32, dtype=torch.long))}}, "a list direction": {SITE: {0: Rewrite(writes=[1.0])}},
+    "whole": {SITE: {0: Rewrite(writes=torch.ones(32, dtype=torch.long))}}, "a list direction": lambda: {SITE: {0: Rewrite(writes=[1.0])}},
     "NaN direction": {SITE: {0: Rewrite(writes=torch.full((32,), float("nan")))}},
     "direction of several": {Unit(((SITE, 0), (SITE, 1))): Rewrite(writes=torch.ones(32))},
-    "scale of a rewrite": {SITE: {0: Rewrite(writes=torch.ones(32), scale="x")}}, "two scales": {SITE: {0: torch.ones(2)}},
+    "scale of a rewrite": lambda: {SITE: {0: Rewrite(writes=torch.ones(32), scale="x")}}, "two scales": {SITE: {0: torch.ones(2)}},
 }.items():  # fmt: skip
-    add(f"edit {name}", lambda d, m, p, x=x: edit(d, x))
+    add(f"edit {name}", lambda d, m, p, x=x: edit(d, x() if callable(x) else x))
 for name, x in {
     "text": "importance", "number": 0.5, "one": Above(1.0), "below": Above(-0.1), "NaN": Above(float("nan")),
-    "text threshold": Above("x"), "other unit": Above(0.5, Unit((("blocks.0.mlp.W_in", 0),))), "ids": Above(0.5, {SITE: [0]}),
-    "None threshold": Above(None),
+    "text threshold": lambda: Above("x"), "other unit": Above(0.5, Unit((("blocks.0.mlp.W_in", 0),))), "ids": lambda: Above(0.5, {SITE: [0]}),
+    "None threshold": lambda: Above(None),
 }.items():  # fmt: skip
-    add(f"edit when {name}", lambda d, m, p, x=x: edit(d, {SITE: [0]}, when=x))
+    add(f"edit when {name}", lambda d, m, p, x=x: edit(d, {SITE: [0]}, when=x() if callable(x) else x))
 add("edit the model", lambda d, m, p: edit(m, {SITE: [0]}))
 add("edit removed", lambda d, m, p: edit(removed(), {SITE: [0]}))
 add("edit components of another", lambda d, m, p: edit(d, Components.of(another(), [{SITE: [0]}])))
