@@ -55,6 +55,7 @@ def command(
     accumulate: Annotated[int, typer.Option(min=1, help="Parts of a batch, one after the other.")] = 1,
     recompute: Annotated[str, typer.Option(help="none, gates, passes or all.")] = "none",
     cached: Annotated[bool, typer.Option("--cached", help="On cached residual streams.")] = False,
+    shard: Annotated[bool, typer.Option("--shard", help="Ranks share out V, U, gates and their moments.")] = False,
     device: Annotated[str | None, typer.Option(help=f"One of {', '.join(DEVICES)}.")] = None,
     utilisation: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the rated rate.")] = 0.3,
     split: Annotated[str | None, typer.Option(help="blocks: one job for every block.")] = None,
@@ -93,7 +94,7 @@ def command(
         if model is None or not sites:
             raise ConfigError("give CONFIG, or --model and --sites: --model gpt2 --sites 'blocks.5.mlp.W_*'")
         try:
-            train = TrainConfig().changed(precision=precision, accumulate=accumulate, recompute=recompute)
+            train = TrainConfig().changed(precision=precision, accumulate=accumulate, recompute=recompute, shard=shard)
         except ValueError as error:
             raise ConfigError(str(error)) from None
         found = plan(

@@ -11,6 +11,7 @@ processes have on the card. Seconds come from a device's rated rate times a `uti
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
@@ -27,13 +28,15 @@ KnownGate = Literal["shared", "scalar", "vector"]
 DEFAULT_WIDTHS = {kind: DEFAULT_WIDTH[kind] for kind in get_args(KnownGate)}
 
 
-# How many tensors of each size are alive when most are, fitted once to 26 small models whose steps were counted (the
-# largest single error 24 %, of activations alone) and rounded. Per token: importances (values under two squashings and
-# their graphs), masks of a pass, attention scores, heads, logits (clean, masked, their gradient). Per step: matrices as
-# large as the largest decomposed weight. Layer-wise routing holds less than is planned.
-PER_IMPORTANCE, PER_MASK, PER_SCORE, PER_HEAD, PER_LOGIT, PER_WEIGHT = 5.0, 1.4, 2.0, 5.0, 5.5, 4.0
+# How many tensors of each size are alive when most are, fitted once to 34 small steps whose bytes were counted, with or
+# without what saves memory (sums .90 to 1.16 of those counted), and rounded. Per token: importances (values under two
+# squashings and their graphs), masks of a pass, attention scores, heads, logits (clean, masked, their gradient). Per
+# step: matrices as large as the largest decomposed weight.
+PER_IMPORTANCE, PER_MASK, PER_SCORE, PER_HEAD, PER_LOGIT, PER_WEIGHT = 5.6, 1.6, 1.5, 3.8, 3.6, 1.0
 # With gates computed again.
-PER_IMPORTANCE_AGAIN = 4.0
+PER_IMPORTANCE_AGAIN = 4.5
+# Numbers of each of the three blocks that scalar gates on a CPU work in, whatever the batch.
+WORKSPACE = 2**19
 
 
 @dataclass(frozen=True)
@@ -145,7 +148,7 @@ def plan(
     rows = batch_size // gpus
     chosen = device if device is None or isinstance(device, Device) else _device(device)
     width = gate_width or DEFAULT_WIDTHS[gate]
-    step = _Step(shape, shape.sites(sites), config, context, gate, width, target_bytes, cached)
+    step = _Step(shape, shape.sites(sites), config, context, gate, width, target_bytes, cached, gpus)
     found = Plan(
         n_target=shape.n_parameters(),
         n_trained=step.n_trained(),
@@ -185,6 +188,7 @@ class _Step:
     width: int
     target_bytes: int
     cached: bool
+    gpus: int
 
     # -- sizes -----------------------------------------------------------------------------------------------------
 
@@ -231,7 +235,9 @@ class _Step:
             found["gates again"] = forward_gates
         for term in config.reconstructions:
             forward, backward, by_factors = self._masked(tokens, term)
-            again = forward if config.recompute in ("passes", "all") else 0.0
+            # The last product of a pass is not needed again.
+            last = self._last_product(tokens) * (len(self.counts) if term.routing == "layerwise" else 1)
+            again = forward - last if config.recompute in ("passes", "all") else 0.0
             found[term.name] = term.draws * (forward + again + backward)
             if (n := _ascents(term)) > 0:
                 share = term.masks.share if isinstance(term.masks, Merged) else 1.0
@@ -253,7 +259,11 @@ class _Step:
         shape = self.shape
         block = sum(a * b for a, b in shape.block_matrices().values())
         attention = 2 * self.context * shape.n_heads * shape.d_head
-        return 2.0 * tokens * ((shape.n_layers - first) * (block + attention) + shape.d_model * shape.d_vocab)
+        return 2.0 * tokens * (self._end() - first) * (block + attention) + self._last_product(tokens)
+
+    def _last_product(self, tokens: int) -> float:
+        """Logits, where passes go to the end."""
+        return 2.0 * tokens * self.shape.d_model * self.shape.d_vocab * (self.config.stop_at is None)
 
     def _masked(self, tokens: int, term: Reconstruction) -> tuple[float, float, float]:
         """Products of one draw: forward, backward, and the part of the backward that is for V and U."""
@@ -275,7 +285,7 @@ class _Step:
         first = min(int(site.split(".")[1]) for site in masked)
         forward = backward = by_factors = 0.0
         residual = False
-        for block in range(first, shape.n_layers):
+        for block in range(first, self._end()):
             inputs = attended = hidden = residual
             for name, (d_in, d_out) in shape.block_matrices().items():
                 site = f"blocks.{block}.{name}"
@@ -302,21 +312,57 @@ class _Step:
                     product = 4.0 * tokens * self.context * shape.n_heads * shape.d_head
                     forward += product
                     backward += 2 * product * attended
-        product = 2.0 * tokens * shape.d_model * shape.d_vocab
+        product = self._last_product(tokens)
         return forward + product, backward + product * residual, by_factors
 
     # -- bytes -----------------------------------------------------------------------------------------------------
 
     def bytes_by_kind(self, rows: int) -> dict[str, float]:
         """Of one rank, at the largest moment of a step."""
-        trained = self.n_trained()
+        trained, parts = 4.0 * self.n_trained(), self.gpus if self.config.shard else 1
+        activations = self._activations(rows * self.context / self.config.accumulate)
+        # Behind the passes all gradients are there, and no activations.
+        gradients = max(4.0 * self._gradients_in_passes(), trained - sum(activations.values()))
         found = {
-            "target": float(self.shape.n_parameters() * self.target_bytes),
-            "V, U and gates": 4.0 * trained,
-            "gradients": 4.0 * trained,
-            "Adam": 8.0 * trained,
+            "target": self._target_bytes(),
+            "V, U and gates": trained / parts,
+            "gradients": gradients / parts,
+            "Adam": 2 * trained / parts,
         }
-        return found | self._activations(rows * self.context / self.config.accumulate)
+        if parts > 1:
+            # The largest site, or gate: gathered, whole, and its gradient before it is cut up.
+            found["gathered"] = 3 * 4.0 * max(map(self._largest_group, self.counts))
+        return found | activations
+
+    def _target_bytes(self) -> float:
+        """Weights of the target that stay where the run is."""
+        block = sum(a * b for a, b in self.shape.block_matrices().values())
+        unused = (self._first() if self.cached else 0) + self.shape.n_layers - self._end()
+        return float((self.shape.n_parameters() - self.config.offload * unused * block) * self.target_bytes)
+
+    def _gradients_in_passes(self) -> int:
+        """How many gradients are there at the largest moment of a masked pass.
+
+        Those of gates come after all passes, those of V and U with the first; with several parts all are there.
+        """
+        if self.config.accumulate > 1:
+            return self.n_trained()
+        terms = self.config.reconstructions
+        # Of layer-wise passes the first, of all blocks, is the largest.
+        once = len(terms) == 1 and terms[0].draws == 1 and self.config.hidden == 0
+        return 0 if once else self._n_factors()
+
+    def _n_factors(self) -> int:
+        return sum(C * (d_in + d_out) for d_in, d_out, C in map(self._size, self.counts))
+
+    def _largest_group(self, site: str) -> int:
+        d_in, d_out, C = self._size(site)
+        factors = C * (d_in + d_out)
+        return max(factors, self._n_trained(site) - factors)
+
+    def _end(self) -> int:
+        """The block before which passes end."""
+        return self.shape.n_layers if self.config.stop_at is None else self.config.stop_at
 
     def _activations(self, tokens: float) -> dict[str, float]:
         """What a step makes and drops again, when most of it is alive: in the backward pass of a masked pass."""
@@ -324,13 +370,21 @@ class _Step:
         numbers = 2 if half else 4
         sizes = [self._size(site) for site in self.counts]
         masked = [C for _, _, C in sizes]
-        if all(term.routing == "layerwise" for term in self.config.reconstructions):
+        each = all(term.routing == "layerwise" for term in self.config.reconstructions)
+        if each:
             masked = [max(masked)]
-        hidden = {"shared": 2 * self.width * len(sizes), "scalar": 0, "vector": 2 * self.width * sum(masked)}[self.gate]
-        blocks = [self._block(block) for block in range(self._first(), shape.n_layers)]
+        hidden = {
+            "shared": 2 * self.width * len(sizes),
+            "scalar": 0,
+            "vector": 2 * self.width * sum(C for _, _, C in sizes),
+        }[self.gate]
+        passes = [[site] for site in self.counts] if each else [list(self.counts)]
+        blocks = max((self._blocks(own) for own in passes), key=sum)
         per_importance, of_blocks = PER_IMPORTANCE, float(sum(blocks))
         if self.config.recompute in ("gates", "all"):
-            hidden = {"shared": 2 * self.width, "scalar": 0, "vector": 2 * self.width * max(masked)}[self.gate]
+            hidden = {"shared": 2 * self.width, "scalar": 0, "vector": 2 * self.width * max(C for _, _, C in sizes)}[
+                self.gate
+            ]
             per_importance = PER_IMPORTANCE_AGAIN
         if self.config.recompute in ("passes", "all"):
             of_blocks = max(blocks) + len(blocks) * shape.d_model
@@ -338,26 +392,37 @@ class _Step:
         return {
             "importances and masks": 4.0 * tokens * importances,
             "blocks' activations": float(numbers * tokens * of_blocks),
-            "logits": 4.0 * tokens * PER_LOGIT * shape.d_vocab,
+            "logits": 4.0 * tokens * PER_LOGIT * (shape.d_vocab if self.config.stop_at is None else shape.d_model),
+            **({"workspace of gates": 12.0 * WORKSPACE} if self.gate == "scalar" else {}),
             "products of weights": 4.0 * PER_WEIGHT * max(a * b for a, b, _ in sizes) + half * 2.0 * self.n_trained(),
         }
 
-    def _block(self, block: int) -> float:
-        """Numbers per token that a block keeps for the backward pass of a masked pass."""
+    def _blocks(self, masked: list[str]) -> list[float]:
+        """Numbers per token that every block keeps for the backward pass of a pass with these sites masked."""
+        first = min(int(site.split(".")[1]) for site in masked)
+        return [self._block(block, first, masked) for block in range(first, self._end())]
+
+    def _block(self, block: int, first: int, masked: list[str]) -> float:
         shape = self.shape
-        own = [site for site in self.counts if site.startswith(f"blocks.{block}.")]
+        own = [site for site in masked if site.startswith(f"blocks.{block}.")]
         # Sites keep the outputs of target and subcomponents apart.
         share = min(1.0, 2 * len(own) / len(shape.block_matrices()))
-        found = (10 + 19 * share) * shape.d_model + (2.0 + 0.6 * share) * shape.d_mlp * (1.7 if shape.gated else 1)
-        if block > self._first() or any(".attn." in site for site in own):
+        found = (7.5 + 14 * share) * shape.d_model + (1.5 + 0.45 * share) * shape.d_mlp * (1.7 if shape.gated else 1)
+        if block > first or any(".attn." in site for site in own):
             found += shape.n_heads * (PER_SCORE * self.context + PER_HEAD * shape.d_head)
         return found
 
     def largest(self, memory: float) -> int:
         """Rows that fit into `memory` bytes on a rank."""
-        fixed, one = sum(self.bytes_by_kind(0).values()), sum(self.bytes_by_kind(1).values())
-        rows, parts = max(0, int((memory - fixed) // (one - fixed))), self.config.accumulate
-        return rows // parts * parts
+        parts = self.config.accumulate
+
+        def fits(n: int) -> bool:
+            return sum(self.bytes_by_kind(n * parts).values()) <= memory
+
+        above = 1
+        while fits(above):
+            above *= 2
+        return (bisect_left(range(1, above), True, key=lambda n: not fits(n))) * parts
 
 
 def _ascents(term: Reconstruction) -> int:

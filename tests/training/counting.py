@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,12 +14,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 class PeakBytes(TorchDispatchMode):
-    """Follows every tensor that is made inside, storage by storage; `peak` is the most that was alive at once."""
+    """Follows every tensor that is made inside, storage by storage; `peak` is the most that was alive at once.
 
-    def __init__(self) -> None:
+    What was there `before` counts nowhere: views of it are made inside as well.
+    """
+
+    def __init__(self, before: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.alive = self.peak = 0
-        self._known: set[int] = set()
+        self._known: set[int] = {tensor.untyped_storage()._cdata for tensor in before}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -48,9 +51,9 @@ def counted_flops(step: Callable[[], Any]) -> int:
     return counter.get_total_flops()
 
 
-def peak_bytes(step: Callable[[], Any]) -> int:
-    """The most bytes that one call has alive at once, of what it makes itself."""
+def peak_bytes(step: Callable[[], Any], before: Iterable[Tensor]) -> int:
+    """The most bytes that one call has alive at once, of what it makes itself; `before`: what was there."""
     gc.collect()
-    with PeakBytes() as counter:
+    with PeakBytes(before) as counter:
         step()
     return counter.peak

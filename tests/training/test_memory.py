@@ -104,7 +104,8 @@ def _peak(decomposition: Decomposition, **options: Any) -> int:
     learner = make_learner(decomposition, config)
     batch = _batch(n=32)
     take_step(learner, batch, 0)
-    return peak_bytes(lambda: take_step(learner, batch, 1))
+    moments = [t for state in learner.optimizer.state.values() for t in state.values()]
+    return peak_bytes(lambda: take_step(learner, batch, 1), [*decomposition.model.parameters(), *moments])
 
 
 @pytest.mark.slow
