@@ -31,6 +31,7 @@ def cases(shape: ModelShape) -> dict[str, tuple[ModelShape, dict[str, int | None
         "MLP of the middle block, 1 GPU": (shape, {f"blocks.{middle}.mlp.W_*": None}, 1, True),
         "MLP of the middle block, 8 GPUs": (shape, {f"blocks.{middle}.mlp.W_*": None}, 8, True),
         "all matrices of all blocks, 8 GPUs": (shape, {"blocks.*": None}, 8, False),
+        "all matrices of all blocks, 8 GPUs, sharded": (shape, {"blocks.*": None}, 8, False),
         "a job for every block, local, 1 GPU each": (block, {"blocks.0.*": None}, 1, True),
     }
 
@@ -38,7 +39,7 @@ def cases(shape: ModelShape) -> dict[str, tuple[ModelShape, dict[str, int | None
 def row(name: str, what: str) -> dict[str, Any]:
     """One row of the table."""
     shape, sites, gpus, cached = cases(SHAPES[MODELS[name]])[what]
-    bf16 = TrainConfig(precision="bf16")
+    bf16 = TrainConfig(precision="bf16", shard="sharded" in what)
     one = plan(shape, sites, bf16, batch_size=gpus, context=CONTEXT, gpus=gpus, target_bytes=2, cached=cached,
                device=DEVICE, utilisation=UTILISATION)  # fmt: skip
     rows = max(1, min(ROWS // gpus, one.largest_batch or 1)) * gpus

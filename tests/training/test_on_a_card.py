@@ -68,6 +68,7 @@ def _ready(decomposition: Decomposition, config: TrainConfig) -> Learner:
     return make_learner(decomposition, config)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("gate", ["scalar", "shared", "global"])
 def test_a_step_never_waits_for_the_card(gate: str, precision: str) -> None:

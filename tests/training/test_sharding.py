@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from spd_lens import Decomposition, TrainConfig, decompose, train
-from spd_lens.data import Batch
+from spd_lens.data import Batch, processes
 from spd_lens.support import file_hash, write_checked
 from spd_lens.training import (
     Evaluations,
@@ -23,7 +23,6 @@ from spd_lens.training import (
     checkpoint,
     join_processes,
     loop,
-    processes,
     read_checkpoint,
     sharding,
     shards,
