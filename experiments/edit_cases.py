@@ -2,7 +2,7 @@
 
 The tiny language model: semicolons and archaic pronouns of its whaling book, words of the speeches that it writes
 itself, and one fact, "Ahab" after "Captain". The induction model: the token that comes again. SmolLM2-135M with some of
-its blocks decomposed: semicolons, pronouns and the same fact, on the same book.
+its blocks decomposed: semicolons and pronouns, on the same book.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ IN_BOOK = {
     "fact": ("Ahab",),
 }
 SMOLLM2 = "smollm2_"
-CASES = ("semicolon", "pronouns", "speeches", "fact", "induction", *(SMOLLM2 + name for name in IN_BOOK))
+# "Ahab" is several tokens of SmolLM2.
+CASES = ("semicolon", "pronouns", "speeches", "fact", "induction", SMOLLM2 + "semicolon", SMOLLM2 + "pronouns")
 
 
 @dataclass

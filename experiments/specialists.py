@@ -236,7 +236,7 @@ def main() -> None:
         print(table(results))
         return
     if args.figure:
-        figure(committed(), RESULTS / "specialists.png")
+        figure([r for r in committed() if r["case"] in CASES], RESULTS / "specialists.png")
         print(table(committed()))
         return
     if args.model == "tiny_lm":
