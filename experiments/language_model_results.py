@@ -4,8 +4,9 @@
     python experiments/language_model_results.py compare RUN_A RUN_B   # MMCS of two seeds' saves, with controls
 
 Every run is a folder with the `log.jsonl` of its training and the `evaluation.json` of its end. The folder's name says
-coefficient and seed; `C0.5` and `C2`: C at half and twice the recommended; `gate256`: gates twice as wide; `batch`:
-gone on with from seed 0 under an adversary with one source for the whole batch, learning rate .01 or .05.
+coefficient and seed; `C0.5` and `C2`: C at half and twice the recommended; `gate256`: gates twice as wide; `svd` and
+`random`: gates alone on such directions; `batch`: gone on with from seed 0 under an adversary with one source for the
+whole batch, learning rate .01 or .05.
 """
 
 from __future__ import annotations

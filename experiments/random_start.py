@@ -1,6 +1,6 @@
 """The induction model decomposed from a random start, with a global or attention gate and an adversary.
 
-    python experiments/random_start.py --gate global --coefficient 1e-3 --seed 0       prints one JSON object
+    python experiments/random_start.py --seed 0                    prints one JSON object; half an hour of a CPU core
     python experiments/random_start.py --device cuda --out RUN.json                    every step a CUDA graph
     python experiments/random_start.py --table RESULTS                                 a line per JSON file there
 
@@ -126,12 +126,12 @@ def table(results: Path) -> str:
 
 def main(
     gate: Annotated[str, typer.Option(help=", ".join(GATES))] = "global",
-    coefficient: Annotated[float, typer.Option(help="of minimality")] = 1e-3,
+    coefficient: Annotated[float, typer.Option(help="of minimality")] = 2e-3,
     adversary: Annotated[str, typer.Option(help=", ".join(ADVERSARIES))] = "merged",
     steps: int = 3000,
     rows: Annotated[int, typer.Option(help="sequences in a batch")] = 16,
     lr: float = 2e-3,
-    n_subcomponents: Annotated[int, typer.Option("-C", help="at each matrix")] = 64,
+    n_subcomponents: Annotated[int, typer.Option("-C", help="at each matrix")] = 128,
     seed: int = 0,
     device: Annotated[str, typer.Option(help="cpu, or cuda: every step a CUDA graph")] = "cpu",
     out: Annotated[Path | None, typer.Option(help="JSON file to write")] = None,
