@@ -185,8 +185,9 @@ class DecomposedWeight(ReadPoint):
     def with_positions(self, value: Tensor) -> Tensor:
         """What a model computes as `[batch * pos, d]` (the MLPs of OPT) as `[batch pos d]`, as HookPoints show it."""
         conversion = getattr(self, "hook_conversion", None)
-        flat = conversion is not None and value.ndim == 2 and not self.swapped.site.is_lookup
-        return conversion.convert(value) if flat else value
+        if conversion is None or value.ndim != 2 or self.swapped.site.is_lookup:
+            return value
+        return conversion.convert(value)
 
     def _output(self, y0: Tensor) -> Tensor:
         state, name = self.swapped.state, self.swapped.site.name
