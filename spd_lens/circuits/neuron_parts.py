@@ -31,9 +31,7 @@ class HeadAndNeuronParts(Parts):
         for layer, kind in decomposed_blocks(decomposition):
             name = host.heads_point(layer) if kind == "attn" else host.neurons_point(layer)
             if name is None:
-                raise ValueError(
-                    f"block {layer} has no HookPoint of its neurons; expected blocks.{layer}.mlp.hook_post"
-                )
+                raise ValueError(f"block {layer} has no HookPoint of its neurons; expected a model that has one")
             points[name] = (layer, kind)
         if not points:
             raise ValueError("no head and no MLP has a decomposed matrix; decompose some of blocks.*")
