@@ -31,7 +31,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from spd_lens import Decomposition, pack_tokens
-from spd_lens.audit import Bench, Budget, Cases, Choices, audit_page, explain, verify, worst_claims
+from spd_lens.audit import AuditReport, Bench, Budget, Cases, Choices, audit_page, explain, verify, worst_claims
 from spd_lens.models import load_moby_dick, load_smollm2, load_tiny_lm
 from spd_lens.support import library_versions, write_json
 
@@ -105,7 +105,7 @@ def setting(seed: int, smollm2: Path | None, host: Any, n_cases: int) -> Setting
     return Setting(name, first, decomposition, cases, vocabulary, held_out, top.indices, margins)
 
 
-def run(told: Setting, choices: Choices, n: int, out: Path, seed: int) -> dict[str, Any]:
+def run(told: Setting, choices: Choices, n: int, out: Path, seed: int, keep: bool) -> dict[str, Any]:
     """Audit `n` prompts, written after each; the first one's report and page are kept."""
     command = f"--json --prompts {n} --seed {seed}"
     settings = asdict(choices)
@@ -117,9 +117,13 @@ def run(told: Setting, choices: Choices, n: int, out: Path, seed: int) -> dict[s
         chosen = int(told.top[row, 0])
         started = time.perf_counter()
         title = f"Why {vocabulary[chosen]!r} after {told.text(row)!r}?"
-        report = explain(decomposition, held_out[row], chosen, **asked, choices=choices, title=title, seed=seed)
+        path = out / f"{told.name}_report.json"
+        if keep and i == 0 and path.is_file():
+            report = AuditReport.load(path)
+        else:
+            report = explain(decomposition, held_out[row], chosen, **asked, choices=choices, title=title, seed=seed)
         if i == 0:
-            report.save(out / f"{told.name}_report.json")
+            report.save(path)
             audit_page(report, out / f"{told.name}_report.html")
         own = verify(report, decomposition, **asked, standard=choices, title=title)
         fresh = verify(report, decomposition, **asked, standard=choices, seed=seed + 1_000) if report.reasons else own
@@ -136,6 +140,7 @@ def run(told: Setting, choices: Choices, n: int, out: Path, seed: int) -> dict[s
                 "rest": report.rest.value,
                 "adds_up": report.adds_up(),
                 "verified": bool(own),
+                "disagreements": list(own.disagreements),
                 "held_on_a_fresh_seed": f"{fresh.held} of {fresh.claims}",
                 "seconds": round(time.perf_counter() - started, 1),
             }
@@ -199,6 +204,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--json", action="store_true", help="print the whole result")
     parser.add_argument("--smollm2", type=Path, help="directory of a decomposition of SmolLM2 (smollm2.py makes them)")
+    parser.add_argument("--keep", action="store_true", help="the first prompt's report is there: only verify it")
     parser.add_argument("--host", choices=["hooked", "bridge"], default="bridge", help="of SmolLM2")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -208,7 +214,7 @@ def main() -> None:
         write_json(args.out / f"{told.name}_scan.json", found)
     else:
         choices = Choices(n_controls=args.controls, n_draws=args.draws, budget=Budget(steps=args.steps, starts=1))
-        found = run(told, choices, args.prompts, args.out, args.seed)
+        found = run(told, choices, args.prompts, args.out, args.seed, args.keep)
     if args.json:
         print(json.dumps(found, indent=1))
         return

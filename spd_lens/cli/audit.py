@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 from spd_lens.audit import AuditReport, Cases, Verification, audit_page, explain, verify, verify_page
@@ -50,6 +51,8 @@ def command(
     ] = None,
     json: JsonFlag = False,
 ) -> None:
+    # The credit model's tensors are tiny: more threads only wait for each other.
+    torch.set_num_threads(1)
     if what != "demo":
         raise ValueError(f"audit {what!r}; expected 'demo', or spd_lens.audit.explain(...) in Python for other models")
     if verify_file is not None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from experiments.audit import applicants, ask_slice, judged_claims, largest
-from experiments.audit_table import merged, table
+from experiments.audit_table import OURS, merged, table
 from experiments.credit_table import mended
 from experiments.discovery import KNOWN, MARKERS, VOCABULARY, patients, planted, rank_of, seeds_of
 from experiments.discovery import table as discovery_table
@@ -64,14 +64,29 @@ def test_only_the_sorted_column_is_taken_from_the_coded_table_and_the_others_hav
         mended(words, codes[:2])
 
 
-def test_the_committed_table_has_what_was_promised() -> None:
-    found = json.loads((RESULTS / "summary-0.json").read_text())
-    assert "--cases 100:" in found["command"] or found["command"].endswith(f"--cases {found['cases']}")
-    assert found["cases"] == found["adds_up"] >= 20
+@pytest.mark.parametrize("decomposition", [0, 1])
+def test_the_committed_table_has_what_was_promised(decomposition: int) -> None:
+    found = json.loads((RESULTS / f"summary-{decomposition}.json").read_text())
+    assert found["command"].endswith(f"--decomposition {decomposition} --cases 100:200")
+    assert found["cases"] == found["adds_up"] == 100
     for row in (found, *found["baselines"].values()):
         for name in ("reasons", "verified_share", "survive_pgd20_share", "counterfactual_agreement"):
             assert 0 <= row[name] <= (1e4 if name == "reasons" else 1)
     assert {"gradient x input", "integrated gradients", "SHAP"} <= set(found["baselines"])
+
+
+def test_the_page_says_what_the_tables_say() -> None:
+    page = (RESULTS.parents[2] / "docs" / "audit.md").read_text()
+    for decomposition in (0, 1):
+        found = json.loads((RESULTS / f"summary-{decomposition}.json").read_text())
+        for name, row in {OURS: found, **found["baselines"]}.items():
+            shares = [row["intervals"][key] for key in ("verified", "survives", "agrees")]
+            cells = [f"{100 * s['share']:.0f} % ({100 * s['low']:.0f} to {100 * s['high']:.0f})" for s in shares]
+            told = [name, str(row["reasons"]), *cells, f"{row['correlation_with_counterfactual']:.2f}"]
+            assert f"| {' | '.join(told)} |" in page
+    runs = json.loads((RESULTS.parent / "discovery" / "summary.json").read_text())
+    assert runs["seeds"] == list(range(10))
+    assert f"| {runs['success']['decomposition']} of 10 | {runs['value_first']['decomposition']} of 10 |" in page
 
 
 # -- slices ----------------------------------------------------------------------------------------------------------
