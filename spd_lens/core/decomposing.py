@@ -12,8 +12,9 @@ from torch import nn
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.gates import DEFAULT_WIDTH, GateKind
 from spd_lens.core.settings import GateMaker, InitMaker, Settings
+from spd_lens.core.site_checks import check_sites
 from spd_lens.core.subcomponents import InitKind
-from spd_lens.core.swap import check_sites, swap_sites
+from spd_lens.core.swap import swap_sites
 from spd_lens.hosts.host import Host
 from spd_lens.hosts.opening import open_host
 from spd_lens.hosts.site import Site, match_sites

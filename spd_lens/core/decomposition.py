@@ -20,8 +20,9 @@ from spd_lens.core.hub import upload
 from spd_lens.core.interventions import Factor, HookList, hooks_for_masks
 from spd_lens.core.saving import check_same_weights, check_tensors, read_decomposition, write_decomposition
 from spd_lens.core.settings import GateMaker, Settings
+from spd_lens.core.site_checks import check_sites
 from spd_lens.core.summary import Summary, summarise
-from spd_lens.core.swap import check_sites, swap_sites
+from spd_lens.core.swap import swap_sites
 from spd_lens.core.units import Unit, hooks_of
 from spd_lens.hosts.host import Host
 from spd_lens.hosts.opening import open_host

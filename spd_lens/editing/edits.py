@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from spd_lens.core.decomposed_weight import DecomposedWeight
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.gates import matmul_or_lookup
+from spd_lens.core.input_reader import tapped_input
 from spd_lens.core.inputs import checked_decomposition, checked_tokens
 from spd_lens.core.interventions import HookList
-from spd_lens.core.swap import tapped_input
 from spd_lens.editing.baking import explained_by_rounding, outputs_of, plain_model, some_tokens
 from spd_lens.editing.change import Above, Change, Changes, changes_of, check_condition, low_rank
 from spd_lens.support.given import given_instance, given_number

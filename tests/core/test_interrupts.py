@@ -13,20 +13,21 @@ import pytest
 import torch
 
 from spd_lens import Decomposition, decompose
-from spd_lens.core import swap
+from spd_lens.core import input_reader, new_modules, site_checks, swap
 from spd_lens.support import hold_interrupts
 from tests.small_models import tiny_transformer, tokens
 
 SITES = {"blocks.1.mlp.W_*": 4, "blocks.0.attn.W_V": 3}
+FILES = {module.__file__ for module in (input_reader, new_modules, site_checks, swap)}
 
 
 def interrupted_at(n: int, call: Callable[[], Any]) -> bool:
-    """Run `call`; raise KeyboardInterrupt at the n-th line of swap.py that runs. False if there are fewer."""
+    """Run `call`; raise KeyboardInterrupt at the n-th line of the swap's files that runs. False if there are fewer."""
     seen = 0
 
     def trace(frame: FrameType, event: str, arg: Any) -> Any:
         nonlocal seen
-        if frame.f_code.co_filename != swap.__file__:
+        if frame.f_code.co_filename not in FILES:
             return None
         if event == "line":
             seen += 1
