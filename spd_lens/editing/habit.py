@@ -17,7 +17,7 @@ from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.inputs import checked_tokens
 from spd_lens.objective.divergences import divergence_per_position, log_probs
 from spd_lens.support.given import given_function, given_instance, given_seed, given_whole, given_wholes, shown
-from spd_lens.tasks.task import Task
+from spd_lens.tasks.task import Task, row_with_repeats
 
 # Tokens [row pos] -> logits [row pos d_vocab].
 Forward: TypeAlias = Callable[[Tensor], Tensor]
@@ -58,6 +58,11 @@ class Habit:
             raise ValueError(
                 f"the answers of {self.name!r} are {tuple(self.answers.shape)} for {n} prompts; expected [row k] with "
                 "at least one token id in every row"
+            )
+        if (row := row_with_repeats(self.answers)) is not None:
+            raise ValueError(
+                f"row {row} of {self.name!r} has the answers {self.answers[row].tolist()}; expected every token once "
+                "(one that stands twice would count double)"
             )
         if self.continuations is not None and (self.continuations.ndim != 2 or len(self.continuations) != n):
             raise ValueError(

@@ -2,7 +2,7 @@
 
 from spd_lens.pictures.attention import qk_figure
 from spd_lens.pictures.components import coactivation_figure, dendrogram_figure, description_length_figure
-from spd_lens.pictures.effects import effects_heatmap
+from spd_lens.pictures.effects import effects_figure, effects_heatmap
 from spd_lens.pictures.graphs import graph_figure
 from spd_lens.pictures.importance import importance_figure, importance_page, save_importance, strongest
 from spd_lens.pictures.inline import InlineBrowser, browse
@@ -15,6 +15,7 @@ __all__ = [
     "coactivation_figure",
     "dendrogram_figure",
     "description_length_figure",
+    "effects_figure",
     "effects_heatmap",
     "graph_figure",
     "graph_view",

@@ -1,8 +1,8 @@
-"""Pictures of patching and ablation results, for notebooks.
+"""Pictures of patching and ablation results: `effects_heatmap` for notebooks, `effects_figure` for print.
 
-Heat maps follow TransformerLens's style: plotly, RdBu, white at 0, tokens labelled `"{token}_{position}"` so that
-repeated tokens stay apart. plotly is imported when a figure is drawn (extra `plots`). Text from models and data is
-escaped.
+Heat maps follow TransformerLens's style: RdBu, white at 0, tokens labelled `"{token}_{position}"` so that repeated
+tokens stay apart. plotly and matplotlib are imported when a figure is drawn (extra `plots`). Text from models and data
+is escaped.
 """
 
 from __future__ import annotations
@@ -11,12 +11,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from jaxtyping import Float
+from torch import Tensor
+
 from spd_lens.patching.effects import Effects
-from spd_lens.pictures.texts import checked_texts, plotly_text
+from spd_lens.pictures.texts import checked_texts, drawn_text, plotly_text
 from spd_lens.support.given import given_instance
 from spd_lens.support.pages import shortened
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure as DrawnFigure
     from plotly.graph_objects import Figure
 
 
@@ -32,16 +36,11 @@ def effects_heatmap(
     """
     import plotly.graph_objects as go
 
-    given_instance("effects", effects, Effects, "ablation_effects(...) and activation_patching(...) give them")
-    if recovered:
-        shares = effects.recovered.unsqueeze(-1)
-        effects = replace(effects, values=shares, baseline=shares.new_zeros(1), clean_metric=None)
-    grid = effects.grid(site)
-    ids = [c for c in range(grid.shape[1]) if not bool(grid[:, c].isnan().all())]
+    grid, ids = _shown(effects, site, recovered)
     figure = go.Figure(
         go.Heatmap(
-            z=grid[:, ids].T.tolist(),
-            x=_position_labels(effects, tokens),
+            z=grid.tolist(),
+            x=[plotly_text(label) for label in _position_labels(effects, tokens)],
             y=[f"{c}" for c in ids],
             colorscale="RdBu",
             zmid=0,
@@ -55,6 +54,42 @@ def effects_heatmap(
     return figure
 
 
+def effects_figure(
+    effects: Effects, site: str, tokens: Sequence[str] | None = None, *, recovered: bool = False
+) -> DrawnFigure:
+    """`effects_heatmap` drawn with Matplotlib, which needs no browser: `effects_figure(...).savefig("effects.png")`.
+
+    Arguments and errors as there.
+    """
+    import matplotlib.pyplot as plt
+
+    grid, ids = _shown(effects, site, recovered)
+    labels = _position_labels(effects, tokens)
+    size = (2.4 + 0.42 * max(4, len(labels)), 1.6 + 0.22 * max(4, len(ids)))
+    figure, axis = plt.subplots(figsize=size, layout="constrained")
+    limit = float(grid.nan_to_num().abs().max()) or 1.0
+    image = axis.imshow(grid.numpy(), cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
+    axis.set_yticks(range(len(ids)), [str(c) for c in ids], fontsize=7)
+    words = [drawn_text(label, 24) for label in labels]
+    axis.set_xticks(range(len(labels)), words, fontsize=8, rotation=45, ha="right", parse_math=False)
+    axis.set_xlabel("position")
+    axis.set_ylabel("subcomponent")
+    axis.set_title(drawn_text(f"{effects.what}: {site}", 120), loc="left", fontsize=10, parse_math=False)
+    figure.colorbar(image, ax=axis, label="recovered" if recovered else "effect")
+    return figure
+
+
+def _shown(effects: Effects, site: str, recovered: bool) -> tuple[Float[Tensor, "C position"], list[int]]:
+    """The numbers of a heat map, and the ids of its rows."""
+    given_instance("effects", effects, Effects, "ablation_effects(...) and activation_patching(...) give them")
+    if recovered:
+        shares = effects.recovered.unsqueeze(-1)
+        effects = replace(effects, values=shares, baseline=shares.new_zeros(1), clean_metric=None)
+    grid = effects.grid(site)
+    ids = [c for c in range(grid.shape[1]) if not bool(grid[:, c].isnan().all())]
+    return grid[:, ids].T, ids
+
+
 def _position_labels(effects: Effects, tokens: Sequence[str] | None) -> list[str]:
     if effects.positions is None:
         return ["all positions"]
@@ -66,4 +101,4 @@ def _position_labels(effects: Effects, tokens: Sequence[str] | None) -> list[str
             f"{len(texts)} tokens for positions up to {max(effects.positions)}; give all tokens of the prompt"
         )
     # With positions, so that equal tokens are not merged.
-    return [plotly_text(f"{shortened(texts[position], 40)}_{position}") for position in effects.positions]
+    return [f"{shortened(texts[position], 40)}_{position}" for position in effects.positions]

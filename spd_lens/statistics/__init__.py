@@ -4,7 +4,8 @@
 
 from spd_lens.statistics.attention_pairs import Pair, QKInteractions, qk_interactions
 from spd_lens.statistics.browser import Contents, inline_page
-from spd_lens.statistics.coactivations import CoActivation, Partner, Window, coactivation
+from spd_lens.statistics.coactivations import CoActivation, Partner, Window
+from spd_lens.statistics.counting_together import coactivation
 from spd_lens.statistics.directions import SiteDirections
 from spd_lens.statistics.firing import harvest
 from spd_lens.statistics.firing_together import cofiring

@@ -17,19 +17,13 @@ from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float, Int64, Integer
 from torch import Tensor
 
-from spd_lens.core.decomposition import Decomposition
-from spd_lens.core.inputs import checked_decomposition
-from spd_lens.core.squashings import importance_of
 from spd_lens.core.units import ALIVE_ABOVE
-from spd_lens.data.streams import first_batches
 from spd_lens.statistics.event_sample import Collector, Part, chosen_events, joined, smallest_keys
 from spd_lens.support.given import given_instance, given_number, shown
 from spd_lens.support.names import near_names
-from spd_lens.support.progress import tqdm
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
@@ -102,8 +96,15 @@ class CoActivation:
         lengths = {site: len(fired) for site, fired in arrays.items()}
         if not arrays or 0 in lengths.values() or len(set(lengths.values())) > 1:
             raise ValueError(f"events per site: {lengths}; expected the same number, at least one, at every site")
+        for site, fired in arrays.items():
+            if fired.dtype != bool and not np.isin(fired, (0, 1)).all():
+                raise ValueError(
+                    f"{site} holds other values than True and False; compare importances with a threshold first: "
+                    f"importance > {threshold:g}"
+                )
+        arrays = {site: fired.astype(bool) for site, fired in arrays.items()}
         sites = {site: fired.shape[1] for site, fired in arrays.items()}
-        most = _positive("max_events", max_events)
+        most = positive("max_events", max_events)
         collector = Collector(sum(sites.values()), most, generator or np.random.default_rng(0))
         collector.add(np.concatenate(list(arrays.values()), axis=1))
         return CoActivation(sites, **collector.found(), max_events=most, threshold=threshold, window=window)
@@ -194,7 +195,7 @@ class CoActivation:
         together[number] = 0
         jaccard = together / np.maximum(counts + counts[number] - together, 1)
         found = []
-        for other in np.argsort(-jaccard, kind="stable")[: _positive("n", n)]:
+        for other in np.argsort(-jaccard, kind="stable")[: positive("n", n)]:
             both = int(together[other])
             if not both:
                 break
@@ -239,7 +240,7 @@ class CoActivation:
         if isinstance(max_share, bool) or not isinstance(max_share, (int, float)) or not 0 < max_share <= 1:
             raise ValueError(f"max_share={max_share!r}; expected a share of the events, above 0, at most 1")
         counts = self.counts
-        chosen = (counts >= _positive("min_events", min_events)) & (counts <= max_share * self.n_events)
+        chosen = (counts >= positive("min_events", min_events)) & (counts <= max_share * self.n_events)
         stays = chosen[self.ids]
         lengths = np.bincount(np.repeat(np.arange(self.n_events), np.diff(self.starts))[stays], minlength=self.n_events)
         starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
@@ -265,85 +266,7 @@ class CoActivation:
         return replace(self, starts=starts, ids=columns[order].astype(np.int32))
 
 
-def coactivation(
-    decomposition: Decomposition,
-    batches: Any,
-    *,
-    max_batches: int | None = 64,
-    threshold: float = ALIVE_ABOVE,
-    window: Window = 1,
-    max_events: int = 1 << 16,
-    seed: int = 0,
-) -> CoActivation:
-    """Which subcomponents have an importance above `threshold` together, over all sites.
-
-    With `window=1` an event is a position. With `window=w` it is a position with the w - 1 before it, in the same row:
-    a subcomponent fires in it if it fires at any of them, so that what works at a token and what works at the next are
-    seen together. `window="row"`: one event per row. Positions that a batch's mask leaves out neither fire nor count.
-
-    Raises TypeError or ValueError for data that cannot be run, numbers out of range, and where nothing fires at all.
-    """
-    checked_decomposition(decomposition, "coactivation")
-    checked_threshold(threshold)
-    _check_window(window)
-    if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
-        raise ValueError(f"seed={seed!r}; expected a whole number, zero or more")
-    sizes = {name: weight.n_subcomponents for name, weight in decomposition.items()}
-    most = _positive("max_events", max_events)
-    collector = Collector(sum(sizes.values()), most, np.random.default_rng(int(seed)))
-    stream = first_batches(batches, decomposition, max_batches, purpose="count co-activations in")
-    with torch.no_grad():
-        for batch in tqdm(stream, desc="coactivation", leave=False):
-            batch = batch.to(decomposition.device)
-            clean = decomposition.clean_pass(batch.inputs, start_at=batch.start_at, attention_mask=batch.attention_mask)
-            pre = decomposition.pre_importances(clean.inputs)
-            n_axes = batch.inputs.ndim if batch.inputs.is_floating_point() else batch.inputs.ndim + 1
-            fires = torch.cat([_fires(pre[name], threshold, n_axes) for name in sizes], dim=-1)
-            collector.add(_events(fires, batch.position_mask, window).cpu().numpy())
-    found = CoActivation(sizes, **collector.found(), max_events=most, threshold=float(threshold), window=window)
-    if not found.fired.any():
-        raise ValueError(
-            f"nothing fires: no importance is above {threshold:g} in any of {found.n_seen:,} events; is the "
-            "decomposition trained? (a smaller threshold may find more)"
-        )
-    return found
-
-
-def _fires(pre: Tensor, threshold: float, n_axes: int) -> Bool[Tensor, "*batch C"]:
-    fires = importance_of(pre) > threshold
-    return fires.any(-2) if fires.ndim > n_axes else fires  # a head axis: any head speaks for the position
-
-
-def _events(fires: Tensor, position_mask: Tensor | None, window: Window) -> Bool[Tensor, "events C"]:
-    if position_mask is not None:
-        fires = fires & position_mask.unsqueeze(-1)
-    if fires.ndim < 3:
-        if window != 1:
-            raise ValueError(f"window={window!r}, but this model's inputs have no positions; leave window=1")
-        return fires if position_mask is None else fires[position_mask]
-    if window == "row":
-        rows = fires.any(1)
-        return rows if position_mask is None else rows[position_mask.any(1)]
-    seen = fires.clone()
-    for back in range(1, min(window, fires.shape[1])):
-        seen[:, back:] |= fires[:, :-back]
-    return seen.flatten(0, 1) if position_mask is None else seen[position_mask]
-
-
-def checked_threshold(threshold: Any) -> None:
-    """Raise TypeError or ValueError unless `threshold` is a number in 0..1, 1 left out."""
-    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
-        raise TypeError(f"threshold={threshold!r}; expected a number")
-    if not 0 <= threshold < 1:
-        raise ValueError(f"threshold={threshold!r}; expected an importance: at least 0, below 1")
-
-
-def _check_window(window: Any) -> None:
-    if window != "row" and (isinstance(window, bool) or not isinstance(window, Integral) or window < 1):
-        raise ValueError(f"window={window!r}; expected a number of positions, at least 1, or 'row'")
-
-
-def _positive(name: str, value: Any) -> int:
+def positive(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise ValueError(f"{name}={value!r}; expected a whole number, at least 1")
     return int(value)

@@ -44,10 +44,8 @@ class Task:
             raise ValueError(f"clean and corrupted must both be [row pos], and of one shape; given {shapes}")
         if any(len(ids) != n or ids.ndim != 2 or bool((ids < 0).all(1).any()) for ids in (self.answers, self.wrong)):
             raise ValueError(f"answers and wrong must be [row k] with at least one token in every row; given {shapes}")
-        both = torch.cat([self.answers, self.wrong], dim=1)
-        twice = ((both[:, :, None] == both[:, None, :]) & (both >= 0)[:, :, None]).sum(2).gt(1).any(1)
-        if bool(twice.any()):
-            row = int(twice.nonzero()[0])
+        row = row_with_repeats(torch.cat([self.answers, self.wrong], dim=1))
+        if row is not None:
             raise ValueError(
                 f"row {row} has answers {self.answers[row].tolist()} and wrong ones {self.wrong[row].tolist()}; "
                 "expected every token once, as right or as wrong (one that stands twice would count double)"
@@ -135,6 +133,12 @@ class NormalizedMetric:
     def per_row(self, logits: Float[Tensor, "row pos d_vocab"]) -> Float[Tensor, " row"]:
         """One number for every row of the task."""
         return (self.task.logit_difference(logits) - self.corrupted) / (self.clean - self.corrupted)
+
+
+def row_with_repeats(ids: Int[Tensor, "row _"]) -> int | None:
+    """The first row in which a token id stands twice (-1 is none); None if there is no such row."""
+    repeats = ((ids[:, :, None] == ids[:, None, :]) & (ids >= 0)[:, :, None]).sum(2).gt(1).any(1)
+    return int(repeats.nonzero()[0]) if bool(repeats.any()) else None
 
 
 def _pooled(logits: Tensor, ids: Tensor) -> Tensor:

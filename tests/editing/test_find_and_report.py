@@ -201,6 +201,8 @@ def test_a_task_is_a_habit_and_nothing_else_is(decomposition: Decomposition, wit
     assert torch.equal(Habit.of_task(task).prompts, batch)
     with pytest.raises(ValueError, match="asks before the end"):
         Habit.of_task(Task("t", batch, batch, one, one + 1, torch.zeros(3, dtype=torch.long)))
+    with pytest.raises(ValueError, match=r"row 1 of 'twice' has the answers .* every token once"):
+        Habit("twice", tokens(2), torch.tensor([[1, 2], [3, 3]]))
     with pytest.raises(TypeError, match="expected a Habit, or a Task"):
         find(decomposition, batch, batch)  # pyright: ignore
     with pytest.raises(TypeError, match="expected an Edit"):

@@ -360,3 +360,20 @@ def test_heat_maps_are_blue_and_red_around_zero_with_tokens_that_stay_apart() ->
         effects_heatmap(effects(), SITE, ["a", "b"])
     with pytest.raises(ValueError, match="nothing was measured"):
         effects_heatmap(effects(), "other")
+
+
+def test_the_drawn_heat_map_has_the_same_cells_and_words_as_the_one_for_notebooks() -> None:
+    pytest.importorskip("matplotlib", reason="the extra `plots` is not installed")
+    from spd_lens.pictures import effects_figure
+
+    axis = effects_figure(effects(), SITE, ["the", "$x<b>", "the"]).axes[0]
+    (image,) = axis.images
+    assert image.get_array().tolist() == [[-1.5, -0.5], [0.5, 1.5]]
+    assert image.get_clim() == (-1.5, 1.5)
+    assert [t.get_text() for t in axis.get_xticklabels()] == ["the_0", "the_2"]
+    assert [t.get_text() for t in axis.get_yticklabels()] == ["1", "4"]
+    hostile = effects_figure(effects((1,)), SITE, ["a", "$x<b>"], recovered=True).axes[0]
+    assert [t.get_text() for t in hostile.get_xticklabels()] == ["$x<b>_1"]
+    assert not any(t.get_parse_math() for t in hostile.get_xticklabels())
+    with pytest.raises(ValueError, match="nothing was measured"):
+        effects_figure(effects(), "other")

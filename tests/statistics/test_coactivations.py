@@ -165,6 +165,11 @@ def test_drawn_events_are_a_part_of_the_sample() -> None:
 
 
 def test_bad_arguments_are_named(decomposition: Decomposition, without_type_checks: None) -> None:
+    importances = torch.tensor([[0.2, 0.0], [0.9, 1.0]])
+    with pytest.raises(ValueError, match=r"W holds other values than True and False; compare importances"):
+        CoActivation.of({"W": importances})  # pyright: ignore[reportArgumentType]
+    ones = CoActivation.of({"W": (importances > 0.1).int()})  # pyright: ignore[reportArgumentType]
+    assert ones.fired.tolist() == [2, 1]
     rows: Any = tokens(3)
     for arguments, message in (
         ({"threshold": 1.0}, "threshold=1.0; expected an importance: at least 0, below 1"),
