@@ -295,10 +295,10 @@ def _ladder(
             with torch.no_grad():
                 output = behaviour.forward(masks_from_sources(g, sources))
             distance = float(behaviour.distance(output))
-            # Not `distance > reached[0]`: NaN is the worst there is.
-            if not distance <= reached[0]:
-                reached = (distance, behaviour.measure(output, kl_off))
-            if steps not in worst or not reached[0] <= worst[steps][0]:
+            harm = distance if distance == distance else float("inf")  # NaN is the worst there is.
+            if harm > reached[0]:
+                reached = (harm, behaviour.measure(output, kl_off))
+            if steps not in worst or reached[0] > worst[steps][0]:
                 worst[steps] = reached
     return {steps: measured for steps, (_, measured) in worst.items()}
 
