@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from spd_lens import PGD, Decomposition, decompose
 from spd_lens.circuits import Circuit, CircuitReport, check_circuit, circuit_of, find_circuit
+from spd_lens.circuits.behaviour import Behaviour
 from spd_lens.core import Unit
 from spd_lens.tasks import Task
 from tests import bridge_models, oracle
@@ -342,6 +343,24 @@ def test_a_larger_budget_is_never_reported_as_less_harm_and_json_has_the_nodes()
     assert nodes == [
         [SITE, *pair] for pair in sorted([(1, 2), (1, 4), *((3, t) for t in range(12))], key=lambda n: n[::-1])
     ]
+
+
+def test_harm_that_is_not_a_number_stays_the_worst(monkeypatch: pytest.MonkeyPatch) -> None:
+    decomposition, rows = planted(3, lone=4, pairs=2, unused=1, strength=0.5), tokens(3)
+    circuit = circuit_of(decomposition, [Unit(((SITE, 1),))])
+    settings: dict[str, Any] = {"budgets": (1, 2), "restarts": 1, "draws": 1, "step_size": 0.7}
+    differing = check_circuit(decomposition, circuit, rows, **settings).adversarial
+    assert differing[1] != differing[2]
+
+    of_model, given = Behaviour.distance, iter([float("nan"), 1.0])
+
+    def distance(self: Behaviour, output: Tensor, rows: Tensor | None = None) -> Tensor:
+        """The ascents' own; of an output without a gradient (what the report compares), NaN and then 1."""
+        return of_model(self, output, rows) if output.requires_grad else torch.tensor(next(given))
+
+    monkeypatch.setattr(Behaviour, "distance", distance)
+    ladder = check_circuit(decomposition, circuit, rows, **settings).adversarial
+    assert ladder[1] == ladder[2]
 
 
 def test_nodes_everywhere_and_at_positions_stand_side_by_side() -> None:
