@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -68,7 +68,7 @@ def effects_figure(
     size = (2.4 + 0.42 * max(4, len(labels)), 1.6 + 0.22 * max(4, len(ids)))
     figure, axis = plt.subplots(figsize=size, layout="constrained")
     limit = float(grid.nan_to_num().abs().max()) or 1.0
-    image = axis.imshow(grid.numpy(), cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
+    image: Any = axis.imshow(grid.numpy(), cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
     axis.set_yticks(range(len(ids)), [str(c) for c in ids], fontsize=7)
     words = [drawn_text(label, 24) for label in labels]
     axis.set_xticks(range(len(labels)), words, fontsize=8, rotation=45, ha="right", parse_math=False)

@@ -20,7 +20,8 @@ from spd_lens.support.files import file_hash, flush
 
 def put_shards(directory: Path, tensors: Mapping[str, Tensor], processes: Processes) -> dict[str, str]:
     """Write tensors, every process its own, into a directory that is there; the SHA-256 of every file."""
-    from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     writer = HuggingFaceStorageWriter(str(directory), save_distributed=True)
     save({name: t.detach() for name, t in tensors.items()}, storage_writer=writer)
@@ -44,7 +45,8 @@ def check_shards(directory: Path, digests: Mapping[str, str]) -> None:
 
 def read_shards(directory: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """All tensors: whole ones, but for those that are shared out in `like`, of which every process reads its rows."""
-    from torch.distributed.checkpoint import HuggingFaceStorageReader, load
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     reader = HuggingFaceStorageReader(str(directory))
     known: dict[str, Any] = reader.read_metadata().state_dict_metadata
