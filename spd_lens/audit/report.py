@@ -22,6 +22,7 @@ from spd_lens.audit.candidates import Key, key_of
 from spd_lens.audit.judged import Why
 from spd_lens.support.checked_json import CheckedContent, checked_text, read_checked
 from spd_lens.support.files import given_path, write_text
+from spd_lens.support.shown import text_html
 
 FORMAT, VERSION = "spd_lens audit report", 3
 # A report has a few hundred numbers; what is larger is none.
@@ -234,6 +235,19 @@ class AuditReport(CheckedContent):
     def reasons(self) -> list[Reason]:
         """All reasons, those for the decision first."""
         return [*self.reasons_for, *self.reasons_against]
+
+    def __str__(self) -> str:
+        """The sum, line by line: where control cases stand, the reasons, what they leave, and the margin."""
+        lines = [f"{self.start:+9.3f}  control cases, on average"]
+        lines += [f"{reason.effect:+9.3f}  {reason.called}: {reason.place.says}" for reason in self.reasons]
+        lines += [f"{self.rest.value:+9.3f}  not explained", f"{self.decision.margin:+9.3f}  margin"]
+        lines += [f"withheld: {held.component or held.place.name} ({held.effect:+.3f})" for held in self.withheld]
+        return "\n".join([self.title, *lines])
+
+    def __repr__(self) -> str:
+        return f"AuditReport({self.title!r}, {len(self.reasons)} reasons, margin {self.decision.margin:+.3f})"
+
+    _repr_html_ = text_html
 
     def adds_up(self) -> bool:
         """Whether start, reasons and rest give the margin, exactly."""

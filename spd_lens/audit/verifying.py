@@ -34,6 +34,7 @@ from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.inputs import checked_decomposition, checked_tokens
 from spd_lens.core.units import Unit
 from spd_lens.support.files import given_path
+from spd_lens.support.shown import text_html
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ class Verification:
         return "\n".join(
             [first, *(f"- {text}" for text in self.disagreements), *(f"  ({text})" for text in self.notes)]
         )
+
+    _repr_html_ = text_html
 
 
 def verify(

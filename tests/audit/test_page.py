@@ -63,6 +63,18 @@ def test_the_page_says_the_decision_every_reason_the_rest_and_the_limits(audited
     assert sum(shown[:-1]) == pytest.approx(shown[-1], abs=0.005 * len(shown) + 1e-9)
 
 
+def test_a_report_shows_itself_as_the_sum_that_it_is(audited: Audited) -> None:
+    report = audited.report.model_copy(update={"title": "<b>title"})
+    text = str(report)
+    numbers = [float(v) for v in re.findall(r"^ *([+-]\d+\.\d{3})  ", text, re.M)]
+    assert len(numbers) == len(report.reasons) + 3
+    assert sum(numbers[:-1]) == pytest.approx(numbers[-1], abs=0.0005 * len(numbers) + 1e-9)
+    assert all(reason.called in text for reason in report.reasons)
+    assert "&lt;b&gt;title" in report._repr_html_()
+    assert "<b>" not in report._repr_html_()
+    assert len(repr(report)) < 120
+
+
 def with_text(values: Any, text: str) -> Any:
     """The content of a report with `text` wherever data or a dictionary may put words."""
     if isinstance(values, list):
