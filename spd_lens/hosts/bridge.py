@@ -41,6 +41,10 @@ class BridgeHost(Host):
             )
         return blocks
 
+    def records(self) -> bool:
+        """No: transformers copies numbers from the host to the card in every pass, for its attention masks."""
+        return False
+
     def n_layers(self) -> int:
         return len(self._blocks())
 

@@ -72,6 +72,10 @@ class Host(ABC):
         """Whether a position sees only itself and what is before it (then padding behind a text changes nothing)."""
         return getattr(getattr(self.model, "cfg", None), "attention_dir", None) == "causal"
 
+    def records(self) -> bool:
+        """Whether passes only launch kernels, so that a CUDA graph can record them."""
+        return True
+
     def d_model(self) -> int:
         """Width of the residual stream; 0 for models without one."""
         return int(getattr(getattr(self.model, "cfg", None), "d_model", 0) or 0)

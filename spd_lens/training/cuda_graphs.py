@@ -81,12 +81,19 @@ class GraphedStep:
         step = GraphedStep(make_learner(decomposition, config))
         losses, importances, norms = step(batch, 0)
 
-    What it returns is overwritten by the next call. Raises ValueError for a learner that is not on a CUDA device and
-    for batches of another shape than the first.
+    What it returns is overwritten by the next call. Raises ValueError for a learner that is not on a CUDA device, for
+    models that copy from the host in their passes (a TransformerBridge), and for batches of another shape than the
+    first.
     """
 
     def __init__(self, learner: Learner, *, steps_per_capture: int = 50) -> None:
         device = learner.decomposition.device
+        if not learner.decomposition.host.records():
+            name = type(learner.decomposition.model).__name__
+            raise ValueError(
+                f"the model is a {name}, whose passes copy numbers from the host to the card, which a CUDA graph cannot "
+                "record; use `train`, or a HookedTransformer"
+            )
         if device.type != "cuda":
             raise ValueError(f"the decomposition is on {device}; CUDA graphs need a CUDA device (use `train`)")
         if learner.config.accumulate > 1:

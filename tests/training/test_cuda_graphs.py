@@ -12,6 +12,8 @@ from spd_lens import Decomposition, Reconstruction, TrainConfig, decompose, trai
 from spd_lens.data import Batch, TokenBatches
 from spd_lens.objective import Persistent
 from spd_lens.training import GraphedStep, Learner, make_learner, take_step
+from tests.bridge_models import swapped
+from tests.conftest import needs_hooked
 from tests.small_models import tiny_transformer, tokens
 
 CONFIG = TrainConfig(
@@ -59,12 +61,20 @@ def test_steps_taken_one_by_one_are_those_of_train(tmp_path: Path) -> None:
     assert norms.keys() == {"grad_norm_subcomponents", "grad_norm_gates"}
 
 
+def test_a_bridge_is_refused_by_name() -> None:
+    decomposition = swapped("gpt2", sites=["blocks.1.mlp.W_in"], gate="shared", gate_width=8)
+    with pytest.raises(ValueError, match=r"TransformerBridge.*use `train`, or a HookedTransformer"):
+        GraphedStep(make_learner(decomposition, CONFIG))
+
+
+@needs_hooked
 def test_a_graph_wants_a_cuda_device_and_says_so() -> None:
     _, learner = _learner("cpu")
     with pytest.raises(ValueError, match=r"decomposition is on cpu.*use `train`"):
         GraphedStep(learner)
 
 
+@needs_hooked
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 def test_recorded_steps_are_the_ordinary_ones() -> None:
     (plain, one), (recorded, other) = _learner("cuda"), _learner("cuda")
@@ -79,6 +89,7 @@ def test_recorded_steps_are_the_ordinary_ones() -> None:
         torch.testing.assert_close(_parameters(recorded)[name], value, rtol=1e-3, atol=1e-5)
 
 
+@needs_hooked
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 def test_a_batch_of_another_shape_is_refused() -> None:
     _, learner = _learner("cuda")
