@@ -91,8 +91,8 @@ class GraphedStep:
         if not learner.decomposition.host.records():
             name = type(learner.decomposition.model).__name__
             raise ValueError(
-                f"the model is a {name}, whose passes copy numbers from the host to the card, which a CUDA graph cannot "
-                "record; use `train`, or a HookedTransformer"
+                f"the model is a {name}, whose passes copy numbers from the host to the card, which a CUDA graph "
+                "cannot record; use `train`, or a HookedTransformer"
             )
         if device.type != "cuda":
             raise ValueError(f"the decomposition is on {device}; CUDA graphs need a CUDA device (use `train`)")
