@@ -740,6 +740,7 @@ def test_attributions_that_are_no_numbers_are_an_error_and_not_left_out(double: 
         dataset_graph(double, [PROMPT], metric=lambda x: breaks(x)[None], importance_above=None)
 
 
+@needs_hooked
 def test_inputs_split_by_head_are_refused() -> None:
     decomposition = decompose(oracle.CASES["split_qkv"].build(), {"blocks.*.attn.W_V": 4})
     with pytest.raises(ValueError, match="has one input per head, and an attribution graph needs one per position"):
