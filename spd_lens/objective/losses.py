@@ -70,8 +70,8 @@ def relative_faithfulness_loss(sites: Iterable[Factors]) -> Float[Tensor, ""]:
 
 
 def mean_relative_error(errors: Iterable[Error]) -> Float[Tensor, ""]:
-    """L1r from what `squared_error` gave of every site, with its `W`."""
-    relative = [share_of_energy(error, W) for error, W in errors]
+    """L1r from what `squared_error` gave of every site, with its `W`; of a matrix of zeros, the mean squared entry."""
+    relative = [share_of_energy(error, W) / torch.where((W == 0).all(), float(W.numel()), 1.0) for error, W in errors]
     if not relative:
         raise ValueError("relative_faithfulness_loss was given no site")
     return torch.stack(relative).mean()
