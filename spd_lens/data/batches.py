@@ -54,6 +54,8 @@ class Batch:
         if self.start_at is not None:
             object.__setattr__(self, "start_at", given_whole("start_at", self.start_at, least=0))
         tokens = self.tokens
+        if inputs.is_complex():
+            raise TypeError(f"the batch's inputs are {inputs.dtype}; expected token ids or real numbers")
         if tokens is None and self.start_at is None and not inputs.is_floating_point() and inputs.ndim == 2:
             tokens = inputs
         if tokens is not None:
