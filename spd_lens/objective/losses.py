@@ -60,7 +60,8 @@ def _fit_position_mask(position_mask: Tensor | None, like: Tensor) -> Tensor | N
 def relative_faithfulness_loss(sites: Iterable[Factors]) -> Float[Tensor, ""]:
     """L1r: the mean over sites of `relative_faithfulness`, so that a small matrix counts as much as a large one.
 
-    Of L1, the mean over all entries, most comes from few sites, and the wrong ones among the others do not show.
+    Of L1, the mean over all entries, most comes from few sites, and the wrong ones among the others do not show. A
+    matrix of zeros has no energy; what counts of it is `|V U|_F^2` itself, as in reports.
 
     >>> W = torch.eye(2)
     >>> float(relative_faithfulness_loss([(W, torch.zeros(2, 3), torch.zeros(3, 2)), (2 * W, W, 2 * W)]))
@@ -70,8 +71,8 @@ def relative_faithfulness_loss(sites: Iterable[Factors]) -> Float[Tensor, ""]:
 
 
 def mean_relative_error(errors: Iterable[Error]) -> Float[Tensor, ""]:
-    """L1r from what `squared_error` gave of every site, with its `W`; of a matrix of zeros, the mean squared entry."""
-    relative = [share_of_energy(error, W) / torch.where((W == 0).all(), float(W.numel()), 1.0) for error, W in errors]
+    """L1r from what `squared_error` gave of every site, with its `W`."""
+    relative = [share_of_energy(error, W) for error, W in errors]
     if not relative:
         raise ValueError("relative_faithfulness_loss was given no site")
     return torch.stack(relative).mean()
