@@ -90,18 +90,16 @@ class CoActivation:
             raise TypeError(f"fires={shown(fires)}; expected {{site: bool [events C]}}")
         arrays = {site: np.asarray(fired) for site, fired in fires.items()}
         for site, fired in arrays.items():
-            if fired.ndim != 2 or fired.dtype != np.bool_:
-                given = f"{fired.dtype} {list(fired.shape)}"
-                raise ValueError(f"what fires at {site} is {given}; expected bool [events C], for example g > 0.01")
-        lengths = {site: len(fired) for site, fired in arrays.items()}
-        if not arrays or 0 in lengths.values() or len(set(lengths.values())) > 1:
-            raise ValueError(f"events per site: {lengths}; expected the same number, at least one, at every site")
-        for site, fired in arrays.items():
+            if fired.ndim != 2:
+                raise ValueError(f"what fires at {site} has shape {list(fired.shape)}; expected bool [events C]")
             if fired.dtype != bool and not np.isin(fired, (0, 1)).all():
                 raise ValueError(
                     f"{site} holds other values than True and False; compare importances with a threshold first: "
                     f"importance > {threshold:g}"
                 )
+        lengths = {site: len(fired) for site, fired in arrays.items()}
+        if not arrays or 0 in lengths.values() or len(set(lengths.values())) > 1:
+            raise ValueError(f"events per site: {lengths}; expected the same number, at least one, at every site")
         arrays = {site: fired.astype(bool) for site, fired in arrays.items()}
         sites = {site: fired.shape[1] for site, fired in arrays.items()}
         most = positive("max_events", max_events)

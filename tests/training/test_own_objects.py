@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from spd_lens import Decomposition, Reconstruction, TrainConfig, decompose, train
-from spd_lens.core import Gate, SiteMask, sample_masks, swap
+from spd_lens.core import Gate, SiteMask, new_modules, sample_masks
 from spd_lens.objective import MaskSource
 from spd_lens.training import StepView
 from tests.small_models import tiny_transformer, tokens
@@ -109,7 +109,7 @@ def test_a_loaded_decomposition_says_how_it_started_and_computes_no_start(
         kind: decompose(tiny_transformer(), SITES, init=init).save_pretrained(tmp_path / kind)
         for kind, init in (("own", half_identity), ("exact", "exact"), ("singular", "singular"))
     }
-    monkeypatch.setattr(swap, "initial_factors", None)
+    monkeypatch.setattr(new_modules, "initial_factors", None)
     for kind, directory in saved.items():
         loaded = Decomposition.from_pretrained(directory, tiny_transformer())
         again = Decomposition.from_pretrained(loaded.save_pretrained(tmp_path / f"{kind} again"), tiny_transformer())
