@@ -42,7 +42,7 @@ class RowFiles:
 
 
 class RowWriter:
-    """Writes `n_rows` rows, given in parts, to files of `per_file` rows, named by `path_of(number)`."""
+    """Writes `n_rows` rows, given in parts, to the files at `paths`, of `per_file` rows each but for the last."""
 
     def __init__(self, paths: Sequence[Path], n_rows: int, per_file: int) -> None:
         self._paths, self._n_rows, self._per_file = paths, n_rows, per_file

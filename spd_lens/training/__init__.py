@@ -4,7 +4,7 @@ from spd_lens.data.processes import Processes, join_processes, leave_processes
 from spd_lens.training.belonging import belongs_to, check_belongs
 from spd_lens.training.blocks import merge_decompositions, sites_by_block
 from spd_lens.training.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
-from spd_lens.training.config import Reconstruction, TrainConfig
+from spd_lens.training.config import TrainConfig
 from spd_lens.training.cuda_graphs import GraphedStep
 from spd_lens.training.evaluations import Evaluations
 from spd_lens.training.learner import Learner, make_learner
@@ -17,6 +17,7 @@ from spd_lens.training.member_learner import MemberLearner
 from spd_lens.training.model_shape import SHAPES, ModelShape
 from spd_lens.training.planning import DEVICES, Device, Plan, plan
 from spd_lens.training.readout import Readout, tune_readout
+from spd_lens.training.reconstruction import Reconstruction
 from spd_lens.training.run_files import RunFiles, open_run
 from spd_lens.training.step import accumulate_gradients, apply_gradients, set_learning_rates, take_step
 from spd_lens.training.terms import LossTerm, StepView

@@ -13,10 +13,10 @@ from spd_lens.core.routing import sample_routing
 from spd_lens.objective.losses import hidden_reconstruction_loss
 from spd_lens.objective.mask_sources import Climb, MaskSource, SampledMasks
 from spd_lens.objective.reconstruction import reconstruction_passes
-from spd_lens.training.config import Reconstruction
 from spd_lens.training.learner import Learner
 from spd_lens.training.part_climb import ClimbOverParts, PartObjective
 from spd_lens.training.parts import Part, Parts
+from spd_lens.training.reconstruction import Reconstruction
 
 # Routing of every pass of a term: where each of its sites is routed.
 Passes = list[dict[str, Tensor | None]]

@@ -18,9 +18,10 @@ from spd_lens.hosts.site import match_sites
 from spd_lens.objective.adversary import PGD, ascend, random_sources
 from spd_lens.objective.divergences import divergence
 from spd_lens.objective.mask_sources import AdversarialMasks, Masks, mask_source, masks_from_sources
-from spd_lens.training.config import Reconstruction, TrainConfig
+from spd_lens.training.config import TrainConfig
 from spd_lens.training.member_adam import MemberAdam
 from spd_lens.training.member_stack import MemberStack
+from spd_lens.training.reconstruction import Reconstruction
 from spd_lens.training.terms import IMPORTANCE_TERMS, StepView, coefficient
 from spd_lens.training.weights import Weights
 
