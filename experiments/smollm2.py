@@ -125,13 +125,23 @@ def train_run(args: argparse.Namespace) -> dict[str, Any]:
         began = time.perf_counter()
         final = train_graphed(decomposition, batches, config, args.out, max(100, args.steps // 20))
         seconds = time.perf_counter() - began
+        save(decomposition, args)
         return {"out": str(args.out), "steps": config.steps, "seconds": seconds, "final": final}
     run = args.out / "run"
     place: dict[str, Any] = {"resume_from" if (run / "checkpoints").exists() else "out_dir": run}
     began = time.perf_counter()
     result = train(decomposition, batches, config, **place)
-    decomposition.save_pretrained(args.out / "decomposition")
+    save(decomposition, args)
     return {"out": str(args.out), "steps": result.steps, "seconds": time.perf_counter() - began, "final": result.final}
+
+
+@torch.no_grad()
+def save(decomposition: Decomposition, args: argparse.Namespace) -> None:
+    """As it is, or with every number as bfloat16 has it, which halves its size when packed."""
+    if args.rounded:
+        for p in decomposition.subcomponent_parameters() + decomposition.gate_parameters():
+            p.copy_(p.to(torch.bfloat16).to(p.dtype))
+    decomposition.save_pretrained(args.out / "decomposition")
 
 
 def measured(
@@ -165,6 +175,7 @@ def main() -> None:
     training.add_argument("--out", type=Path, required=True)
     training.add_argument("--device", default="cpu")
     training.add_argument("--host", choices=("bridge", "hooked"), default="bridge", help="CUDA graphs need hooked")
+    training.add_argument("--rounded", action="store_true", help="save numbers that bfloat16 has")
     training.add_argument("--cuda-graphs", action="store_true", help="every step a CUDA graph; no checkpoints")
     measuring = commands.add_parser("evaluate", help="measure a run's decomposition")
     measuring.add_argument("run", type=Path)
