@@ -157,6 +157,7 @@ def figure(results: Sequence[dict[str, Any]], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.lines import Line2D
 
     cases = list(dict.fromkeys(r["case"] for r in results))
     n_rows = -(-len(cases) // 4)
@@ -175,7 +176,7 @@ def figure(results: Sequence[dict[str, Any]], path: Path) -> None:
         axis.grid(alpha=0.25)
     for line in axes:
         line[0].set_ylabel("share of the probability gone, held out")
-    handles = [plt.Line2D([], [], color=c, marker=m, linestyle="", label=name) for name, (c, m) in _MARKS.items()]
+    handles = [Line2D([], [], color=c, marker=m, linestyle="", label=name) for name, (c, m) in _MARKS.items()]
     fig.legend(handles=handles, loc="outside right center", fontsize=8,
                title="4, 10, 100 examples:\nlarger marks", title_fontsize=8)  # fmt: skip
     fig.savefig(path, dpi=110)

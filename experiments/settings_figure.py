@@ -10,6 +10,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.image import AxesImage
 
 Rows = Mapping[tuple[str, str, bool, str], Mapping[float, list[bool]]]
 MEANS = {
@@ -53,7 +54,7 @@ def save_basins(path: Path, rows: Rows) -> Path:
     return path
 
 
-def _panel(axis: Axes, own: Mapping[str, Mapping[float, list[bool]]], values: list[float]) -> object:
+def _panel(axis: Axes, own: Mapping[str, Mapping[float, list[bool]]], values: list[float]) -> AxesImage:
     shares = np.full((len(own), len(values)), np.nan)
     for i, cells in enumerate(own.values()):
         for j, value in enumerate(values):
