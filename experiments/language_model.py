@@ -108,13 +108,18 @@ def text_windows(split: Literal["train", "held_out"]) -> torch.Tensor:
     return pack_tokens([load_moby_dick(split)], tokenizer, CONTEXT, prepend_bos=True)  # pyright: ignore
 
 
-def training_windows(device: str, seed: int) -> torch.Tensor:
-    """The book's training chapters cut at four offsets, and as many windows that the model writes, `[n 128]`."""
+def training_windows(device: str, seed: int, most: int | None = None) -> torch.Tensor:
+    """The book's training chapters cut at four offsets, and as many windows that the model writes, `[n 128]`.
+
+    `most`: only so many of each kind, drawn by `seed`; for short runs, which would not get to the others.
+    """
     windows = text_windows("train")
     bos, text = windows[0, :1], windows[:, 1:].flatten()
     cut = [text[offset:] for offset in range(0, CONTEXT - 1, CONTEXT // 4)]
     rows = torch.cat([t[: len(t) // (CONTEXT - 1) * (CONTEXT - 1)].reshape(-1, CONTEXT - 1) for t in cut])
     real = torch.cat([bos.expand(len(rows), 1), rows], dim=1)
+    if most is not None:
+        real = real[torch.randperm(len(real), generator=torch.Generator().manual_seed(seed))[:most]]
     return torch.cat([real, written_windows(len(real), device, seed)])
 
 
@@ -155,7 +160,7 @@ def train_run(args: argparse.Namespace) -> dict[str, Any]:
     if args.fixed is not None:
         config = config.changed(lr=NO_LR, gate_lr=config.lr, faithfulness=0.0, clip_subcomponents=None)
         fix(decomposition, args.fixed, args.seed)
-    batches = TokenBatches(training_windows(args.device, args.seed), batch_size=args.rows, seed=args.seed)
+    batches = TokenBatches(training_windows(args.device, args.seed, args.windows), batch_size=args.rows, seed=args.seed)
     if args.cuda_graphs:
         final = train_graphed(decomposition, batches, config, out)
         return {"out": str(out), "steps": config.steps, "final": final}
@@ -217,6 +222,7 @@ def main() -> None:
     training.add_argument("--scale", type=float, default=1.0, help="C as a multiple of the published ratios")
     training.add_argument("--steps", type=int, default=20_000)
     training.add_argument("--rows", type=int, default=4, help="rows of 128 tokens in a batch")
+    training.add_argument("--windows", type=int, help="at most so many of the book, and as many of the model's own")
     training.add_argument("--gate-width", type=int, default=128)
     training.add_argument("--scope", choices=["position", "example", "batch"], default="position", help="of sources")
     training.add_argument("--source-lr", type=float, default=0.01, help="of the persistent adversary")

@@ -1,6 +1,6 @@
 """The induction model decomposed from a random start, with a global or attention gate and an adversary.
 
-    python experiments/random_start.py --seed 0                    prints one JSON object; half an hour of a CPU core
+    python experiments/random_start.py --seed 0        prints one JSON object; a killed run goes on where it was
     python experiments/random_start.py --device cuda --out RUN.json                    every step a CUDA graph
     python experiments/random_start.py --table RESULTS                                 a line per JSON file there
 
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -31,6 +30,7 @@ if __package__ in (None, ""):  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from experiments.graphed import train_graphed
+from experiments.runs import cpu_hours, measured_cpu
 from experiments.toy_checks import summary
 from experiments.toy_transformers import TEST_SEED, check_induction
 from spd_lens import Decomposition, Reconstruction, TrainConfig, decompose, train
@@ -65,19 +65,24 @@ def configuration(coefficient: float, steps: int, seed: int, adversary: str, lr:
         steps=steps, lr=lr, lr_end=0.1, lr_warmup=100, clip_subcomponents=1.0, clip_gates=1.0, faithfulness=1e3,
         relative_faithfulness=True, minimality=coefficient, penalty="smooth_l0", frequency=coefficient / 2,
         frequency_reference=32_768, reconstructions=ADVERSARIES[adversary], seed=seed, log_every=100,
-        checkpoint_every=None,
+        checkpoint_every=100,
     )  # fmt: skip
 
 
-def fit(decomposition: Decomposition, config: TrainConfig, rows: int, device: str) -> float:
-    """Train on fresh sequences; returns the seconds it took."""
+def fit(decomposition: Decomposition, config: TrainConfig, rows: int, device: str, work: Path) -> float:
+    """Train on fresh sequences, on a CPU from the last checkpoint in `work` on; returns seconds: on a CPU those of the
+    processor in all parts of the run, else those of the clock."""
     data, began = RepeatedSequences(rows, seed=config.seed), time.perf_counter()
-    with tempfile.TemporaryDirectory() as directory:
-        if device == "cpu":
-            train(decomposition, data, config, out_dir=directory)
-        else:
-            train_graphed(decomposition, map(Batch, data), config, Path(directory))
-    return time.perf_counter() - began
+    if device != "cpu":
+        train_graphed(decomposition, map(Batch, data), config, work)
+        return time.perf_counter() - began
+    place: dict[str, Any] = {"resume_from" if (work / "checkpoints").exists() else "out_dir": work}
+    with measured_cpu(work / "cpu"):
+        result = train(decomposition, data, config, **place)
+    if result.interrupted:
+        print(f"stopped after {result.steps} of {config.steps} steps; the same command continues")
+        raise typer.Exit(130)
+    return 3600 * cpu_hours(work / "cpu")
 
 
 def judged(decomposition: Decomposition) -> dict[str, Any]:
@@ -136,6 +141,7 @@ def main(
     device: Annotated[str, typer.Option(help="cpu, or cuda: every step a CUDA graph")] = "cpu",
     out: Annotated[Path | None, typer.Option(help="JSON file to write")] = None,
     save: Annotated[Path | None, typer.Option(help="directory for the decomposition")] = None,
+    work: Annotated[Path, typer.Option(help="where logs and checkpoints are kept")] = Path("runs/random_start"),
     only_table: Annotated[Path | None, typer.Option("--table", help="show the runs of a directory")] = None,
 ) -> None:
     """One run, or the table of those that were made."""
@@ -147,7 +153,8 @@ def main(
         raise typer.BadParameter(f"gate {gate!r}, adversary {adversary!r}; see --help")
     decomposition = decomposed(gate, n_subcomponents, seed, device)
     config = configuration(coefficient, steps, seed, adversary, lr)
-    seconds = fit(decomposition, config, rows, device)
+    run = f"{gate}-c{coefficient:g}-{adversary}-s{seed}-n{steps}-r{rows}-lr{lr:g}-C{n_subcomponents}"
+    seconds = fit(decomposition, config, rows, device, work / run)
     decomposition.to(torch.device("cpu"))
     if save is not None:
         decomposition.save_pretrained(save)

@@ -16,7 +16,7 @@ bounds on ML2R. APD shortens what it finds, which alone can put the first out of
 therefore the second, for both, and ML2R stands in the cells.
 
     experiments/results/sensitivity/   spd.jsonl, apd.jsonl, ... (a line per run), settings.json, summary.json,
-                                       map.png, and rules.png with what `CHANGES` makes of the map of SPD
+                                       map.png, and rules.png: what `CHANGES` makes of the map of SPD, beside APD's
 """
 
 from __future__ import annotations
@@ -355,7 +355,7 @@ def main(
     if {"spd", "apd"} & summary.keys():
         print(save_map(results / "map.png", summary, used_C, ("spd", "apd")))
     if summary.keys() & CHANGES.keys() - {"spd"}:
-        print(save_map(results / "rules.png", _with_C(summary, used_C), used_C, tuple(CHANGES)))
+        print(save_map(results / "rules.png", _with_C(summary, used_C), used_C, (*CHANGES, "apd")))
 
 
 if __name__ == "__main__":
