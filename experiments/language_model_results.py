@@ -39,6 +39,22 @@ def reports() -> dict[str, EvaluationReport]:
     return dict(sorted(found.items(), key=lambda item: -item[1].l0))
 
 
+def aims_met(report: EvaluationReport) -> int:
+    """How many of five: CE recovered at least 90 %, PGD 20 at most three times random masks, L0 at most 5 % of C, KL without
+    delta under .01, and deleting what is never needed costs at most what random masks do."""
+    v = report.log_values()
+    stochastic = v["kl_stochastic"]
+    return sum(
+        [
+            v["ce_recovered"] >= 0.9,
+            v["kl_pgd20"] <= 3 * stochastic,
+            v["l0"] <= 0.05 * v["c_total"],
+            v["kl_no_delta"] < 0.01,
+            v["kl_deletion"] <= stochastic,
+        ]
+    )
+
+
 def table(found: dict[str, EvaluationReport]) -> str:
     """One line a run."""
     header = [
@@ -53,6 +69,7 @@ def table(found: dict[str, EvaluationReport]) -> str:
         "CE rec.",
         "deletion",
         "holds",
+        "aims",
     ]
     rows = []
     for name, report in found.items():
@@ -71,6 +88,7 @@ def table(found: dict[str, EvaluationReport]) -> str:
                 f"{v['ce_recovered']:.1%}",
                 f"{v['kl_deletion']:.4f}",
                 "yes" if report.verdict.holds else "no",
+                f"{aims_met(report)} of 5",
             ]
         )
     return format_table(header, rows)

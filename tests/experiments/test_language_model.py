@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from experiments.language_model import CONTEXT, measured, shipped_object, text_windows, training_windows
-from experiments.language_model_results import reports, table
+from experiments.language_model_results import aims_met, reports, table
 from spd_lens.models import load_tiny_lm
 
 
@@ -31,6 +31,8 @@ def test_the_recorded_sweep_has_six_coefficients_of_two_seeds_and_three_widths()
         assert costs == sorted(costs, reverse=True), "a sparser run of one seed costs more"
     assert {found[f"c4e-4-s0{width}"].n_subcomponents for width in ("", "-C0.5", "-C2")} == {2368, 4736, 9472}
     assert "c4e-4-s0-C2" in table(found)
+    # Too many are on in the second, the adversary does too much in the last two.
+    assert [aims_met(found[name]) for name in ("c7e-4-s1", "c1e-4-s0", "c4e-4-s1", "c1e-4-s1")] == [5, 4, 4, 3]
 
 
 def test_training_windows_hold_the_book_at_four_offsets_and_as_much_of_the_models_own(
@@ -51,3 +53,9 @@ def test_training_windows_hold_the_book_at_four_offsets_and_as_much_of_the_model
     assert torch.equal(windows[: len(book), 1:].flatten(), text)
     # The second cut begins a quarter of a window later.
     assert torch.equal(windows[len(book), 1:], text[CONTEXT // 4 :][: CONTEXT - 1])
+    few = training_windows("cpu", 3, most=5)
+    assert asked[-1] == len(few) == 5
+    at = [int((windows == row).all(1).nonzero()[0]) for row in few]
+    assert len(set(at)) == 5
+    assert max(at) > len(book), "drawn from all cuts"
+    assert not torch.equal(few, training_windows("cpu", 4, most=5))
