@@ -40,8 +40,8 @@ def reports() -> dict[str, EvaluationReport]:
 
 
 def aims_met(report: EvaluationReport) -> int:
-    """How many of five: CE recovered at least 90 %, PGD 20 at most three times random masks, L0 at most 5 % of C, KL without
-    delta under .01, and deleting what is never needed costs at most what random masks do."""
+    """How many of five: CE recovered at least 90 %, PGD 20 at most three times random masks, L0 at most 5 % of C, KL
+    without delta under .01, and deleting what is never needed costs at most what random masks do."""
     v = report.log_values()
     stochastic = v["kl_stochastic"]
     return sum(
