@@ -28,7 +28,7 @@ import torch
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from experiments.edit_cases import CASES, SMOLLM2, Case, counted, induction_case, smollm2_cases, tiny_lm_cases
+from experiments.edit_cases import CASES, SMOLLM2, Case, induction_case, smollm2_cases, tiny_lm_cases
 from spd_lens.baselines import (
     Rival,
     component_writes,
@@ -56,11 +56,11 @@ GOAL = 0.8
 
 def methods(case: Case, examples: Habit) -> Iterator[tuple[str, Callable[[], Rival]]]:
     """Every method as a function that makes it from the examples."""
-    d, controls = case.decomposition, case.controls
-    yield "difference of means", lambda: difference_of_means(d, examples, controls, GOAL)
-    yield "LEACE", lambda: leace(d, examples, controls, GOAL)
+    d, controls, layers, n = case.decomposition, case.controls, case.size.layers, min(16, case.size.n_measured)
+    yield "difference of means", lambda: difference_of_means(d, examples, controls, GOAL, layers=layers)
+    yield "LEACE", lambda: leace(d, examples, controls, GOAL, layers=layers)
     yield "rank one, key covariance", lambda: rank_one(d, examples, controls, GOAL)
-    yield "heads and neurons", lambda: heads_and_neurons(d, examples, controls, GOAL)
+    yield "heads and neurons", lambda: heads_and_neurons(d, examples, controls, GOAL, n_measured=n)
     yield "task vector", lambda: task_vector(d, examples)
     yield "LoRA", lambda: lora(d, case.plain, examples)
     yield "full fine-tuning", lambda: fine_tuning(d, examples)
@@ -75,10 +75,10 @@ def run_case(case: Case, n_examples: int, seed: int) -> dict[str, Any]:
         "n_examples": len(examples),
         "n_held_out": len(case.held_out),
         "goal": GOAL,
-        "probability": float(case.held_out.probability(d.host.forward).mean()),
+        "probability": float(case.held_out.probability(case.clean).mean()),
         "methods": {},
     }
-    found = find(d, examples, case.controls, n_measured=24, n_checked=4)
+    found = find(d, examples, case.controls, n_measured=case.size.n_measured, n_checked=4)
     ours, made = components(d, examples, case.controls, GOAL, found)
     result["methods"]["components"] = _measured(case, ours, n_subcomponents=made.n_subcomponents)
     turned, writes = component_writes(d, examples, found)
@@ -104,12 +104,15 @@ def _measured(case: Case, rival: Rival, strength: float | None = None, **more: A
     if strength is None:
         strength = strength_for(d, rival, case.strengths_on, GOAL)
     forward = rival.forward(d, strength)
-    effect = measure(d.host.forward, forward, case.held_out, case.unrelated, n_generated=0)
+    effect = measure(case.clean, forward, case.held_out, case.unrelated, n_generated=0)
+    if (others := case.neighbours) is not None:
+        more["neighbours_before"] = float(others.probability(case.clean).mean())
+        more["neighbours_after"] = float(others.probability(forward).mean())
     return {
         "effect": effect.effect,
         "effect_where_set": effect_at(d, rival, case.strengths_on, strength),
         "generation_count_before": case.count_before,
-        "generation_count_after": counted(forward, case.held_out),
+        "generation_count_after": case.counted(forward),
         "kl_at": effect.kl_at,
         "kl_near": effect.kl_near,
         "kl_elsewhere": effect.kl_elsewhere,

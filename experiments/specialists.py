@@ -1,23 +1,25 @@
-"""Specialists: small models of one source of text, by ten methods at equal parameters.
+r"""Specialists: small models of one source of text, by ten methods at equal parameters.
 
     python experiments/specialists.py --json                    # the tiny language model, both sources; prints JSON
     python experiments/specialists.py --cases speeches --shares 0.5 --methods "whitened SVD" --distil 0 --out PART
     python experiments/specialists.py --model smollm2 --decomposition RUN/decomposition --device cuda --out PART
+    python experiments/specialists.py --model smollm2 --decomposition RUN/decomposition --cases speeches --distil 0 \
+        --shares 0.5 0.25 --rows 32 --held-out 12 --measured-on 8 --timed-rows 1 --repeats 3 --out PART   # on a CPU
     python experiments/specialists.py --collect PARTS           # one file a case of what processes have written there
     python experiments/specialists.py --figure                  # the picture of the results that are committed
 
 The decomposed matrices of the model's blocks are left the shares SHARES of their numbers; all else stays. Of the tiny
-language model these are 12, 42 % of its parameters, of SmolLM2 the matrices of one block. Every method sees the same 64
-rows of 127 tokens of the domain (`speeches`: State of the Union addresses; `book`: Moby Dick). Low-rank methods share
-out the room equally and by effect and take what has the lower loss on those rows; "subcomponents, whitened" chooses so,
-too, how many subcomponents choose (`chosen_from`). `loss_in` and `loss_out` are cross-entropies on 32 held-out rows of
-the domain and of the other source; `distilled`: after so many steps of distillation from the whole model on the
-domain's rows, the same for all methods.
+language model these are 12, 42 % of its parameters, of SmolLM2 the matrices of one block. Every method sees the same
+rows (64) of 127 tokens of the domain (`speeches`: State of the Union addresses; `book`: Moby Dick). Low-rank methods
+share out the room equally and by effect and take what has the lower loss on the first of them (16); "subcomponents,
+whitened" chooses so, too, how many subcomponents choose (`chosen_from`). `loss_in` and `loss_out` are cross-entropies
+on held-out rows (32) of the domain and of the other source; `distilled`: after so many steps of distillation from the
+whole model on the domain's rows, the same for all methods.
 
 `parameters` of magnitude and Wanda are those that are not 0; their matrices stay as they are, so `bytes`, `flops` and
-times do, too. `milliseconds` is the shortest of 20 passes over 8 rows on one thread, `cpu_milliseconds` its processor
-time, which other programs disturb less, `cpu_milliseconds_whole` that of the whole model at the same time. A file that
-is there is gone on with.
+times do, too. `milliseconds` is the shortest of 20 passes over 8 rows (`timed_on`) on one thread, `cpu_milliseconds`
+its processor time, which other programs disturb less, `cpu_milliseconds_whole` that of the whole model at the same
+time. A file that is there is gone on with.
 """
 
 from __future__ import annotations
@@ -39,29 +41,37 @@ from torch import Tensor
 from spd_lens import Decomposition, pack_tokens
 from spd_lens.baselines import SMALL_METHODS, SmallModel, small_model
 from spd_lens.models import load_moby_dick, load_smollm2, load_speeches, load_tiny_lm
-from spd_lens.specialists import Domain, checked_plain, costs_of, distil, domain_of, matrix_budget, mean_loss
+from spd_lens.specialists import (
+    MEASURED_ON,
+    Domain,
+    checked_plain,
+    costs_of,
+    distil,
+    domain_of,
+    matrix_budget,
+    mean_loss,
+)
 from spd_lens.support import format_table, write_json
 
 RESULTS = Path(__file__).parent / "results" / "specialists"
 CASES = ("speeches", "book")
 SHARES = (0.75, 0.5, 0.25)
-ROWS, HELD_OUT = 64, 32
 
 
-def texts(decomposition: Decomposition) -> dict[str, tuple[Tensor, Tensor]]:
+def texts(decomposition: Decomposition, n_rows: int, n_held_out: int) -> dict[str, tuple[Tensor, Tensor]]:
     """For each source rows to specialise on, and held-out rows, both spread over all of it."""
     tokenizer, device = decomposition.host.tokenizer(), decomposition.device
     found = {}
     for name, load in (("speeches", lambda split: list(load_speeches(split).values())),
                        ("book", lambda split: [load_moby_dick(split)])):  # fmt: skip
         rows = [pack_tokens(load(split), tokenizer, context=128) for split in ("train", "held_out")]
-        found[name] = tuple(r[:: len(r) // n][:n].to(device) for r, n in zip(rows, (ROWS, HELD_OUT), strict=True))
+        found[name] = tuple(r[:: len(r) // n][:n].to(device) for r, n in zip(rows, (n_rows, n_held_out), strict=True))
     return found
 
 
 def run_case(case: str, decomposition: Decomposition, args: argparse.Namespace, path: Path | None) -> dict[str, Any]:
     """One domain: every method at every share, written after each row."""
-    sources = texts(decomposition)
+    sources = texts(decomposition, args.rows, args.held_out)
     inside, outside = sources[case][1], sources[next(other for other in CASES if other != case)][1]
     name = case if args.model == "tiny_lm" else f"{args.model}, {blocks_of(decomposition)}, {case}"
     result: dict[str, Any] = {"case": name, "rows": []}
@@ -73,8 +83,9 @@ def run_case(case: str, decomposition: Decomposition, args: argparse.Namespace, 
     fixed = sum(p.numel() for p in whole.parameters()) - total
 
     def row(made: SmallModel, **more: Any) -> dict[str, Any]:
-        costs = asdict(costs_of(made.model, inside[:8], repeats=20)) | {"parameters": made.parameters}
-        now = costs_of(whole, inside[:8], repeats=20).cpu_milliseconds
+        timed = inside[: args.timed_rows]
+        costs = asdict(costs_of(made.model, timed, repeats=args.repeats)) | {"parameters": made.parameters}
+        now = costs_of(whole, timed, repeats=args.repeats).cpu_milliseconds
         losses = {"loss_in": mean_loss(made.model, inside), "loss_out": mean_loss(made.model, outside)}
         chosen = {"chosen_from": made.chosen_from}
         return {"case": name, "method": made.method, **more, **chosen, **costs, "cpu_milliseconds_whole": now, **losses}
@@ -84,8 +95,8 @@ def run_case(case: str, decomposition: Decomposition, args: argparse.Namespace, 
         versions = {n: importlib.metadata.version(n) for n in ("torch", "transformer_lens")}
         command = " ".join(["python", "experiments/specialists.py", *sys.argv[1:]])
         machine = torch.cuda.get_device_name() if args.device == "cuda" else "CPU, one thread"
-        result.update(seed=args.seed, versions=versions, command=command, domain_rows=ROWS, held_out_rows=HELD_OUT,
-                      machine=machine)  # fmt: skip
+        result.update(seed=args.seed, versions=versions, command=command, domain_rows=args.rows,
+                      held_out_rows=args.held_out, measured_on=args.measured_on, machine=machine)  # fmt: skip
         if path is not None:
             write_json(path, result)
 
@@ -99,7 +110,7 @@ def run_case(case: str, decomposition: Decomposition, args: argparse.Namespace, 
             if {(method, share, 0), (method, share, steps)} <= done:
                 continue
             started = time.process_time()
-            made = small_model(decomposition, domain, room, method, seed=args.seed)
+            made = small_model(decomposition, domain, room, method, seed=args.seed, measured_on=args.measured_on)
             if (method, share, 0) not in done:
                 note(row(made, share=share, distilled=0))
             if steps:
@@ -222,6 +233,11 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where SmolLM2 runs")
     parser.add_argument("--host", default="hooked", choices=("hooked", "bridge"), help="what SmolLM2 was decomposed in")
     parser.add_argument("--distil", type=int, default=100, help="steps of distillation; 0: none")
+    parser.add_argument("--rows", type=int, default=64, help="of the domain, of 127 tokens")
+    parser.add_argument("--held-out", type=int, default=32, help="rows of each source that losses are measured on")
+    parser.add_argument("--measured-on", type=int, default=MEASURED_ON, help="rows that choices are measured on")
+    parser.add_argument("--timed-rows", type=int, default=8, help="rows of a pass that is timed")
+    parser.add_argument("--repeats", type=int, default=20, help="passes, of which the shortest counts")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print a JSON list of rows instead of a table")
     parser.add_argument("--out", type=Path, help="a folder for one JSON file a case; rows that are there are kept")

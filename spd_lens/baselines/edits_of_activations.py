@@ -37,10 +37,20 @@ def _residual_rival(
     return Rival(name, at, n)
 
 
-def difference_of_means(decomposition: Decomposition, habit: Habit, controls: Tensor, goal: float) -> Rival:
-    """Project out the difference of the mean residual streams where the habit comes next and on control text."""
+def difference_of_means(
+    decomposition: Decomposition,
+    habit: Habit,
+    controls: Tensor,
+    goal: float,
+    *,
+    layers: Sequence[int] | None = None,
+) -> Rival:
+    """Project out the difference of the mean residual streams where the habit comes next and on control text.
+
+    `layers`: blocks behind which it is tried; None: all.
+    """
     rivals = []
-    for layer in range(decomposition.host.n_layers()):
+    for layer in _layers(decomposition, layers):
         with_habit = _residuals(decomposition, habit.prompts, layer)[:, -1].mean(0)
         without = _residuals(decomposition, controls, layer)[:, 1:].flatten(0, 1).mean(0)
         v = (with_habit - without) / (with_habit - without).norm()
@@ -50,12 +60,32 @@ def difference_of_means(decomposition: Decomposition, habit: Habit, controls: Te
     return cheapest(decomposition, rivals, habit, controls, goal)
 
 
+def _layers(decomposition: Decomposition, layers: Sequence[int] | None) -> Sequence[int]:
+    n = decomposition.host.n_layers()
+    if layers is None:
+        return range(n)
+    wrong = [layer for layer in layers if layer not in range(n)]
+    if wrong or not layers:
+        raise ValueError(f"layers={list(layers)}; expected at least one, each in 0..{n - 1}")
+    return layers
+
+
 def _away(x: Tensor, *, v: Tensor, mean: Tensor) -> Tensor:
     return -((x - mean) @ v).unsqueeze(-1) * v
 
 
-def leace(decomposition: Decomposition, habit: Habit, controls: Tensor, goal: float) -> Rival:
-    """Erase, in the least-squares sense, what tells positions with the habit from others linearly (concept-erasure)."""
+def leace(
+    decomposition: Decomposition,
+    habit: Habit,
+    controls: Tensor,
+    goal: float,
+    *,
+    layers: Sequence[int] | None = None,
+) -> Rival:
+    """Erase, in the least-squares sense, what tells positions with the habit from others linearly (concept-erasure).
+
+    `layers`: blocks behind which it is tried; None: all.
+    """
     try:
         with warnings.catch_warnings():
             # It compiles functions in a way that torch announces the end of.
@@ -64,7 +94,7 @@ def leace(decomposition: Decomposition, habit: Habit, controls: Tensor, goal: fl
     except ImportError as error:
         raise ValueError("LEACE needs concept-erasure: pip install 'spd-lens[baselines]'") from error
     rivals = []
-    for layer in range(decomposition.host.n_layers()):
+    for layer in _layers(decomposition, layers):
         with_habit = _residuals(decomposition, habit.prompts, layer)[:, -1]
         without = _residuals(decomposition, controls, layer)[:, 1:].flatten(0, 1)
         x = torch.cat([with_habit, without])
@@ -126,18 +156,19 @@ def _head_and_neuron_points(decomposition: Decomposition) -> dict[str, bool]:
 
 def _gradient_times_value(decomposition: Decomposition, habit: Habit, points: dict[str, bool]) -> dict[str, Tensor]:
     """By how much `log p` falls without each head or neuron, to first order."""
+    values: dict[str, Tensor] = {}
+    added: dict[str, Tensor] = {}
+
+    def keep(value: Tensor, hook: Any) -> Tensor:
+        values[hook.name], added[hook.name] = value.detach(), torch.zeros_like(value, requires_grad=True)
+        return value + added[hook.name]
+
+    with torch.enable_grad(), decomposition.model.hooks(fwd_hooks=[(point, keep) for point in points]):
+        total = habit.log_probability(decomposition.host.forward(habit.prompts)).mean()
+        gradients = torch.autograd.grad(total, [added[point] for point in points])
     found = {}
-    for point, is_head in points.items():
-        values: list[Tensor] = []
-
-        def keep(value: Tensor, hook: Any, values: list[Tensor] = values) -> Tensor:
-            values.append(value.detach().requires_grad_())
-            return values[0]
-
-        with torch.enable_grad(), decomposition.model.hooks(fwd_hooks=[(point, keep)]):
-            total = habit.log_probability(decomposition.host.forward(habit.prompts)).mean()
-            (gradient,) = torch.autograd.grad(total, values)
-        product = (gradient * values[0].detach()).sum((0, 1))
+    for (point, is_head), gradient in zip(points.items(), gradients, strict=True):
+        product = (gradient * values[point]).sum((0, 1))
         found[point] = product.sum(-1) if is_head else product
     return found
 

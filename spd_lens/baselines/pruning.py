@@ -19,6 +19,7 @@ from torch import Tensor
 
 from spd_lens.core import Decomposition
 from spd_lens.specialists import (
+    MEASURED_ON,
     SHARES,
     Directions,
     Domain,
@@ -61,16 +62,24 @@ class SmallModel:
 
 
 def small_model(
-    decomposition: Decomposition, domain: Domain, room: int, method: SmallMethod, *, seed: int = 0
+    decomposition: Decomposition,
+    domain: Domain,
+    room: int,
+    method: SmallMethod,
+    *,
+    seed: int = 0,
+    measured_on: int = MEASURED_ON,
 ) -> SmallModel:
     """The model by one method, with `room` parameters for the matrices that shrink (`matrix_budget` says how many).
 
-    Methods of low rank share out the room in two ways, equally and by effect; the lower loss on the domain is taken.
-    "subcomponents, whitened" also chooses how many subcomponents it looks at; its control draws as many at random.
+    Methods of low rank share out the room in two ways, equally and by effect; the lower loss on the domain's first
+    `measured_on` rows is taken. "subcomponents, whitened" also chooses how many subcomponents it looks at; its control
+    draws as many at random.
     """
     given_one_of("method", method, SMALL_METHODS)
     given_instance("domain", domain, Domain, "domain_of(decomposition, tokens)")
     room = given_whole("room", room, least=1, of=" parameters")
+    measured_on = given_whole("measured_on", measured_on, least=1, of=" rows")
     whole = whole_matrices(decomposition, domain)
     if method in ("magnitude", "Wanda"):
         share = room / sum(W.numel() for W in whole.values())
@@ -84,10 +93,11 @@ def small_model(
     shares = SHARES
     if method == "random subcomponents, whitened":  # as many as ours chooses
         ours = _directions(decomposition, domain, whole, "subcomponents", seed)
-        taken = best_model(decomposition, domain, candidates(domain, ours, whole, room, write=write))[1]
+        offered = candidates(domain, ours, whole, room, write=write)
+        taken = best_model(decomposition, domain, offered, measured_on=measured_on)[1]
         shares = tuple(share for share in SHARES if share == taken.share)
     offered = candidates(domain, directions, whole, room, write=write, shares=shares)
-    model, taken = best_model(decomposition, domain, offered)
+    model, taken = best_model(decomposition, domain, offered, measured_on=measured_on)
     return SmallModel(method, model, False, taken.share)
 
 

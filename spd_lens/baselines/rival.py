@@ -44,21 +44,29 @@ class Rival:
 
 def effect_at(decomposition: Decomposition, rival: Rival, habit: Habit, strength: float) -> float:
     """The share of the habit's probability that is gone at a strength."""
-    before = habit.probability(decomposition.host.forward).mean()
+    return _effect(decomposition, rival, habit, strength, _before(decomposition, habit))
+
+
+def _before(decomposition: Decomposition, habit: Habit) -> Tensor:
+    return habit.probability(decomposition.host.forward).mean()
+
+
+def _effect(decomposition: Decomposition, rival: Rival, habit: Habit, strength: float, before: Tensor) -> float:
     return 1 - float(habit.probability(rival.forward(decomposition, strength)).mean() / before)
 
 
 def strength_for(decomposition: Decomposition, rival: Rival, habit: Habit, goal: float, *, halvings: int = 4) -> float:
     """The smallest strength found with an effect of at least `goal` on the habit; the strongest if none has it."""
-    low, high = 0.0, min(1.0, rival.strongest)
+    low, high, before = 0.0, min(1.0, rival.strongest), _before(decomposition, habit)
     # From below: far beyond what a change was made for, anything may happen.
-    while effect_at(decomposition, rival, habit, high) < goal:
+    while _effect(decomposition, rival, habit, high, before) < goal:
         if high >= rival.strongest:
             return high
         low, high = high, min(2 * high, rival.strongest)
     for _ in range(halvings):
         middle = (low + high) / 2
-        low, high = (low, middle) if effect_at(decomposition, rival, habit, middle) >= goal else (middle, high)
+        reached = _effect(decomposition, rival, habit, middle, before) >= goal
+        low, high = (low, middle) if reached else (middle, high)
     return high
 
 

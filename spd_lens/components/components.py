@@ -88,7 +88,9 @@ class Components(Sequence[Unit]):
         found: Sequence[Found] | None = None,
         how: Mapping[str, Any] | None = None,
     ) -> None:
-        self._units = tuple(units)
+        self._units = tuple(
+            replace(unit, found_in={site: subcomponents.get(site, "") for site in unit.sites}) for unit in units
+        )
         self.found = tuple(found) if found is not None else (Found(),) * len(self._units)
         self.subcomponents, self.how = dict(subcomponents), dict(how or {})
         _check_names([unit.name for unit in self._units])

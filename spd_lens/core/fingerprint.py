@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from spd_lens.core.decomposition import Decomposition
+from spd_lens.core.units import subcomponent_hash
 from spd_lens.support.files import tensor_hash
 
 # Entries of a parameter that enter the hash of all, evenly spaced; fine-tuning changes nearly every entry.
@@ -45,10 +46,7 @@ def _parameters_hash(decomposition: Decomposition) -> str:
 
 def subcomponent_hashes(decomposition: Decomposition) -> dict[str, str]:
     """What every site's subcomponents are: one hash of V and U each. Gates do not count."""
-    return {
-        name: hashlib.sha256(f"{tensor_hash(weight.V)} {tensor_hash(weight.U)}".encode()).hexdigest()
-        for name, weight in decomposition.items()
-    }
+    return {name: subcomponent_hash(weight) for name, weight in decomposition.items()}
 
 
 def difference(saved: Mapping[str, Any], now: Mapping[str, Any], *, ignore: Iterable[str] = ()) -> str | None:

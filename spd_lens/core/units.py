@@ -6,6 +6,7 @@ positions. Its label is `str(unit)`: `"blocks.0.mlp.W_in[3, 17] @5"`, or the nam
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,6 +24,7 @@ from spd_lens.core.interventions import (
     delta_hooks,
     keeping_hooks,
 )
+from spd_lens.support.files import tensor_hash
 from spd_lens.support.given import given_whole, shown
 
 # Importance above which a subcomponent counts as active.
@@ -41,6 +43,8 @@ class Unit:
     - `members`: `(site, id)` pairs.
     - `positions`: where in the sequence; None: everywhere.
     - `name`: what people call it. Units of equal members and positions are equal, whatever their names.
+    - `found_in`: of a component, the `subcomponent_hash` of its sites. Another decomposition refuses it, as its ids
+      mean other subcomponents there.
 
     >>> str(Unit((("blocks.0.mlp.W_in", 3),), (5,)))
     'blocks.0.mlp.W_in[3] @5'
@@ -49,6 +53,7 @@ class Unit:
     members: tuple[tuple[str, int], ...]
     positions: tuple[int, ...] | None = None
     name: str | None = field(default=None, compare=False)
+    found_in: Mapping[str, str] | None = field(default=None, compare=False, repr=False)
 
     @property
     def site(self) -> str:
@@ -92,6 +97,11 @@ def _site_label(site: str, ids: Sequence[int]) -> str:
     return site if WHOLE in ids else f"{site}[{', '.join('delta' if c == DELTA else str(c) for c in ids)}]"
 
 
+def subcomponent_hash(weight: DecomposedWeight) -> str:
+    """One hash of a site's V and U, gates left out."""
+    return hashlib.sha256(f"{tensor_hash(weight.V)} {tensor_hash(weight.U)}".encode()).hexdigest()
+
+
 # What the public functions accept as `ids`; see `units_of`.
 Ids: TypeAlias = Mapping[str, Any] | Unit | Sequence[Unit | Mapping[str, Any]] | None
 
@@ -104,10 +114,10 @@ def units_of(decomposition: Mapping[str, DecomposedWeight], ids: Ids) -> tuple[U
     - `{site: [[3, 4], [17]]}`: groups at one site.
     - `[{site: [3, 4], other: [0]}, ...]`: groups over sites.
     - a `Unit`, or a list of units (a circuit's `units`, for example), also mixed with groups.
-    - `Components`: they must be those of this decomposition.
+    - `Components`, or some of them: they must be those of this decomposition.
 
     Raises ValueError for unknown sites (near names), ids outside 0..C-1, empty and repeated units; TypeError for ids
-    that are not integers.
+    that are not integers. Components cost a hash of their sites' V and U.
     """
     if ids is None:
         ids = dict.fromkeys(decomposition)
@@ -125,6 +135,8 @@ def units_of(decomposition: Mapping[str, DecomposedWeight], ids: Ids) -> tuple[U
         raise TypeError(f"ids is {ids!r}; expected {{site: ids}}, a Unit, or a list of units or groups {{site: ids}}")
     else:
         units = [_unit(decomposition, group) for group in ([ids] if isinstance(ids, Unit) else ids)]
+    if check_belongs is None:
+        _check_found_here(decomposition, units)
     if not units:
         raise ValueError("ids names no subcomponent at all; give at least one, or None for all of them")
     seen: set[Any] = set()
@@ -134,6 +146,20 @@ def units_of(decomposition: Mapping[str, DecomposedWeight], ids: Ids) -> tuple[U
             raise ValueError(f"{unit} is named twice; name every unit once")
         seen.add(key)
     return tuple(units)
+
+
+def _check_found_here(decomposition: Mapping[str, DecomposedWeight], units: Sequence[Unit]) -> None:
+    """Raise ValueError for a component whose subcomponents are not those of this decomposition."""
+    hashes: dict[str, str] = {}
+    for unit in units:
+        for site, found in (unit.found_in or {}).items():
+            if site not in hashes:
+                hashes[site] = subcomponent_hash(decomposition[site])
+            if hashes[site] != found:
+                raise ValueError(
+                    f"{unit} is a component of another decomposition (V and U of {site} differ, so its ids mean other "
+                    "subcomponents): load the one that it was found in, or find components again in this one"
+                )
 
 
 def _unit(decomposition: Mapping[str, DecomposedWeight], group: Any) -> Unit:

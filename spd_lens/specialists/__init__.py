@@ -10,12 +10,20 @@ from spd_lens.specialists.distilling import distil
 from spd_lens.specialists.domain import Domain, domain_of
 from spd_lens.specialists.matrices import SmallMatrix
 from spd_lens.specialists.plain_transformer import PlainTransformer
-from spd_lens.specialists.specialising import best_model, checked_plain, matrix_budget, specialise, whole_matrices
+from spd_lens.specialists.specialising import (
+    MEASURED_ON,
+    best_model,
+    checked_plain,
+    matrix_budget,
+    specialise,
+    whole_matrices,
+)
 from spd_lens.specialists.specialist import Specialist
 from spd_lens.specialists.whitening import whitened_factors
 from spd_lens.specialists.writing import plain_copy
 
 __all__ = [
+    "MEASURED_ON",
     "SHARES",
     "Candidate",
     "Costs",

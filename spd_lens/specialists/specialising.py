@@ -31,7 +31,7 @@ from spd_lens.support.given import given_number, given_one_of, given_seed, given
 
 Tokens = Literal["all", "domain"]
 # Rows of the domain that choices are measured on.
-_MEASURED_ON = 16
+MEASURED_ON = 16
 # Of the logits' scale: how far the plain model may be off.
 _ROUNDINGS = 2_000
 
@@ -100,13 +100,17 @@ def best_model(
     *,
     tokens: Tensor | None = None,
     cut_below: float = 0.0,
+    measured_on: int = MEASURED_ON,
 ) -> tuple[PlainTransformer, Candidate]:
-    """The candidate with the lowest loss on rows of the domain, and its model; no more than two are held at once."""
+    """The candidate with the lowest loss on the first `measured_on` rows of the domain, and its model.
+
+    No more than two models are held at once.
+    """
     best: tuple[PlainTransformer, Candidate] | None = None
     lowest = float("inf")
     for one in offered:
         model = plain_copy(decomposition, one.matrices, tokens=tokens, cut_below=cut_below)
-        loss = mean_loss(model, domain.rows[:_MEASURED_ON])
+        loss = mean_loss(model, domain.rows[:measured_on])
         if best is None or loss < lowest:
             best, lowest = (model, one), loss
     assert best is not None

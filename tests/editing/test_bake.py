@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from spd_lens import Decomposition, decompose
 from spd_lens.core import Unit
-from spd_lens.editing import Above, Edit, Rewrite, edit, load_edit, save_baked, save_edit
+from spd_lens.editing import Above, Edit, Habit, Rewrite, edit, load_edit, report, save_baked, save_edit
 from spd_lens.hosts import open_host
 from tests import bridge_models as bridges
 from tests import oracle
@@ -278,6 +278,26 @@ def test_a_full_disk_leaves_nothing_behind_and_says_so(baked: nn.Module, tmp_pat
     assert caught.value.errno == errno.ENOSPC
     assert ".tmp" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_the_edit_that_was_there(tmp_path: Path) -> None:
+    decomposition = decompose(tiny_transformer(), {"blocks.0.mlp.W_in": N})
+    path = save_edit(edit(decomposition, {"blocks.0.mlp.W_in": [1]}), tmp_path / "edit.json")
+    before = path.read_bytes()
+    changed = edit(decomposition, {"blocks.0.mlp.W_in": [2]})
+    told = report(changed, Habit("four", tokens(2), torch.full((2, 1), 4)), tokens(2), n_random=0, n_generated=0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(OSError, match=r"no room to write .*edit.json.*Free some space") as caught:
+            save_edit(changed, path)
+        with pytest.raises(OSError, match=r"no room to write .*page.html.*Free some space"):
+            told.to_html(tmp_path / "page.html")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.errno == errno.ENOSPC
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("error", [errno.EACCES, errno.EROFS, errno.EPERM])

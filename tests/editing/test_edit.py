@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from spd_lens import Decomposition, decompose
+from spd_lens.components import Components
 from spd_lens.core import Unit
 from spd_lens.editing import Above, Rewrite, edit
 from tests.oracle import assert_close, assert_differs
@@ -168,6 +169,32 @@ def test_a_removed_decomposition_cannot_be_edited(decomposition: Decomposition, 
             act()
     with pytest.raises(ValueError, match="was removed"), made.applied():
         pass
+
+
+def test_components_of_another_decomposition_are_refused(decomposition: Decomposition) -> None:
+    """All of them, and one of them, although its sites and ids exist here, too."""
+    other = decompose(tiny_transformer(), SITES, seed=2)
+    components = Components.of(other, [{W_IN: [1, 2], W_OUT: [0]}, {W_Q: [3]}], names=["commas", "colons"])
+    assert edit(other, components["commas"]).sites
+    with pytest.raises(ValueError, match="these components belong to another decomposition"):
+        edit(decomposition, components)
+    one = components["commas"]
+    for given in (one, {one: 0.5}, [one], {one.at(): 0.0}, [components.rename({"colons": "dots"})["dots"]]):
+        with pytest.raises(ValueError, match=r"is a component of another decomposition \(V and U of blocks"):
+            edit(decomposition, given)
+    by_hand = Unit(one.members, name="commas")
+    assert edit(decomposition, by_hand).sites == edit(other, one).sites
+
+
+def test_a_component_of_a_decomposition_that_was_trained_further_is_refused(decomposition: Decomposition) -> None:
+    one = Components.of(decomposition, [{W_IN: [1, 2]}])[0]
+    with torch.no_grad():
+        decomposition[W_Q].U.mul_(1.1)  # not one of its sites
+    assert edit(decomposition, one).sites == (W_IN,)
+    with torch.no_grad():
+        decomposition[W_IN].V.mul_(1.1)
+    with pytest.raises(ValueError, match="component 0 is a component of another decomposition"):
+        edit(decomposition, one)
 
 
 def test_what_is_no_decomposition_is_named(without_type_checks: None) -> None:

@@ -28,6 +28,7 @@ def test_a_result_says_what_was_measured_and_with_what(path: Path) -> None:
     for name, numbers in result["methods"].items():
         assert all(isinstance(numbers[key], (int, float)) for key in NUMBERS), name
         assert numbers["kl_elsewhere"] >= 0
+        assert ("neighbours_after" in numbers) == ("smollm2" in case and "fact" in case)
     assert {"torch", "transformer_lens", "peft", "concept-erasure"} <= set(result["versions"])
     assert result["command"].startswith("python experiments/edits.py")
     assert isinstance(result["seed"], int)

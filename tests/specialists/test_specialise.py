@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -251,6 +252,24 @@ def test_a_full_disk_leaves_nothing(small: Specialist, tmp_path: Path, monkeypat
     with pytest.raises(OSError, match=r"no room to write .*small.*Free some space"):
         small.save(tmp_path / "small")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_full_half_way_leaves_nothing(small: Specialist, tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        with pytest.raises(OSError, match=r"no room to write .*small.*Free some space"):
+            small.save(tmp_path / "small")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_component_of_another_decomposition_is_refused(decomposition: Decomposition) -> None:
+    other = decompose(tiny_transformer(seed=3), SITES, seed=3)
+    one = Components.of(other, [{"blocks.0.mlp.W_in": [0, 1]}])[0]
+    with pytest.raises(ValueError, match=r"component 0 is a component of another decomposition"):
+        specialise(decomposition, tokens(4), 0.6, ids=[one])
 
 
 @pytest.mark.parametrize("error", [errno.EACCES, errno.EROFS])
