@@ -51,9 +51,7 @@ class Size:
 
 
 FULL = Size()
-SMALL = Size(
-    context=12, held_out=8, controls=3, control_tokens=32, generated=4, n_measured=16, layers=(1, 8, 15, 22, 28)
-)
+SMALL = Size(context=12, held_out=8, controls=3, control_tokens=32, generated=4, n_measured=16, layers=(4, 12, 20, 28))
 # Openings of addresses to the Congress; the text is what the model itself goes on with.
 SPEECHES = (
     " To the Congress of the United States : The report of the Secretary of the Treasury",
