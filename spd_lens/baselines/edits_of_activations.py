@@ -159,11 +159,13 @@ def _gradient_times_value(decomposition: Decomposition, habit: Habit, points: di
     values: dict[str, Tensor] = {}
     added: dict[str, Tensor] = {}
 
-    def keep(value: Tensor, hook: Any) -> Tensor:
-        values[hook.name], added[hook.name] = value.detach(), torch.zeros_like(value, requires_grad=True)
-        return value + added[hook.name]
+    # A bridge's HookPoints have other names than those that were asked for.
+    def keep(value: Tensor, hook: Any, *, point: str) -> Tensor:
+        values[point], added[point] = value.detach(), torch.zeros_like(value, requires_grad=True)
+        return value + added[point]
 
-    with torch.enable_grad(), decomposition.model.hooks(fwd_hooks=[(point, keep) for point in points]):
+    hooks = [(point, partial(keep, point=point)) for point in points]
+    with torch.enable_grad(), decomposition.model.hooks(fwd_hooks=hooks):
         total = habit.log_probability(decomposition.host.forward(habit.prompts)).mean()
         gradients = torch.autograd.grad(total, [added[point] for point in points])
     found = {}
