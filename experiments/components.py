@@ -36,6 +36,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -266,7 +267,7 @@ def run_tiny_lm(n_rows: int, runs: int, max_share: float) -> dict[str, Any]:
     several = [i for i, unit in enumerate(components) if len(unit.members) > 1]
     stability = [components.found[i].stability for i in several]
     data = {
-        **together.described(),
+        **asdict(together.counted_in()),
         "min_events": MIN_EVENTS,
         "max_share": max_share,
         "firings_per_event": len(together.ids) / together.n_events,

@@ -13,9 +13,8 @@ from torch import Tensor
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.inputs import as_mask
 from spd_lens.core.masks import SiteMask
-from spd_lens.objective.adversary import PGD, ascend
 from spd_lens.objective.divergences import divergence, log_probs
-from spd_lens.objective.mask_sources import masks_from_sources
+from spd_lens.objective.mask_sources import Climb, Masks
 from spd_lens.patching.arguments import checked_input
 from spd_lens.support.given import given_function, shown
 from spd_lens.tasks.task import Task
@@ -149,20 +148,13 @@ class Behaviour:
             clean, output = clean[where], output[where]
         return divergence(clean, output, clean_is_log_probs=True)
 
-    def worst_sources(
-        self,
-        importances: Mapping[str, Tensor],
-        sources: Mapping[str, Tensor],
-        pgd: PGD,
-        rows: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """`pgd.steps` further ascents from these sources on the distance (K3)."""
-        detached = {name: g.detach() for name, g in importances.items()}
+    def climb(self, importances: Mapping[str, Tensor], generator: torch.Generator, rows: Tensor | None = None) -> Climb:
+        """What an adversary climbs on: the distance, by the masks, at fixed importances."""
 
-        def objective(given: Mapping[str, Tensor]) -> Tensor:
-            return self.distance(self.forward(masks_from_sources(detached, given), rows), rows)
+        def objective(masks: Masks, _: int | None) -> Tensor:
+            return self.distance(self.forward(masks, rows), rows)
 
-        return ascend(objective, dict(sources), pgd)
+        return Climb(objective, {name: g.detach() for name, g in importances.items()}, generator)
 
     @torch.no_grad()
     def measure(self, output: Tensor, kl_off: float) -> Measured:

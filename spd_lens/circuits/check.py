@@ -24,8 +24,8 @@ from spd_lens.circuits.behaviour import Behaviour, Measured, Metrics, Objective
 from spd_lens.circuits.circuit import Circuit
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.masks import SiteMask, sample_masks
-from spd_lens.objective.adversary import PGD, random_sources
-from spd_lens.objective.mask_sources import masks_from_sources
+from spd_lens.objective.adversary import PGD
+from spd_lens.objective.mask_sources import AdversarialMasks
 from spd_lens.support.given import given_instance, given_number, given_seed, given_whole, given_wholes
 from spd_lens.support.pages import table_html
 from spd_lens.support.tables import format_table
@@ -286,14 +286,16 @@ def _ladder(
     """What is left at every budget, at the worst of the restarts."""
     worst: dict[int, tuple[float, Measured]] = {}
     for _ in range(restarts):
-        sources, done = random_sources(g, "batch", generator), 0
+        adversary, done = AdversarialMasks(PGD(0, step_size, "batch")), 0
+        on = behaviour.climb(g, generator)
+        adversary.climb(on)
         reached = (-float("inf"), behaviour.measure(behaviour.logits, kl_off))
         for steps in sorted(set(budgets)):
             # One ascent, measured on its way: the first n steps of a longer ascent are an ascent of n steps.
-            sources = behaviour.worst_sources(g, sources, PGD(steps - done, step_size, "batch"))
+            adversary.climb_on(on, steps - done)
             done = steps
             with torch.no_grad():
-                output = behaviour.forward(masks_from_sources(g, sources))
+                output = behaviour.forward(adversary.masks(g, delta=True, generator=generator))
             distance = float(behaviour.distance(output))
             harm = distance if distance == distance else float("inf")  # NaN is the worst there is.
             if harm > reached[0]:

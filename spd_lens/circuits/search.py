@@ -35,9 +35,9 @@ from spd_lens.circuits.config import CircuitConfig
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.masks import sample_masks
 from spd_lens.core.squashings import importance_of, lower_squash, upper_squash
-from spd_lens.objective.adversary import PGD, Persistent, random_sources
+from spd_lens.objective.adversary import PGD, Persistent
 from spd_lens.objective.losses import minimality_loss
-from spd_lens.objective.mask_sources import Climb, Masks, MaskSource, mask_source, masks_from_sources
+from spd_lens.objective.mask_sources import AdversarialMasks, MaskSource, mask_source
 from spd_lens.objective.penalties import Power
 from spd_lens.support.given import given_instance
 from spd_lens.support.progress import tqdm
@@ -161,7 +161,9 @@ class _Search:
                     rows = rows[:rows_per_step].to(self.behaviour.tokens.device)
                 g = self.behaviour.importances({name: lower_squash(x) for name, x in pre.items()}, rows)
                 upper = {name: upper_squash(x).reshape(1, -1) for name, x in pre.items()}
-                distance = torch.stack([self.distance(source, g, rows) for source in self.sources]).mean()
+                distance = torch.stack(
+                    [self.distance(source, g, self.generator, rows) for source in self.sources]
+                ).mean()
                 penalty = minimality_loss(upper, penalty=Power(config.p))
                 loss = (distance - self.floor) / self.scale + config.minimality * penalty
                 optimizer.zero_grad(set_to_none=True)
@@ -171,17 +173,14 @@ class _Search:
                 for source in self.sources:
                     source.after_backward()
 
-    def distance(self, source: MaskSource, g: Mapping[str, Tensor], rows: Tensor | None) -> Float[Tensor, ""]:
+    def distance(
+        self, source: MaskSource, g: Mapping[str, Tensor], generator: torch.Generator, rows: Tensor | None = None
+    ) -> Float[Tensor, ""]:
         """D under one mask source, differentiable in `g`."""
-        behaviour, generator = self.behaviour, self.generator
-
-        def objective(masks: Masks, _: int | None) -> Tensor:
-            return behaviour.distance(behaviour.forward(masks, rows), rows)
-
+        behaviour = self.behaviour
         if source.climbs:
-            detached = {name: x.detach() for name, x in g.items()}
-            source.climb(Climb(objective, detached, generator))
-        return objective(source.masks(g, delta=True, generator=generator), None)
+            source.climb(behaviour.climb(g, generator, rows))
+        return behaviour.distance(behaviour.forward(source.masks(g, delta=True, generator=generator), rows), rows)
 
     # -- pruning -----------------------------------------------------------------------------------------------------
 
@@ -220,18 +219,16 @@ class _Search:
 
         An adversary has two and a half times the search's steps, and two starts.
         """
-        behaviour, total = self.behaviour, 0.0
-        g = behaviour.importances(nodes)
+        total, g = 0.0, self.behaviour.importances(nodes)
         for source in self.config.masks:
             generator = torch.Generator(self.generator.device).manual_seed(0)
             if source in ("importance", "stochastic"):
-                drawn = [mask_source(source).masks(g, delta=True, generator=generator)]
+                tries = [mask_source(source)]
             else:
                 pgd = PGD(math.ceil(2.5 * self.config.pgd.steps), self.config.pgd.step_size, "batch")
-                starts = [random_sources(g, "batch", generator) for _ in range(2)]
-                drawn = [masks_from_sources(g, behaviour.worst_sources(g, start, pgd)) for start in starts]
+                tries = [AdversarialMasks(pgd) for _ in range(2)]
             with torch.no_grad():
-                total += max(float(behaviour.distance(behaviour.forward(masks))) for masks in drawn)
+                total += max(float(self.distance(one, g, generator)) for one in tries)
         return (total / len(self.config.masks) - self.floor) / self.scale
 
 

@@ -9,14 +9,13 @@ Memory: one edge per pair that fires together, unlike merging, which keeps no pa
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
 
 import numpy as np
 from jaxtyping import Int64
 
-from spd_lens.components.merging import labels_by_size, members_by_label
-from spd_lens.statistics.coactivations import CoActivation
+from spd_lens.components.merging import How, labels_by_size, members_by_label
+from spd_lens.statistics.coactivations import CoActivation, CountedIn
 from spd_lens.support.given import given_instance, given_number, given_whole
 
 
@@ -27,16 +26,19 @@ class Communities:
     members: tuple[tuple[str, int], ...]
     labels: Int64[np.ndarray, " members"]
     quality: float
-    settings: dict[str, Any]
+    resolution: float
+    seed: int
+    counted_in: CountedIn
 
     @property
     def groups(self) -> list[tuple[tuple[str, int], ...]]:
         """The groups, the largest first."""
         return members_by_label(self.members, self.labels)
 
-    def how(self) -> dict[str, Any]:
+    def how(self) -> How:
         """How the groups were found, as plain values."""
-        return {"method": "leiden", "quality": self.quality, **self.settings}
+        chosen: How = {"method": "leiden", "quality": self.quality, "resolution": self.resolution, "seed": self.seed}
+        return {**chosen, **asdict(self.counted_in)}
 
     def __repr__(self) -> str:
         sizes = np.bincount(self.labels)
@@ -76,7 +78,7 @@ def leiden(together: CoActivation, *, resolution: float = 0.3, seed: int = 0) ->
         seed=seed,
         n_iterations=-1,
     )
-    settings = {"resolution": resolution, "seed": seed, **together.described()}
     labels = labels_by_size(np.array(found.membership, np.int64))
     # leidenalg counts every pair of an undirected graph twice.
-    return Communities(tuple(together.members(alive)), labels, float(found.quality()) / 2, settings)
+    quality = float(found.quality()) / 2
+    return Communities(tuple(together.members(alive)), labels, quality, resolution, seed, together.counted_in())

@@ -16,6 +16,7 @@ from typing import Any, overload
 
 from pydantic import Field
 
+from spd_lens.components.merging import How
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.fingerprint import difference, subcomponent_hashes
 from spd_lens.core.hub import downloaded
@@ -68,7 +69,7 @@ class SavedComponents(CheckedContent):
     names: SavedNames
     components: list[SavedComponent]
     subcomponents: dict[str, str]
-    how: dict[str, Any]
+    how: How
     versions: dict[str, str]
     note: str = Field(default="")
 
@@ -86,7 +87,7 @@ class Components(Sequence[Unit]):
         *,
         subcomponents: Mapping[str, str],
         found: Sequence[Found] | None = None,
-        how: Mapping[str, Any] | None = None,
+        how: How | None = None,
     ) -> None:
         self._units = tuple(
             replace(unit, found_in={site: subcomponents.get(site, "") for site in unit.sites}) for unit in units

@@ -9,15 +9,15 @@ what the null agrees on, or saves in description length, is not knowledge about 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int64
 
 from spd_lens.components.merging import (
+    How,
     Merging,
     Pairs,
     check_merging,
@@ -25,9 +25,22 @@ from spd_lens.components.merging import (
     members_by_label,
     merge_subcomponents,
 )
-from spd_lens.statistics.coactivations import CoActivation
+from spd_lens.statistics.coactivations import CoActivation, CountedIn
 from spd_lens.support.given import given_list, given_number, given_whole
 from spd_lens.support.progress import tqdm
+
+
+@dataclass(frozen=True)
+class EnsembleSettings:
+    """What `ensemble` was called with; `share` is 1 where every run had a data set of its own."""
+
+    runs: int
+    share: float
+    seed: int
+    alpha: float
+    pairs: Pairs
+    sampled: int | None
+    temperature: float
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -52,16 +65,18 @@ class Ensemble:
     null_agreement: float
     saved: float
     null_saved: float
-    settings: Mapping[str, Any]
+    settings: EnsembleSettings
+    counted_in: CountedIn
 
     def known(self) -> list[tuple[float, float]]:
         """Rate and stability of every group."""
         return [(float(rate), float(stable)) for rate, stable in zip(self.rates, self.stability, strict=True)]
 
-    def how(self) -> dict[str, Any]:
+    def how(self) -> How:
         """How the groups were found, as plain values."""
         figures = ("agreement", "null_agreement", "saved", "null_saved")
-        return {"method": "consensus", **self.settings, **{name: getattr(self, name) for name in figures}}
+        made: How = {"method": "consensus", **asdict(self.settings), **asdict(self.counted_in)}
+        return {**made, **{name: getattr(self, name) for name in figures}}
 
     def __repr__(self) -> str:
         several = sum(1 for group in self.groups if len(group) > 1)
@@ -103,7 +118,8 @@ def ensemble(
     for one in sets:
         check_merging(one, alpha, pairs, sampled, temperature, beyond, seed)
     runs = max(given_whole("runs", runs, least=2, of=": one has nothing to agree with"), len(sets))
-    chosen: dict[str, Any] = {"alpha": alpha, "pairs": pairs, "sampled": sampled, "temperature": temperature}
+    share = share if len(sets) == 1 else 1.0
+    settings = EnsembleSettings(runs, share, seed, alpha, pairs, sampled, temperature)
     found: list[Merging] = []
     null: list[Merging] = []
     for run in tqdm(range(runs), desc="ensemble", leave=False):
@@ -111,7 +127,16 @@ def ensemble(
         data = sets[run % len(sets)]
         drawn = data if len(sets) > 1 else data.drawn(share, generator)
         for results, events in ((found, drawn), (null, drawn.shuffled(generator))):
-            results.append(merge_subcomponents(events, seed=seed + run, beyond=beyond, **chosen))
+            merging = merge_subcomponents(
+                events,
+                alpha=alpha,
+                pairs=pairs,
+                sampled=sampled,
+                temperature=temperature,
+                seed=seed + run,
+                beyond=beyond,
+            )
+            results.append(merging)
     members, labels = _labels_of_all(found)
     consensus = labels_by_size(_consensus(labels))
     groups = members_by_label(members, consensus)
@@ -125,7 +150,8 @@ def ensemble(
         _agreement(_labels_of_all(null)[1]),
         _saved(found),
         _saved(null),
-        {"runs": runs, "share": share if len(sets) == 1 else 1.0, "seed": seed, **chosen, **sets[0].described()},
+        settings,
+        sets[0].counted_in(),
     )
 
 

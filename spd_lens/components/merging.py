@@ -11,8 +11,8 @@ in it, a few times over. Left out: groups that overlap; a subcomponent has one c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from math import log2
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -22,11 +22,13 @@ from jaxtyping import Float, Int64
 from spd_lens.components.best_pairs import BestPairs
 from spd_lens.components.bits import check_alpha
 from spd_lens.components.overlaps import Overlaps
-from spd_lens.statistics.coactivations import CoActivation
+from spd_lens.statistics.coactivations import CoActivation, CountedIn
 from spd_lens.support.given import given_number, given_whole, shown
 from spd_lens.support.pages import shortened
 from spd_lens.support.progress import tqdm
 
+# How groups were found, as it stands in files: names, numbers and settings.
+How: TypeAlias = dict[str, str | int | float | bool | None]
 # Which pairs may be merged: those that are active together in some event, or all.
 Pairs: TypeAlias = Literal["together", "all"]
 # How often `sampled` draws again when no pair of a draw lowers the description length, before it looks at all pairs.
@@ -42,7 +44,7 @@ class Merging:
     - `description_lengths` `[merges + 1]`: bits per event, before the first merge and after each.
     - `overlaps` `[merges]`: of the events in which either of the two was active, the share in which both were.
     - `rates` `[members + merges]`: share of events in which each group is active.
-    - `data`: what the co-activations were counted in (events, threshold, window).
+    - `counted_in`: what the co-activations were counted in.
     """
 
     members: tuple[tuple[str, int], ...]
@@ -51,7 +53,7 @@ class Merging:
     overlaps: Float[np.ndarray, " merges"]
     rates: Float[np.ndarray, " members_and_merges"]
     alpha: float
-    data: Mapping[str, Any]
+    counted_in: CountedIn
 
     @property
     def n_merges(self) -> int:
@@ -80,10 +82,10 @@ class Merging:
         rates[labels] = self.rates[tops]
         return [(float(rate), None) for rate in rates]
 
-    def how(self) -> dict[str, Any]:
+    def how(self) -> How:
         """How the groups were found, as plain values."""
         bits = float(self.description_lengths.min())
-        return {"method": "description length", "alpha": self.alpha, "bits_per_event": bits, **self.data}
+        return {"method": "description length", "alpha": self.alpha, "bits_per_event": bits, **asdict(self.counted_in)}
 
     def _tops(self, n_merges: int) -> Int64[np.ndarray, " members"]:
         """For every member the group, by its number in `merges`, that it is in after so many merges."""
@@ -163,7 +165,7 @@ def merge_subcomponents(
         if sampled is not None:
             _merge_sampled(state, int(sampled), float(temperature), np.random.default_rng(seed), bar.update)
         _merge_best(state, limit, pairs == "all", bar.update)
-    return state.result(tuple(together.members(alive)), together.described())
+    return state.result(tuple(together.members(alive)), together.counted_in())
 
 
 def check_merging(
@@ -228,7 +230,7 @@ class _State:
         self.lengths.append(self.length())
         return kept
 
-    def result(self, members: tuple[tuple[str, int], ...], data: Mapping[str, Any]) -> Merging:
+    def result(self, members: tuple[tuple[str, int], ...], counted_in: CountedIn) -> Merging:
         return Merging(
             members,
             np.array(self.merges, np.int64).reshape(-1, 2),
@@ -236,7 +238,7 @@ class _State:
             np.array(self.shared, np.float64),
             np.array(self.counts) / self.overlaps.n_events,
             self.alpha,
-            data,
+            counted_in,
         )
 
 

@@ -3,6 +3,7 @@
 from spd_lens.graphs.check import AttributionCheck
 from spd_lens.graphs.contexts import Context
 from spd_lens.graphs.graph import AttributionGraph
+from spd_lens.graphs.graph_settings import GraphSettings
 from spd_lens.graphs.of_dataset import dataset_graph
 from spd_lens.graphs.of_prompt import attribution_graph
 from spd_lens.graphs.pruning import influences, prune
@@ -13,6 +14,7 @@ __all__ = [
     "AttributionCheck",
     "AttributionGraph",
     "Context",
+    "GraphSettings",
     "Readout",
     "Removal",
     "attribution_graph",

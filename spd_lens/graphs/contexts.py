@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
+from spd_lens.graphs.graph_settings import GraphSettings
 from spd_lens.statistics.labels import Labels, checked_labels, read_labels, template_label
 from spd_lens.statistics.result import Harvest
 from spd_lens.support.given import given_instance
@@ -43,7 +44,7 @@ class Described:
 
 def described(
     graph: nx.DiGraph,
-    settings: Mapping[str, Any],
+    settings: GraphSettings,
     harvest: Harvest | None,
     labels: Labels | str | Path | None,
     contexts: Mapping[Key, Sequence[Context]] | None = None,
@@ -61,10 +62,10 @@ def described(
     unknown = [key for key in found.contexts if tuple(key) not in keys]
     if unknown:
         raise ValueError(f"contexts has {unknown[0]!r}, which is no (site, subcomponent) of this graph")
-    own = settings.get("decomposition")
+    own = settings.decomposition
     if isinstance(labels, (str, Path)):
         labels = read_labels(labels, decomposition_sha256=own)
-    sites = [str(site) for site in settings.get("sites", ())] or list(dict.fromkeys(site for site, _ in keys))
+    sites = list(settings.sites) or list(dict.fromkeys(site for site, _ in keys))
     if harvest is not None:
         given_instance("harvest", harvest, Harvest, "harvest(decomposition, batches)")
         if own is not None and harvest.made_from.decomposition != own:

@@ -20,6 +20,7 @@ from spd_lens.core.units import Unit
 from spd_lens.graphs.check import AttributionCheck
 from spd_lens.graphs.contexts import Context, Described, Key, described
 from spd_lens.graphs.graph_reading import read_graph
+from spd_lens.graphs.graph_settings import GraphSettings
 from spd_lens.graphs.page import edge_size, graph_page
 from spd_lens.graphs.pruning import cumulative_shares, edge_influences, influences, prune
 from spd_lens.graphs.removing import Removal, removal
@@ -51,14 +52,14 @@ class AttributionGraph:
     graph: nx.DiGraph
     check: AttributionCheck
     tokens: tuple[str, ...]
-    settings: dict[str, Any]
+    settings: GraphSettings
 
     def _table(self) -> tuple[str, tuple[str, ...], list[tuple[str, ...]]]:
         """Title, header and rows of the strongest edges."""
         strongest = sorted(self.graph.edges(data=True), key=lambda e: -edge_size(e[2]))[:15]
         rows = [(self._label(s), self._label(t), f"{d['weight']:+.4g}") for s, t, d in strongest]
         n_nodes, n_edges = self.graph.number_of_nodes(), self.graph.number_of_edges()
-        left_out = self.settings.get("left_out", 0)
+        left_out = self.settings.left_out
         title = f"attribution graph: {n_nodes} nodes, {n_edges} edges"
         title += f" ({left_out} important subcomponents left out by max_nodes)" if left_out else ""
         return title, ("from", "to", "attribution"), rows
@@ -114,7 +115,7 @@ class AttributionGraph:
             elif t in kept and self.graph.nodes[s]["kind"] == "subcomponent":
                 before = graph.nodes[t]["from_unshown"]
                 graph.nodes[t]["from_unshown"] = None if before is None else before + data["weight"]
-        settings = {**self.settings, "node_threshold": node_threshold, "edge_threshold": edge_threshold}
+        settings = self.settings.model_copy(update={"node_threshold": node_threshold, "edge_threshold": edge_threshold})
         return AttributionGraph(graph, self.check, self.tokens, settings)
 
     def influence(self) -> dict[str, float]:
@@ -279,7 +280,7 @@ class AttributionGraph:
             title=title,
             about=described(self.graph, self.settings, harvest, labels, contexts),
             influence=self._edge_influence(),
-            decomposition_sha256=str(self.settings.get("decomposition", "unknown")),
+            decomposition_sha256=self.settings.decomposition or "unknown",
         )
 
     def _edge_influence(self) -> dict[tuple[str, str], float] | None:

@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
+from spd_lens.graphs.graph_settings import GraphSettings
 from spd_lens.graphs.viewer_json import FORMAT_VERSION, GraphFile, checksum_of
-from spd_lens.support.checked_json import CheckedContent, in_words, read_json_object
+from spd_lens.support.checked_json import CheckedContent, Content, in_words, read_json_object
 from spd_lens.support.files import given_path
 
 
@@ -70,11 +71,12 @@ def read_graph(path: str | Path) -> GraphFile:
         data = _checked(path, part["spd_lens"], f"links[{i}]", _Link)
         graph.add_edge(names[ends[0]], names[ends[1]], **data)
     metadata = whole["metadata"]
-    tokens, settings = own.get("tokens"), metadata.get("generation_settings")
+    tokens = own.get("tokens")
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
         raise ValueError(f"{path}: metadata.spd_lens.tokens is missing or no list of strings")
-    if not isinstance(settings, dict) or not isinstance(own.get("check"), dict):
-        raise ValueError(f"{path}: metadata.generation_settings or metadata.spd_lens.check is missing")
+    if not isinstance(own.get("check"), dict):
+        raise ValueError(f"{path}: metadata.spd_lens.check is missing")
+    settings = _valid(path, metadata.get("generation_settings"), "metadata.generation_settings", GraphSettings)
     return GraphFile(graph, tuple(tokens), settings, own["check"])
 
 
@@ -99,10 +101,14 @@ def _check_head(path: Path, whole: dict[str, Any]) -> dict[str, Any]:
 
 
 def _checked(path: Path, value: Any, where: str, kind: type[CheckedContent]) -> dict[str, Any]:
+    return _valid(path, value, f"{where}.spd_lens", kind).model_dump(exclude_unset=True)
+
+
+def _valid(path: Path, value: Any, where: str, kind: type[Content]) -> Content:
     try:
-        return kind.model_validate(value).model_dump(exclude_unset=True)
+        return kind.model_validate(value)
     except ValidationError as error:
-        raise ValueError(f"{path}: {where}.spd_lens is damaged: {in_words(error)}") from error
+        raise ValueError(f"{path}: {where} is damaged: {in_words(error)}") from error
 
 
 def _part(path: Path, value: Any, where: str, keys: Sequence[str]) -> dict[str, Any]:

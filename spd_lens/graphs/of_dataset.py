@@ -31,6 +31,7 @@ from spd_lens.data.streams import first_batches
 from spd_lens.graphs.check import AttributionCheck, Reading, measured
 from spd_lens.graphs.direct_pass import DirectPass, Origin, direct_pass, origin_of, sender_of
 from spd_lens.graphs.graph import AttributionGraph
+from spd_lens.graphs.graph_settings import GraphSettings
 from spd_lens.graphs.nodes import (
     above_rounding,
     copies_per_pass,
@@ -77,7 +78,7 @@ def dataset_graph(
 
     Nodes are at most the `max_nodes` subcomponents with the largest share of what their site's subcomponents write:
     the sum of `|a_c| |U_c|` over positions where their importance is above `importance_above` (None: over all
-    positions), divided by that of the site. `settings["left_out"]` counts the others that are active. Besides
+    positions), divided by that of the site. `settings.left_out` counts the others that are active. Besides
     them one node for the delta of every site, one for every kind of embedding that is not decomposed, and with
     `metric` (logits -> one number per row, `[batch]`) one readout.
 
@@ -108,17 +109,17 @@ def dataset_graph(
     n_positions = sum(int(batch.counts.sum()) for batch in data)
     graph, edges, strengths = sums.graph(decomposition, data, n_positions)
     check = _check(decomposition, data[0], sums, edges, strengths, readouts, frozen, n_checked, generator)
-    settings = {
-        "model": decomposition.host.provenance().model_name,
-        "decomposition": tensors_sha256(decomposition),
-        "importance_above": importance_above,
-        "max_nodes": max_nodes,
-        "left_out": left_out,
-        "frozen": str(frozen),
-        "n_prompts": sum(len(batch.tokens) for batch in data),
-        "n_positions": n_positions,
-        "sites": sums.sites,
-    }
+    settings = GraphSettings(
+        model=decomposition.host.provenance().model_name,
+        decomposition=tensors_sha256(decomposition),
+        importance_above=importance_above,
+        max_nodes=max_nodes,
+        left_out=left_out,
+        frozen=str(frozen),
+        n_prompts=sum(len(batch.tokens) for batch in data),
+        n_positions=n_positions,
+        sites=tuple(sums.sites),
+    )
     return AttributionGraph(graph, check, (), settings)
 
 

@@ -29,6 +29,7 @@ from spd_lens.core.units import Unit
 from spd_lens.graphs.check import Reading, prompt_check
 from spd_lens.graphs.direct_pass import DirectPass, direct_pass, origin_of, sender_of
 from spd_lens.graphs.graph import AttributionGraph
+from spd_lens.graphs.graph_settings import GraphSettings
 from spd_lens.graphs.nodes import (
     above_rounding,
     copies_per_pass,
@@ -67,7 +68,7 @@ def attribution_graph(
 
     - subcomponents at positions where their importance is above `importance_above` (None: wherever they are) and whose
       linearised total effect on the readouts is not 0, at most the `max_nodes` with the largest (summed over readouts,
-      `sum |gradient * a| * readout weight`; `settings["left_out"]` counts the rest). With a `circuit` its nodes,
+      `sum |gradient * a| * readout weight`; `settings.left_out` counts the rest). With a `circuit` its nodes,
       whatever their importance: found by `find_circuit`, then `.prune(1.0, 0.9)` prunes its edges;
     - the delta of every site at every position, unless `frozen.delta` is False;
     - token and position embeddings that are not decomposed, at every position; or, where the first decomposed block is
@@ -130,16 +131,16 @@ def attribution_graph(
     check = prompt_check(decomposition, tokens, edges, strengths, pairs, values, frozen, n_checked, generator)
     idle = [n for n, data in graph.nodes(data=True) if data["kind"] == "delta" and not graph.degree(n)]
     graph.remove_nodes_from(idle)
-    settings = {
-        "model": decomposition.host.provenance().model_name,
-        "decomposition": tensors_sha256(decomposition),
-        "importance_above": importance_above,
-        "max_nodes": max_nodes,
-        "left_out": left_out,
-        "frozen": str(frozen),
-        "readout_position": position,
-        "sites": order,
-    }
+    settings = GraphSettings(
+        model=decomposition.host.provenance().model_name,
+        decomposition=tensors_sha256(decomposition),
+        importance_above=importance_above,
+        max_nodes=max_nodes,
+        left_out=left_out,
+        frozen=str(frozen),
+        readout_position=position,
+        sites=tuple(order),
+    )
     return AttributionGraph(graph, check, tuple(strings), settings)
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.graphs.direct_pass import sender_of
+from spd_lens.graphs.graph_settings import GraphSettings
 from spd_lens.graphs.readouts import ReadoutsGiven, chosen_readouts
 from spd_lens.graphs.removals import removed_together
 from spd_lens.patching.arguments import Metric, checked_input
@@ -75,7 +76,7 @@ def predicted_falls(graph: nx.DiGraph, nodes: Collection[str]) -> dict[str, floa
 def removal(
     graph: nx.DiGraph,
     strings: Sequence[str],
-    settings: Mapping[str, Any],
+    settings: GraphSettings,
     decomposition: Decomposition,
     tokens: Int[Tensor, "1 pos"],
     nodes: Sequence[str],
@@ -88,10 +89,12 @@ def removal(
             raise ValueError(f"no node {name!r} in the graph; near: {near_names(str(name), graph)}")
     if not nodes or any(graph.nodes[name]["kind"] == "readout" for name in nodes):
         raise ValueError(f"nodes={list(nodes)!r}; expected at least one, and no readout, which are what is read off")
-    tokens = _same_prompt(strings, settings, decomposition, tokens)
+    if settings.readout_position is None:
+        raise ValueError("this graph is of many prompts; nodes are ablated on one: make it with attribution_graph")
+    tokens = _same_prompt(strings, settings.decomposition, decomposition, tokens)
     read = [(name, data) for name, data in graph.nodes(data=True) if data["kind"] == "readout"]
     given = _readouts_given([data for _, data in read], metrics or {})
-    readouts = chosen_readouts(decomposition, tokens, given, settings["readout_position"])
+    readouts = chosen_readouts(decomposition, tokens, given, settings.readout_position)
     senders = [
         sender_of((d["kind"], d["site"]), d["subcomponent"], d["position"])
         for d in (graph.nodes[name] for name in nodes)
@@ -107,12 +110,8 @@ def removal(
     )
 
 
-def _same_prompt(
-    strings: Sequence[str], settings: Mapping[str, Any], decomposition: Decomposition, tokens: Tensor
-) -> Tensor:
-    if settings.get("readout_position") is None:
-        raise ValueError("this graph is of many prompts; nodes are ablated on one: make it with attribution_graph")
-    if settings.get("decomposition") not in (None, tensors_sha256(decomposition)):
+def _same_prompt(strings: Sequence[str], sha256: str | None, decomposition: Decomposition, tokens: Tensor) -> Tensor:
+    if sha256 not in (None, tensors_sha256(decomposition)):
         raise ValueError("the graph is of another decomposition (its V, U or gates differ)")
     tokens = checked_input(decomposition, tokens).to(decomposition.device)
     found = decomposition.host.token_strings(tokens.flatten().tolist()) if not tokens.is_floating_point() else []

@@ -19,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spd_lens.graphs.graph_settings import GraphSettings
 from spd_lens.support.checked_json import content_hash
 from spd_lens.support.files import given_path, write_text
 from spd_lens.support.pages import visible
@@ -41,7 +42,7 @@ class GraphFile:
 
     graph: nx.DiGraph
     tokens: tuple[str, ...]
-    settings: dict[str, Any]
+    settings: GraphSettings
     check: dict[str, Any]
 
 
@@ -66,10 +67,10 @@ def graph_json(
         for s, t, data in content.graph.edges(data=True)
     ]
     prompt = [public_text(token) for token in content.tokens] or ["any position"]
-    pruning = {k: v for k in ("node_threshold", "edge_threshold") if (v := content.settings.get(k)) is not None}
+    pruning = content.settings.model_dump(include={"node_threshold", "edge_threshold"}, exclude_none=True)
     metadata = {
         "slug": slug,
-        "scan": str(content.settings.get("model", "unknown")) if scan is None else scan,
+        "scan": content.settings.model if scan is None else scan,
         "transcoder_list": [],
         # Viewers drop what stands at over two thirds of the positions, which in a prompt of one is everything.
         "prompt_tokens": prompt if len(prompt) > 1 else [*prompt, ""],
@@ -78,7 +79,7 @@ def graph_json(
         "node_threshold": 1.0,
         "schema_version": 1,
         "info": {"generator": {"name": "spd_lens", "version": version("spd-lens")}},
-        "generation_settings": _plain(content.settings),
+        "generation_settings": _plain(content.settings.model_dump()),
         "pruning_settings": _plain(pruning),
         "spd_lens": {
             "format_version": FORMAT_VERSION,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,20 +22,30 @@ class Reached(Exception):
         self.residual = residual
 
 
+@dataclass(frozen=True)
+class _StoodFor:
+    """The block behind a stand-in: held here, it is no submodule of the stand-in."""
+
+    block: nn.Module
+    thread: int
+
+
 class StopsHere(nn.Module):
     """Stands for a block at which one thread's pass ends; passes of other threads go on through it."""
 
+    _stood_for: _StoodFor
+
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
-        self.__dict__.update(block=block, thread=threading.get_ident())
+        self._stood_for = _StoodFor(block, threading.get_ident())
 
     def __getattr__(self, name: str) -> Any:
         # The loop around the blocks may ask a block which kind of attention it has.
-        return getattr(self.__dict__["block"], name)
+        return getattr(self._stood_for.block, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if threading.get_ident() != self.__dict__["thread"]:
-            return self.__dict__["block"](*args, **kwargs)
+        if threading.get_ident() != self._stood_for.thread:
+            return self._stood_for.block(*args, **kwargs)
         return self.stand_in(args, kwargs)
 
     def stand_in(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -47,10 +58,10 @@ class SkippedBlock(StopsHere):
 
     def __init__(self, block: nn.Module, unused: Any) -> None:
         super().__init__(block)
-        self.__dict__.update(unused=unused)
+        self._unused = unused
 
     def stand_in(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        return self.__dict__["unused"]
+        return self._unused
 
 
 def enter_with(

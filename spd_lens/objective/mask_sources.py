@@ -143,7 +143,10 @@ class SampledMasks(MaskSource):
 
 
 class AdversarialMasks(MaskSource):
-    """A fresh adversary in every step (K3)."""
+    """A fresh adversary in every step (K3).
+
+    `climb` begins at random sources; `climb_on` goes on from where it is.
+    """
 
     climbs = True
     name = "pgd"
@@ -153,8 +156,12 @@ class AdversarialMasks(MaskSource):
         self._sources: dict[str, Tensor] = {}
 
     def climb(self, on: Climb) -> None:
-        start = random_sources(on.importances, self.pgd.scope, on.generator)
-        self._sources = ascend(on.of, start, self.pgd, self.whole_batch)
+        self._sources = random_sources(on.importances, self.pgd.scope, on.generator)
+        self.climb_on(on, self.pgd.steps)
+
+    def climb_on(self, on: Climb, steps: int) -> None:
+        """So many further ascents: n steps and m more are an ascent of n + m steps."""
+        self._sources = ascend(on.of, self._sources, replace(self.pgd, steps=steps), self.whole_batch)
 
     def masks(self, importances: Importances, *, delta: bool, generator: torch.Generator) -> Masks:
         return masks_from_sources(importances, of_part(self._sources, self.part), delta=delta)

@@ -129,7 +129,7 @@ def graph_view(
     page = graph.page(title=title, harvest=harvest, labels=labels)
     about = described(graph.graph, graph.settings, harvest, labels)
     choices = []
-    if graph.settings.get("readout_position") is not None:
+    if graph.settings.readout_position is not None:
         influence = graph.influence()
         for name in sorted(influence, key=lambda name: -influence[name]):
             data = graph.graph.nodes[name]

@@ -33,6 +33,17 @@ Window: TypeAlias = int | Literal["row"]
 
 
 @dataclass(frozen=True)
+class CountedIn:
+    """What co-activations were counted in: events of the sample, all that were seen, what fires above, and how many
+    positions one event spans."""
+
+    n_events: int
+    n_seen: int
+    threshold: float
+    window: Window
+
+
+@dataclass(frozen=True)
 class Partner:
     """A subcomponent that fires together with another, in `together` events.
 
@@ -129,14 +140,9 @@ class CoActivation:
         """Memory of the sample."""
         return sum(array.nbytes for array in (self.starts, self.ids, self.keys, self.fired))
 
-    def described(self) -> dict[str, Any]:
-        """Sizes and settings as plain values."""
-        return {
-            "n_events": self.n_events,
-            "n_seen": self.n_seen,
-            "threshold": self.threshold,
-            "window": self.window,
-        }
+    def counted_in(self) -> CountedIn:
+        """The events that were counted."""
+        return CountedIn(self.n_events, self.n_seen, self.threshold, self.window)
 
     def __repr__(self) -> str:
         alive, missed = int((self.counts > 0).sum()), int(((self.fired > 0) & (self.counts == 0)).sum())

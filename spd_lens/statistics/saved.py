@@ -58,7 +58,7 @@ def made_from(decomposition: Decomposition) -> MadeFrom:
 class SavedHarvestConfig(CheckedContent):
     """The fields of `harvest.json`."""
 
-    settings: dict[str, Any]
+    settings: HarvestSettings = Field(strict=False)
     counts: dict[str, int]
     d_vocab: int = Field(ge=1)
     n_positions: int = Field(ge=0)
@@ -132,7 +132,7 @@ def read_harvest(directory: str | Path, *, missing_ok: bool = False) -> SavedHar
         raise ValueError(f"{directory} holds no harvest ({HARVEST_CONFIG}); harvest(..., out_dir=...) writes one")
     config, tensors = _files(directory).load()
     try:
-        sums = HarvestSums(config.counts, config.d_vocab, HarvestSettings(**config.settings))
+        sums = HarvestSums(config.counts, config.d_vocab, config.settings)
         sums.n_positions, sums.n_batches = config.n_positions, config.n_batches
         sums.effect_positions, sums.read = config.effect_positions, config.read
         prefix = "sums/"

@@ -15,7 +15,7 @@ import torch
 
 from spd_lens import decompose
 from spd_lens.core import Unit
-from spd_lens.graphs import AttributionCheck, AttributionGraph, Context, attribution_graph, dataset_graph
+from spd_lens.graphs import AttributionCheck, AttributionGraph, Context, GraphSettings, attribution_graph, dataset_graph
 from spd_lens.patching import Effects
 from spd_lens.support import filled_page, script_json
 from tests.small_models import tiny_transformer, tokens
@@ -157,7 +157,7 @@ def hostile_graph() -> AttributionGraph:
     check = AttributionCheck(
         edges=(("e", "s"),), predicted=(2.0,), measured=(2.0,), total=(1.0,), n_strongest=1, frozen="everything <i>"
     )
-    return AttributionGraph(inner, check, (HOSTILE, "<!--<script>"), {"model": HOSTILE})
+    return AttributionGraph(inner, check, (HOSTILE, "<!--<script>"), GraphSettings(model=HOSTILE))
 
 
 # -- JSON ----------------------------------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ def test_public_fields_say_what_the_nodes_are(graph: AttributionGraph, tmp_path:
     whole = json.loads(graph.to_json(tmp_path / "g.json", slug="mine").read_text())
     assert whole["metadata"]["slug"] == "mine"
     assert whole["metadata"]["prompt_tokens"] == list(graph.tokens)
-    sites = graph.settings["sites"]
+    sites = graph.settings.sites
     found = {node["spd_lens"]["id"]: node for node in whole["nodes"]}
     name = next(n for n, d in graph.graph.nodes(data=True) if d["site"] == SITE and d["subcomponent"] > 0)
     data, node = graph.graph.nodes[name], found[name]

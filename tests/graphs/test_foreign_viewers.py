@@ -15,7 +15,7 @@ import torch
 
 from spd_lens import Decomposition, decompose, harvest
 from spd_lens.core import Unit
-from spd_lens.graphs import AttributionGraph, attribution_graph, dataset_graph, viewer_features
+from spd_lens.graphs import AttributionGraph, GraphSettings, attribution_graph, dataset_graph, viewer_features
 from spd_lens.models import load_tiny_lm
 from spd_lens.statistics import Harvest, Histogram
 from tests.chromium import Browser, chromium, needs_chromium
@@ -294,7 +294,7 @@ def test_hostile_texts_run_nowhere_in_circuit_tracers_page(viewer: Path, tab: Br
     trap = "<img src=x onerror=\"document.body.dataset.broken='1'\">"
     for _, data in made.graph.nodes(data=True):
         data.update(label=trap, token=trap, **({"predicts": trap} if data["kind"] == "readout" else {}))
-    made = AttributionGraph(made.graph, made.check, (trap, trap), {"model": trap})
+    made = AttributionGraph(made.graph, made.check, (trap, trap), GraphSettings(model=trap))
     made.to_viewer(tmp_path, slug="hostile", groups=[Unit(made.units[0].members, name=trap)])
     with served(viewer / "assets", tmp_path) as address:
         opened(tab, address, "hostile")

@@ -208,7 +208,7 @@ def test_live_attention_and_norms_change_edges(double: Decomposition) -> None:
         moved = max(abs(frozen.graph.edges[e]["weight"] - live.graph.edges[e]["weight"]) for e in shared)
         new = set(live.graph.edges) - set(frozen.graph.edges)
         assert moved > 1e-3 or new
-        assert str(other) == live.check.frozen == live.settings["frozen"]
+        assert str(other) == live.check.frozen == live.settings.frozen
     kinds = {data["kind"] for _, data in live.graph.nodes(data=True)}
     assert kinds == {"subcomponent", "embedding", "readout"}  # a live delta is no node
 
@@ -487,7 +487,7 @@ def test_the_largest_linearised_effects_are_kept(double: Decomposition) -> None:
     chosen = {n for n, d in got.graph.nodes(data=True) if d["kind"] == "subcomponent"}
     assert chosen == set(expected)
     n_whole = sum(d["kind"] == "subcomponent" for _, d in whole.graph.nodes(data=True))
-    assert got.settings["left_out"] == n_whole - 9 > 10
+    assert got.settings.left_out == n_whole - 9 > 10
     assert f"{n_whole - 9} important subcomponents left out" in str(got)
 
 
@@ -573,7 +573,7 @@ def test_a_data_set_graph_is_the_mean_of_prompt_graphs(double: Decomposition, ab
         assert d["absolute"] == pytest.approx(absolute[s, r], abs=1e-10)
     assert max(abs(d["weight"]) / d["absolute"] for _, _, d in got.graph.edges(data=True)) <= 1 + 1e-9
     assert min(abs(d["weight"]) / d["absolute"] for _, _, d in got.graph.edges(data=True)) < 0.5
-    assert got.settings["n_positions"] == 18
+    assert got.settings.n_positions == 18
 
 
 def test_the_check_of_a_data_set_graph_removes_senders_at_single_positions(double: Decomposition) -> None:
@@ -587,7 +587,7 @@ def test_masked_positions_do_not_count(double: Decomposition) -> None:
     mask = torch.ones_like(data, dtype=torch.bool)
     mask[:, :2] = False
     got = dataset_graph(double, [Batch(data, position_mask=mask)], importance_above=None, n_checked=4)
-    assert got.settings["n_positions"] == 8
+    assert got.settings.n_positions == 8
     # From a position on, under causal attention, to itself and later ones: the sum of a single row by hand.
     one = attribution_graph(double, data[:1], readouts={"s": lambda x: spread(x)[0]}, importance_above=None)
     two = attribution_graph(double, data[1:], readouts={"s": lambda x: spread(x)[0]}, importance_above=None)

@@ -11,7 +11,7 @@ from pathlib import Path
 import networkx as nx
 import pytest
 
-from spd_lens.graphs import AttributionCheck, AttributionGraph, removing
+from spd_lens.graphs import AttributionCheck, AttributionGraph, GraphSettings, removing
 from tests.chromium import Browser, chromium, needs_chromium
 from tests.graphs.test_export import CONTEXTS, HOSTILE, hostile_graph
 
@@ -50,7 +50,7 @@ def random_graph(seed: int = 0) -> AttributionGraph:
                 inner.add_edge(s, t, weight=draw.gauss(0, 1))
     check = AttributionCheck(edges=(), predicted=(), measured=(), total=(), n_strongest=0, frozen="all")
     tokens = tuple(f" word{t}" for t in range(N_POSITIONS))
-    return AttributionGraph(inner, check, tokens, {"sites": SITES, "readout_position": N_POSITIONS - 1})
+    return AttributionGraph(inner, check, tokens, GraphSettings(sites=tuple(SITES), readout_position=N_POSITIONS - 1))
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ import torch
 
 from spd_lens.core import Unit
 from spd_lens.editing import EditReport, Effect
-from spd_lens.graphs import AttributionCheck, AttributionGraph, Context, Removal
+from spd_lens.graphs import AttributionCheck, AttributionGraph, Context, GraphSettings, Removal
 from spd_lens.patching import Effects
 from spd_lens.pictures import effects_heatmap, importance_figure, importance_page
 from spd_lens.support import visible
@@ -52,7 +52,7 @@ def graph_of(text: str) -> AttributionGraph:
     check = AttributionCheck(
         edges=(("s", text),), predicted=(2.0,), measured=(2.0,), total=(1.0,), n_strongest=1, frozen=text
     )
-    return AttributionGraph(inner, check, (text,), {"model": text})
+    return AttributionGraph(inner, check, (text,), GraphSettings(model=text))
 
 
 def graph_page(text: str, folder: Path) -> str:
@@ -181,7 +181,7 @@ def test_a_browser_shows_all_of_them_and_runs_none(kind: str, tmp_path: Path) ->
             data = {**made.graph.nodes["s"], "label": text, "token": text, "subcomponent": 10 + i, "position": i % 6}
             made.graph.add_node(f"{i} {text}", **data)
             made.graph.add_edge(f"{i} {text}", "plain", weight=1.0 + i)
-        made = AttributionGraph(made.graph, made.check, tuple(PAYLOADS[:6]), {})
+        made = AttributionGraph(made.graph, made.check, tuple(PAYLOADS[:6]), GraphSettings())
         path = made.to_html(tmp_path / "page.html", title="harmless")
     elif kind == "edit":
         effect = Effect(0.5, 0.1, 3, 1, 0.1, 0.1, 0.0)
