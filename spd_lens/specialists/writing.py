@@ -28,7 +28,7 @@ _PARTS = {
 
 
 @dataclass
-class Piece:
+class Linear:
     """A matrix of a block and its bias, zeros where the model has none."""
 
     matrix: SmallMatrix
@@ -66,19 +66,19 @@ def plain_copy(
     state: dict[str, Tensor] = {}
     blocks = []
     for layer in range(architecture.n_layers):
-        pieces = {name: _piece(decomposition, f"blocks.{layer}.{part}", matrices) for name, part in _PARTS.items()
+        linears = {name: _linear(decomposition, f"blocks.{layer}.{part}", matrices) for name, part in _PARTS.items()
                   if _has(host, f"blocks.{layer}.{part}")}  # fmt: skip
         if (late := architecture.neuron_biases.get(layer)) is not None:
-            out = pieces["out"]
+            out = linears["out"]
             out.bias = out.bias + late @ out.matrix.product()
             out.has_bias = out.has_bias or bool(late.any())
-        kv_of_head = cut_heads(pieces, architecture, cut_below)
+        kv_of_head = cut_heads(linears, architecture, cut_below)
         if not architecture.attention_only and cut_below is not None:
-            cut_neurons(pieces, architecture, cut_below)
-        blocks.append({"kv_of_head": kv_of_head, "matrices": {n: p.spec() for n, p in pieces.items()}})
-        for name, piece in pieces.items():
+            cut_neurons(linears, architecture, cut_below)
+        blocks.append({"kv_of_head": kv_of_head, "matrices": {n: p.spec() for n, p in linears.items()}})
+        for name, linear in linears.items():
             where = "attn" if name in "qkvo" else "mlp"
-            state |= _stored(f"blocks.{layer}.{where}.{name}", piece)
+            state |= _stored(f"blocks.{layer}.{where}.{name}", linear)
     kept = None if tokens is None else tokens.unique()
     if kept is not None:
         # What has no row of its own shares one: the mean of theirs.
@@ -153,30 +153,30 @@ def _bias(host: Host, name: str) -> Tensor | None:
     return None if bias is None else bias.detach().flatten()
 
 
-def _piece(decomposition: Decomposition, name: str, matrices: Mapping[str, SmallMatrix]) -> Piece:
+def _linear(decomposition: Decomposition, name: str, matrices: Mapping[str, SmallMatrix]) -> Linear:
     site = _site(decomposition, name)
     matrix = matrices.get(name) or SmallMatrix(site.matrix.read().detach())
     bias = site.read_bias()
     given = torch.zeros(matrix.shape[1]).to(matrix.A) if bias is None else bias.detach().flatten()
-    return Piece(matrix, given.clone(), bool(given.any()))
+    return Linear(matrix, given.clone(), bool(given.any()))
 
 
-def _stored(name: str, piece: Piece) -> dict[str, Tensor]:
-    matrix = piece.matrix
+def _stored(name: str, linear: Linear) -> dict[str, Tensor]:
+    matrix = linear.matrix
     if matrix.rank == 0:
-        return {f"{name}.bias": piece.bias}
+        return {f"{name}.bias": linear.bias}
     if matrix.B is None:
         found = {f"{name}.weight": matrix.A.T}
     else:
         found = {f"{name}.0.weight": matrix.A.T, f"{name}.1.weight": matrix.B.T}
     where = name if matrix.B is None else f"{name}.1"
-    return found | ({f"{where}.bias": piece.bias} if piece.has_bias else {})
+    return found | ({f"{where}.bias": linear.bias} if linear.has_bias else {})
 
 
 # -- cutting ---------------------------------------------------------------------------------------------------------
 
 
-def cut_heads(pieces: dict[str, Piece], architecture: Architecture, below: float | None) -> list[int]:
+def cut_heads(linears: dict[str, Linear], architecture: Architecture, below: float | None) -> list[int]:
     """Leave out heads that write nothing or the same everywhere; which keys and values each remaining head reads.
 
     A head's values are averaged over positions with weights that sum to 1, so values that are all `b_V` come out as
@@ -186,7 +186,7 @@ def cut_heads(pieces: dict[str, Piece], architecture: Architecture, below: float
     kv_of_head = [h * K // H for h in range(H)]
     if below is None:
         return kv_of_head
-    o, v = pieces["o"], pieces["v"]
+    o, v = linears["o"], linears["v"]
     no_values = is_small(v.matrix.column_sizes().view(K, d).norm(dim=1), below)[kv_of_head]
     no_output = is_small(o.matrix.row_sizes().view(H, d).norm(dim=1), below)
     constant = (no_values & ~no_output).nonzero().flatten().tolist()
@@ -200,15 +200,15 @@ def cut_heads(pieces: dict[str, Piece], architecture: Architecture, below: float
         return kv_of_head
     if not kept:
         for name in "qkv":
-            del pieces[name]
+            del linears[name]
         o.matrix = SmallMatrix(o.matrix.A[:, :0], o.matrix.product()[:0])
         return []
     kv_kept = sorted({kv_of_head[h] for h in kept})
     of_head, of_kv = (_numbers(heads, d, o.bias.device) for heads in (kept, kv_kept))
     o.matrix = o.matrix.rows(of_head)
     for name, numbers in (("q", of_head), ("k", of_kv), ("v", of_kv)):
-        piece = pieces[name]
-        piece.matrix, piece.bias = piece.matrix.columns(numbers), piece.bias[numbers]
+        linear = linears[name]
+        linear.matrix, linear.bias = linear.matrix.columns(numbers), linear.bias[numbers]
     return [kv_kept.index(kv_of_head[h]) for h in kept]
 
 
@@ -216,18 +216,18 @@ def _numbers(heads: list[int], d_head: int, device: torch.device) -> Tensor:
     return (torch.tensor(heads)[:, None] * d_head + torch.arange(d_head)).flatten().to(device)
 
 
-def cut_neurons(pieces: dict[str, Piece], architecture: Architecture, below: float) -> None:
+def cut_neurons(linears: dict[str, Linear], architecture: Architecture, below: float) -> None:
     """Leave out neurons that write nothing, and those with the same value everywhere, which goes into the bias."""
-    out, act = pieces["out"], ACTIVATIONS[architecture.activation]
-    unread = {n: is_small(pieces[n].matrix.column_sizes(), below) for n in ("in", "gate") if n in pieces}
+    out, act = linears["out"], ACTIVATIONS[architecture.activation]
+    unread = {n: is_small(linears[n].matrix.column_sizes(), below) for n in ("in", "gate") if n in linears}
     no_output = is_small(out.matrix.row_sizes(), below)
     if architecture.gated:
-        gate, pre = act(pieces["gate"].bias), pieces["in"].bias
+        gate, pre = act(linears["gate"].bias), linears["in"].bias
         silent = (unread["in"] & (pre == 0)) | (unread["gate"] & (gate == 0))
         constant, value = (unread["in"] & unread["gate"]) | silent, gate * pre
         value = torch.where(silent, 0.0, value)
     else:
-        constant, value = unread["in"], act(pieces["in"].bias)
+        constant, value = unread["in"], act(linears["in"].bias)
     cut = constant | no_output
     if not bool(cut.any()):
         return
@@ -237,10 +237,10 @@ def cut_neurons(pieces: dict[str, Piece], architecture: Architecture, below: flo
         out.has_bias = out.has_bias or bool(out.bias.any())
     if bool(cut.all()):
         for name in unread:
-            del pieces[name]
+            del linears[name]
         out.matrix = SmallMatrix(out.matrix.A[:, :0], out.matrix.product()[:0])
         return
     out.matrix = out.matrix.rows(~cut)
     for name in unread:
-        piece = pieces[name]
-        piece.matrix, piece.bias = piece.matrix.columns(~cut), piece.bias[~cut]
+        linear = linears[name]
+        linear.matrix, linear.bias = linear.matrix.columns(~cut), linear.bias[~cut]

@@ -32,7 +32,7 @@ def members_belong_to(
 ) -> dict[str, Any]:
     """What the files of a run belong to, by member."""
     each = zip(decompositions, members, batches, strict=True)
-    return {f"member {i}": belongs_to(d, m, source) for i, (d, m, source) in enumerate(each)}
+    return {f"member {i}": belongs_to(d, m, data) for i, (d, m, data) in enumerate(each)}
 
 
 def open_members(files: RunFiles, members: Sequence[TrainConfig], belongs: Mapping[str, Any]) -> Checkpoint | None:
@@ -71,16 +71,16 @@ def member_data(
     """For every member the record of its data and the batches that come next; ValueError for other data than before."""
     seen, streams = [], []
     shared: dict[int, Iterator[Batch]] = {}
-    for i, (source, member) in enumerate(zip(batches, decompositions, strict=True)):
+    for i, (data, member) in enumerate(zip(batches, decompositions, strict=True)):
         before = None if checkpoint is None else checkpoint.data[str(i)]
         if checkpoint is not None:
-            source = same_data(source, before, f"{checkpoint.path} (member {i})")
+            data = same_data(data, before, f"{checkpoint.path} (member {i})")
             if not goes_on:
-                compare_now(source)
-        stream = endless_batches(source, member, start=0 if checkpoint is None else checkpoint.step)
-        if hasattr(source, "batches_from"):
+                compare_now(data)
+        stream = endless_batches(data, member, start=0 if checkpoint is None else checkpoint.step)
+        if hasattr(data, "batches_from"):
             # Its batches depend on their number alone; members go through them in step.
-            stream, shared[id(source)] = tee(shared.get(id(source), stream))
+            stream, shared[id(data)] = tee(shared.get(id(data), stream))
         seen.append(SeenData(before))
         streams.append(started(stream) if checkpoint is not None and goes_on else stream)
     return seen, streams

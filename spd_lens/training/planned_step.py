@@ -17,7 +17,7 @@ from spd_lens.training.reconstruction import Reconstruction
 
 KnownGate = Literal["shared", "scalar", "vector"]
 
-# How many tensors of each size are alive when most are, fitted once to 34 small steps whose bytes were counted, with or
+# How many tensors of each size are held when most are, fitted once to 34 small steps whose bytes were counted, with or
 # without what saves memory (sums .90 to 1.16 of those counted), and rounded. Per token: importances (values under two
 # squashings and their graphs), masks of a pass, attention scores, heads, logits (clean, masked, their gradient). Per
 # step: matrices as large as the largest decomposed weight.
@@ -217,7 +217,7 @@ class PlannedStep:
         return self.shape.n_layers if self.config.stop_at is None else self.config.stop_at
 
     def _activations(self, tokens: float) -> dict[str, float]:
-        """What a step makes and drops again, when most of it is alive: in the backward pass of a masked pass."""
+        """What a step makes and drops again, when most of it is held: in the backward pass of a masked pass."""
         shape, half = self.shape, self.config.precision == "bf16"
         numbers = 2 if half else 4
         sizes = [self._size(site) for site in self.counts]

@@ -2,7 +2,7 @@
 
 Every number is calculated from shapes. FLOPs are those of matrix products, as the library performs them: two for every
 multiply-add, `x @ W` of the target at all rows, `x @ V` and `@ U` at routed rows, one product in a backward pass for
-every operand that needs a gradient. Bytes are the largest sum of what is alive at once: everything of the clean pass
+every operand that needs a gradient. Bytes are the largest sum of what is held at once: everything of the clean pass
 and the gates, and the graph of one masked pass. Tests hold FLOPs and bytes to 15 % of what torch counts.
 
 Left out: norms and other element-wise work (in FLOPs), the allocator's slack, the data in main memory, and what other
