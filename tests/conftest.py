@@ -1,5 +1,6 @@
 """Shared by all tests: shape checking, one thread, and which TransformerLens is installed."""
 
+import signal
 from collections.abc import Iterator
 from importlib.metadata import version
 
@@ -21,6 +22,13 @@ DEVICES = [
     "cpu",
     pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")),
 ]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _interruptible() -> None:
+    """A shell that starts a job with `&` lets it ignore Ctrl-C, which tests press."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, TypeAdapter
 from torch import Tensor
 
 from spd_lens.core.decomposition import Decomposition
@@ -58,7 +58,7 @@ def made_from(decomposition: Decomposition) -> MadeFrom:
 class SavedHarvestConfig(CheckedContent):
     """The fields of `harvest.json`."""
 
-    settings: HarvestSettings = Field(strict=False)
+    settings: dict[str, int | float]
     counts: dict[str, int]
     d_vocab: int = Field(ge=1)
     n_positions: int = Field(ge=0)
@@ -132,7 +132,7 @@ def read_harvest(directory: str | Path, *, missing_ok: bool = False) -> SavedHar
         raise ValueError(f"{directory} holds no harvest ({HARVEST_CONFIG}); harvest(..., out_dir=...) writes one")
     config, tensors = _files(directory).load()
     try:
-        sums = HarvestSums(config.counts, config.d_vocab, config.settings)
+        sums = HarvestSums(config.counts, config.d_vocab, TypeAdapter(HarvestSettings).validate_python(config.settings))
         sums.n_positions, sums.n_batches = config.n_positions, config.n_batches
         sums.effect_positions, sums.read = config.effect_positions, config.read
         prefix = "sums/"
