@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.units import subcomponent_hash
@@ -34,13 +35,17 @@ def target_fingerprint(decomposition: Decomposition) -> dict[str, Any]:
 def _parameters_hash(decomposition: Decomposition) -> str:
     """One hash of all the target's parameters; those of the decomposition do not count."""
     own = {id(p) for p in decomposition.subcomponent_parameters() + decomposition.gate_parameters()}
+    return sampled_hash({name: p for name, p in decomposition.model.named_parameters() if id(p) not in own})
+
+
+def sampled_hash(tensors: Mapping[str, Tensor]) -> str:
+    """One hash of tensors by name, of which at most 4,096 entries each are read, evenly spaced."""
     digest = hashlib.sha256()
-    for name, p in sorted(decomposition.model.named_parameters()):
-        if id(p) not in own:
-            flat = p.detach().reshape(-1)
-            chosen = torch.linspace(0, max(flat.numel() - 1, 0), min(flat.numel(), _SAMPLED), dtype=torch.float64)
-            values = flat[chosen.long().to(flat.device)]
-            digest.update(f"{name} {tuple(p.shape)} {p.dtype} {tensor_hash(values)}".encode())
+    for name, p in sorted(tensors.items()):
+        flat = p.detach().reshape(-1)
+        chosen = torch.linspace(0, max(flat.numel() - 1, 0), min(flat.numel(), _SAMPLED), dtype=torch.float64)
+        values = flat[chosen.long().to(flat.device)]
+        digest.update(f"{name} {tuple(p.shape)} {p.dtype} {tensor_hash(values)}".encode())
     return digest.hexdigest()
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from spd_lens.data.batches import Batch
+from spd_lens.support.given import given_number
 
 TIMEOUT = "SPD_LENS_TIMEOUT"
 TIMEOUT_SECONDS = 600.0
@@ -288,8 +289,7 @@ def join_processes(device: torch.device) -> Processes:
     if not dist.is_initialized():
         if world == 1:
             return Processes()
-        timeout = timedelta(seconds=float(os.environ.get(TIMEOUT, TIMEOUT_SECONDS)))
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_timeout())
     processes = Processes.now()
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if processes.count > 1 and device.type == "cuda" and device.index != local:
@@ -298,6 +298,14 @@ def join_processes(device: torch.device) -> Processes:
             "with decomposition.to(...) before train()"
         )
     return processes
+
+
+def _timeout() -> timedelta:
+    given = os.environ.get(TIMEOUT, str(TIMEOUT_SECONDS))
+    try:
+        return timedelta(seconds=given_number(TIMEOUT, float(given), above=0))
+    except ValueError:
+        raise ValueError(f"{TIMEOUT}={given!r} in the environment; expected seconds, such as 600") from None
 
 
 def leave_processes() -> None:

@@ -178,12 +178,16 @@ class TokenStream:
         padding = self.exclude[0] if self.exclude else next(iter(self._cutting.separator), 0)
         rows = [window + [padding] * (self.context - len(window)) for window in windows]
         tokens = torch.tensor(rows)
+        apart = self._cutting.documents == "apart"
         kept = torch.arange(self.context) < lengths[:, None]
-        if bool(kept.all()):
-            counts = ~torch.isin(tokens, torch.tensor(self.exclude)) if self.exclude else None
-            return Batch(tokens, tokens=tokens, position_mask=counts)
         counts = kept & ~torch.isin(tokens, torch.tensor(self.exclude)) if self.exclude else kept
-        return Batch(tokens, tokens=tokens, position_mask=counts, attention_mask=kept)
+        # Also where no row of this process is padded: processes ask each other about the masks that all of them have.
+        return Batch(
+            tokens,
+            tokens=tokens,
+            position_mask=counts if apart or self.exclude else None,
+            attention_mask=kept if apart else None,
+        )
 
 
 def _cutting(tokenizer: Any, context: int, prepend_bos: bool, separator: int | None, documents: Documents) -> Cutting:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.inputs import checked_decomposition
+from spd_lens.data.batch_hashes import check_same_batches
 from spd_lens.data.batches import Batch
 from spd_lens.data.processes import Processes, join_processes
 from spd_lens.data.streams import first_batches
@@ -78,6 +79,7 @@ def evaluate(
     processes = join_processes(decomposition.device) if given_flag("together", together) else Processes()
     with torch.inference_mode(False), torch.no_grad(), _in_eval_mode(decomposition):
         chosen = list(first_batches(batches, decomposition, max_batches, purpose="evaluate on"))
+        check_same_batches(chosen, processes)
         sample: Iterable[Batch] = ()
         if deletion_sample is not None and deletion:
             sample = first_batches(deletion_sample, decomposition, None, purpose="look for needs in")

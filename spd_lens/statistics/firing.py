@@ -20,6 +20,7 @@ from torch import Tensor
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.inputs import checked_decomposition
 from spd_lens.core.squashings import importance_of
+from spd_lens.data.batch_hashes import check_same_hash
 from spd_lens.data.batches import Batch
 from spd_lens.data.processes import Processes, join_processes
 from spd_lens.data.streams import first_batches
@@ -123,6 +124,7 @@ def _joined(sums: HarvestSums, processes: Processes) -> HarvestSums:
     """What all processes have counted, in all of them; each goes on with its own."""
     if processes.count == 1:
         return sums
+    check_same_hash(sums.read, processes)
     numbers = (sums.n_positions, sums.effect_positions)
     joined: HarvestSums | None = None
     for tensors, (n_positions, effect_positions) in processes.of_all((sums.tensors(), numbers)):

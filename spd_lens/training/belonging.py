@@ -8,17 +8,15 @@ global random state, which no checkpoint holds: a run on it cannot be resumed.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import chain
 from typing import Any
 
-import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.fingerprint import difference, target_fingerprint
+from spd_lens.data.batch_hashes import batch_hash
 from spd_lens.data.batches import Batch, as_batch, is_one_batch
 from spd_lens.data.processes import Processes
 from spd_lens.support.files import plain
@@ -31,7 +29,9 @@ _UNSEEDED = "shuffled by the global random state"
 
 
 def belongs_to(decomposition: Decomposition, config: TrainConfig, batches: Any) -> dict[str, Any]:
-    """What a run of `decomposition` on `batches` is, in values for JSON; nothing is taken from `batches`."""
+    """What a run of `decomposition` on `batches` is, in values for JSON; nothing is taken from `batches`.
+
+    None in their place: nothing is said of the data."""
     settings = decomposition.settings
     return {
         "target": target_fingerprint(decomposition),
@@ -112,22 +112,6 @@ def place_of(batches: Any, processes: Processes) -> dict[str, Any] | None:
     places = processes.of_all(batches.position())
     streams = {name: place for one in places for name, place in one["streams"].items()}
     return {"position": {**places[0], "streams": streams}}
-
-
-def batch_hash(batch: Batch) -> str:
-    """SHA-256 of a batch's tokens (of its inputs where there are none), the positions that count, and the padding."""
-    digest = hashlib.sha256()
-    for tensor in (batch.inputs if batch.tokens is None else batch.tokens, batch.position_mask):
-        digest.update(_bytes(tensor) if tensor is not None else b"none")
-    if batch.attention_mask is not None:
-        digest.update(b"attention" + _bytes(batch.attention_mask))
-    return digest.hexdigest()
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    values = tensor.detach().cpu().contiguous()
-    values = values if values.is_floating_point() else values.to(torch.int64)
-    return f"{values.dtype} {tuple(values.shape)}".encode() + values.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def same_data(batches: Any, saved: Mapping[str, Any] | None, where: str) -> Any:

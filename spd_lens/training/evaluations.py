@@ -58,13 +58,15 @@ class Evaluations:
 class Evaluator:
     """The evaluations of one run, with their batches read.
 
-    `together`: several processes share out the rows of their batches, which have enough of them.
+    `together`: several processes share out the rows of their batches, which have enough of them. Otherwise each of them
+    computes everything, so that none waits for another longer than an exchange may take.
     """
 
     decomposition: Decomposition
     plan: Evaluations
     last_step: int
     batches: list[Batch]
+    options: dict[str, Any]
     together: bool = False
 
     @staticmethod
@@ -76,10 +78,15 @@ class Evaluator:
             return None
         if not isinstance(plan, Evaluations):
             raise TypeError(f"evaluations is a {type(plan).__name__}; expected Evaluations(batches, fast_every=...)")
-        count = plan.options.get("max_batches", inspect.signature(evaluate).parameters["max_batches"].default)
+        options = dict(plan.options)
+        count = options.get("max_batches", inspect.signature(evaluate).parameters["max_batches"].default)
         batches = list(first_batches(plan.batches, decomposition, count, purpose="evaluate on"))
-        together = n_processes > 1 and all(len(batch.inputs) >= n_processes for batch in batches)
-        return Evaluator(decomposition, plan, last_step, batches, together)
+        read = batches
+        if (sample := options.get("deletion_sample")) is not None:
+            options["deletion_sample"] = list(first_batches(sample, decomposition, None, purpose="look for needs in"))
+            read = [*batches, *options["deletion_sample"]]
+        together = n_processes > 1 and all(len(batch.inputs) >= n_processes for batch in read)
+        return Evaluator(decomposition, plan, last_step, batches, options, together)
 
     def is_due(self, step: int) -> bool:
         """Whether there is an evaluation after so many finished steps."""
@@ -91,7 +98,7 @@ class Evaluator:
         if self._is_fast(step):
             found |= self._measured("fast/", quick=True, options={})
         if self._is_slow(step):
-            found |= self._measured("slow/", quick=False, options=self.plan.options)
+            found |= self._measured("slow/", quick=False, options=self.options)
         return found
 
     def _measured(self, prefix: str, *, quick: bool, options: Mapping[str, Any]) -> dict[str, float]:

@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 MOST_SITES = 24
 
 
+def figure_steps(loggers: Sequence[Any]) -> list[int]:
+    """Every how many steps somebody wants figures."""
+    return sorted({every for own in loggers if (every := getattr(own, "figures_every", None))})
+
+
 def show_figures(
     loggers: Sequence[Any], step: int, decomposition: Decomposition, batch: Batch, stop_at: int | None
 ) -> None:

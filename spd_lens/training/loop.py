@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,14 @@ from torch import Tensor
 
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.inputs import checked_decomposition
+from spd_lens.data.batch_hashes import check_same_rows
 from spd_lens.data.batches import Batch
 from spd_lens.data.processes import Processes, join_processes
 from spd_lens.data.streams import endless_batches
 from spd_lens.support.files import given_path, plain
 from spd_lens.support.given import given_function, given_instance, given_list
 from spd_lens.support.progress import tqdm
+from spd_lens.training.agreement import check_same_run
 from spd_lens.training.belonging import (
     FREE,
     SeenData,
@@ -46,7 +48,7 @@ from spd_lens.training.config import TrainConfig
 from spd_lens.training.evaluations import Evaluations, Evaluator
 from spd_lens.training.last_good import LastGood
 from spd_lens.training.learner import Learner, make_learner
-from spd_lens.training.log_figures import show_figures
+from spd_lens.training.log_figures import figure_steps, show_figures
 from spd_lens.training.loggers import Logger
 from spd_lens.training.offloading import only_entered_blocks
 from spd_lens.training.run_files import RunFiles, open_run
@@ -102,27 +104,32 @@ def train(
         raise ValueError("offload=True with evaluations, which run the whole model; evaluate when the run is done")
 
     with stop_on_signals() as stop, training_conditions(decomposition), ExitStack() as running:
-        _check_shared(config, evaluations, loggers)
-        belongs = processes.same(belongs_to(decomposition, config, batches) if processes.is_main else None)
+        step = 0 if checkpoint is None else checkpoint.step
+        belongs = belongs_to(decomposition, config, batches if processes.is_main else None)
+        check_same_run(processes, decomposition, config, batches, belongs, evaluations, step)
+        belongs = processes.same(belongs)
         if resume_from is not None:
             _check_resumed(files, checkpoint, belongs)
-        if config.shard:
-            running.enter_context(sharded(decomposition))
+        gathered = running.enter_context(sharded(decomposition)) if config.shard else nullcontext
         learner = make_learner(decomposition, config, processes)
-        step = 0 if checkpoint is None else checkpoint.step
         seen = SeenData(None if checkpoint is None else checkpoint.data)
         has_place = keeps_place(batches)
         if checkpoint is not None and (processes.is_main or has_place):
             batches = same_data(batches, checkpoint.data, str(checkpoint.path))
         # Without a place of its own, data is known by its hashes: the first process sees whole batches for them.
-        shares = hasattr(batches, "for_process") and (has_place or not processes.is_main)
-        given = batches.for_process(processes.rank, processes.count) if shares else batches
+        own = batches.for_process(processes.rank, processes.count) if hasattr(batches, "for_process") else None
+        shares = own is not None and (has_place or not processes.is_main)
+        given = own if shares else batches
         stream = endless_batches(given, decomposition, start=step, whole=not shares or processes.count == 1)
         if checkpoint is not None:
             if step < config.steps:
                 stream = started(stream)
             else:
                 compare_now(batches)
+        if processes.count > 1 and step < config.steps and not has_place:
+            first = next(stream)
+            check_same_rows(first, processes, is_whole=not shares)
+            stream = chain([first], stream)
         if processes.is_main:
             running.enter_context(files.held())
             if resume_from is None:
@@ -134,6 +141,7 @@ def train(
             running.enter_context(only_entered_blocks(decomposition, start_at, config.stop_at))
         # In every process, because all have to log at the same steps, and share out what is evaluated.
         evaluator = Evaluator.of(decomposition, evaluations, config.steps, processes.count)
+        draws_every = processes.same(figure_steps(loggers))
         good = LastGood(learner, checkpoint)
         if checkpoint is None:
             _warm_up_faithfulness(learner, stop, processes)
@@ -168,13 +176,16 @@ def train(
                     good.give_up(f"the loss became NaN or infinite at step {failed}", losses)
                 rate = (step - first_step) * batch.n_positions * processes.count / (time.perf_counter() - began)
                 values = _log_values(total, losses, active, norms, learner, step - 1, rate, batch.position_mask)
-                if evaluator is not None and (processes.is_main or evaluator.together):
-                    values |= evaluator.values(step)
+                if evaluator is not None and evaluates:
+                    with gathered():
+                        values |= evaluator.values(step)
                 if processes.is_main:
                     files.log(step - 1, values)
                 bar.set_postfix({k: f"{values[k]:.3g}" for k in ("loss", "L0") if k in values}, refresh=False)
-            if processes.is_main:
-                show_figures(loggers, step - 1, decomposition, batch, config.stop_at)
+            if any((step - 1) % every == 0 for every in draws_every):
+                with gathered():
+                    if processes.is_main:
+                        show_figures(loggers, step - 1, decomposition, batch, config.stop_at)
             if saves:
                 if wrong := not_finite(decomposition):
                     bar.close()
@@ -226,22 +237,6 @@ def _first_start(stream: Iterator[Batch]) -> tuple[Iterator[Batch], int | None]:
     """The stream, and the block that its batches enter."""
     first = next(stream)
     return chain([first], stream), first.start_at
-
-
-def _check_shared(config: TrainConfig, evaluations: Evaluations | None, loggers: Sequence[Logger]) -> None:
-    """ValueError for what reads parameters in one process alone, or as they are, while all share them out."""
-    if not config.shard:
-        return
-    found = {
-        "evaluations": evaluations is not None,
-        "loggers with figures_every": any(getattr(own, "figures_every", None) for own in loggers),
-        "extra_terms": bool(config.extra_terms),
-    }
-    if wrong := [name for name, given in found.items() if given]:
-        raise ValueError(
-            f"shard=True with {', '.join(wrong)}, for which V, U and gates have to be whole; expected shard=False, or "
-            "none of these"
-        )
 
 
 def _is_run(resume_from: str | Path) -> bool:

@@ -6,10 +6,12 @@ Nothing in here waits for the device.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.units import ALIVE_ABOVE
 from spd_lens.data.batches import Batch
 from spd_lens.data.processes import whole
@@ -18,7 +20,8 @@ from spd_lens.support.compiling import compiled_regions
 from spd_lens.training.learner import Learner
 from spd_lens.training.masked_terms import Passes, climbed, everything_off, masked_terms, weighed
 from spd_lens.training.parts import Part, Parts
-from spd_lens.training.terms import IMPORTANCE_TERMS, StepView, coefficient
+from spd_lens.training.sharding import with_whole_factors
+from spd_lens.training.terms import IMPORTANCE_TERMS, LossTerm, StepView, coefficient
 from spd_lens.training.terms import faithfulness as faithfulness_term
 from spd_lens.training.totals import Totals
 
@@ -102,7 +105,8 @@ def _train_part(
     if total is not None:
         roots, gradients = [*roots, total], [*gradients, None]
     if roots:
-        torch.autograd.backward(roots, gradients)
+        with _gates_are_shares(", ".join(own.name for own in learner.config.extra_terms)):
+            torch.autograd.backward(roots, gradients)
     mask = part.batch.position_mask
     return losses, {name: weighed(_mean_active(g, mask), share) for name, g in part.lower.items()}
 
@@ -143,7 +147,31 @@ def _losses_without_passes(
         if coefficient(learner.config, name) > 0:
             yield name, term(view)
     for extra in learner.config.extra_terms:
-        yield extra.name, extra(view, learner.decomposition)
+        yield extra.name, _of_ones_own(extra, view, learner.decomposition)
+
+
+def _of_ones_own(term: LossTerm, view: StepView, decomposition: Decomposition) -> Tensor:
+    """A term of the user's, which reads whole V and U also where they are shared out.
+
+    Of gates it then has this process's share; what it sums of those alone is summed over processes.
+    """
+    with _gates_are_shares(term.name):
+        return whole(with_whole_factors(decomposition, lambda: term(view, decomposition)))
+
+
+@contextmanager
+def _gates_are_shares(names: str) -> Iterator[None]:
+    """What torch says of shares and whole tensors in one operation, in words."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DTensor" not in str(error):
+            raise
+        raise ValueError(
+            f"the term {names} computes with the tensors of gates, of which every process has its part (shard=True), "
+            f"and with whole tensors at once ({error}); compute of gates what is a sum of theirs alone, in a term of "
+            "its own, or train with shard=False"
+        ) from error
 
 
 def faithfulness(learner: Learner) -> Tensor:

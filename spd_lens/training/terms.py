@@ -41,7 +41,11 @@ class StepView:
 
 @runtime_checkable
 class LossTerm(Protocol):
-    """A term of one's own: `coefficient * term(view, decomposition)` is added to the total loss under `name`."""
+    """A term of one's own: `coefficient * term(view, decomposition)` is added to the total loss under `name`.
+
+    Under `TrainConfig.shard` V and U are whole while it is computed. Of gates there is this process's share: a norm or
+    another sum of it is that of the whole, but it does not mix with whole tensors.
+    """
 
     name: str
     coefficient: float

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,21 +14,23 @@ import torch.distributed.fsdp  # once, and not in every child
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from spd_lens import Decomposition, TrainConfig, decompose, train
+from spd_lens import Decomposition, TrainConfig, decompose, evaluate, train
 from spd_lens.data import Batch, processes
 from spd_lens.support import file_hash, write_checked
 from spd_lens.training import (
     Evaluations,
+    FigureLogger,
     Learner,
     Processes,
     checkpoint,
+    evaluations,
     join_processes,
     loop,
     read_checkpoint,
     sharding,
     shards,
 )
-from tests.small_models import tiny_transformer
+from tests.small_models import tiny_transformer, tokens
 from tests.training.forked import run_processes
 from tests.training.test_processes import _assert_close, _assert_same_run, _batches, _config
 
@@ -66,6 +69,7 @@ def _train(count: int, folder: Path, config: TrainConfig, gate: str = "shared", 
     ("terms", "gate", "changes"),
     [
         ("persistent", "shared", {}),
+        ("stochastic", "shared", {"extra_terms": "own"}),
         pytest.param(
             "stochastic",
             "global",
@@ -79,6 +83,7 @@ def _train(count: int, folder: Path, config: TrainConfig, gate: str = "shared", 
     ],
 )
 def test_a_shared_run_is_the_averaged_one(terms: str, gate: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    changes = changes | ({"extra_terms": (_Own("own"), _Own("gates"))} if "extra_terms" in changes else {})
     config = _config(terms, **changes)
     averaged = _train(2, tmp_path / "averaged", config, gate)
     _assert_close(_train(2, tmp_path / "shared", config.changed(shard=True), gate), averaged)
@@ -202,12 +207,82 @@ def test_a_shared_run_that_is_not_finite_is_back_at_its_last_checkpoint(tmp_path
         assert _is_equal(found, expected)
 
 
-def test_what_needs_whole_parameters_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="shard=True with evaluations"):
-        train(
-            _fresh(),
-            _batches(),
-            _config("stochastic", shard=True),
-            out_dir=tmp_path / "run",
-            evaluations=Evaluations(_batches(), fast_every=1),
-        )
+class _Own:
+    """Of importances, of V and U (also where the term asks for them to be whole), and of gates."""
+
+    coefficient = 0.5
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, view: Any, decomposition: Decomposition) -> Tensor:
+        first, second = decomposition["blocks.0.mlp.W_in"], decomposition["blocks.1.attn.W_V"]
+        if self.name == "gates":
+            return sum((p.square().sum() for p in decomposition.gate_parameters()), torch.zeros(()))
+        error = (first.target_weight - first.V @ first.U).square().sum()
+        energy = first.whole(lambda: (first.V @ first.U * second.U.mean()).sum())
+        both = 0.01 * (error + energy) + second.V.abs().sum() + view.upper["blocks.1.attn.W_V"].mean()
+        return both if self.name == "own" else both + decomposition.gate_parameters()[0].sum()
+
+
+def test_a_term_that_mixes_shares_with_whole_tensors_is_named(tmp_path: Path) -> None:
+    def act(rank: int) -> None:
+        config = _config("stochastic", shard=True, extra_terms=(_Own("mixed"),))
+        with pytest.raises(ValueError, match=r"the term mixed computes with the tensors of gates"):
+            train(_fresh(), _batches(), config, out_dir=tmp_path / "run")
+
+    run_processes(2, act, tmp_path / "errors")
+
+
+def _evaluated(folder: Path, rows: int, **changes: Any) -> dict[str, Tensor]:
+    """A run of two processes that is evaluated and drawn on the way; what every process measured is in `folder`."""
+    folder.mkdir()
+
+    def act(rank: int) -> None:
+        found: list[Any] = []
+        real = evaluations.Evaluator.values
+
+        def noted(self: evaluations.Evaluator, step: int) -> dict[str, float]:
+            found.append(real(self, step))
+            return found[-1]
+
+        evaluations.Evaluator.values = noted  # pyright: ignore[reportAttributeAccessIssue]
+        own = {"adversary_steps": (2,), "starts": 1, "deletion_sample": [tokens(rows, seed=5)]}
+        plan = Evaluations(list(tokens(8, seed=9).split(rows)), fast_every=2, slow_every=4, options=own)
+        drawn: list[Any] = []
+        draw = FigureLogger(lambda step, values: None, lambda step, name, figure: drawn.append(_bars(figure)), 3)
+        decomposition = _fresh()
+        loggers = [draw] if rank == 0 else []
+        config = _config("persistent", **changes)
+        train(decomposition, _batches(), config, out_dir=folder / "run", evaluations=plan, loggers=loggers)
+        assert not any(map(processes.is_shared, decomposition.tensors().values()))
+        after = evaluate(decomposition, list(tokens(8, seed=9).split(rows)), together=rows > 1, **own)
+        assert found[-1].items() >= after.log_values("slow/").items()
+        (folder / f"{rank}.json").write_text(json.dumps([found, drawn]))
+        if rank == 0:
+            save_file({k: t.detach().contiguous() for k, t in decomposition.tensors().items()}, folder / "tensors")
+
+    run_processes(2, act, folder / "errors")
+    return load_file(folder / "tensors")
+
+
+def _bars(figure: Any) -> list[float]:
+    return [float(bar.get_width()) for bar in figure.axes[0].patches if hasattr(bar, "get_width")]
+
+
+@pytest.mark.parametrize("rows", [4, pytest.param(1, marks=pytest.mark.slow)], ids=["shared out", "one row each"])
+def test_a_shared_run_is_evaluated_and_drawn_as_the_averaged_one(rows: int, tmp_path: Path) -> None:
+    _evaluated(tmp_path / "averaged", rows)
+    found = _evaluated(tmp_path / "shared", rows, shard=True)
+    _assert_same_run(tmp_path / "shared", tmp_path / "averaged")
+    (first, drawn), (second, nothing) = (json.loads((tmp_path / "shared" / f"{r}.json").read_text()) for r in (0, 1))
+    assert first == second
+    assert [sorted({name.split("/")[0] for name in values}) for values in first] == [["fast"], ["fast", "slow"]]
+    assert not nothing
+    expected = json.loads((tmp_path / "averaged" / "0.json").read_text())[1]
+    assert len(drawn) == len(expected) == 6
+    for own, other in zip(drawn, expected, strict=True):
+        assert own == pytest.approx(other, abs=1e-3)
+    # The run itself does not notice.
+    without = _train(2, tmp_path / "without", _config("persistent", shard=True))
+    assert _is_equal(found, without)
