@@ -1,0 +1,37 @@
+"""The committed specialists of the tiny language model have every number that they promise, at equal parameters."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+RESULTS = sorted((Path(__file__).parents[2] / "experiments" / "results" / "specialists").glob("tiny_lm_*.json"))
+NUMBERS = ("parameters", "milliseconds", "loss_in", "loss_out", "bytes", "flops")
+RIVALS = {"magnitude", "Wanda", "truncated SVD", "whitened SVD", "random subcomponents"}
+
+
+def test_there_are_results() -> None:
+    assert len(RESULTS) > 0
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_every_method_stands_at_every_size_with_what_was_measured(path: Path) -> None:
+    result = json.loads(path.read_text(encoding="utf-8"))
+    rows = [row for row in result["rows"] if not row["distilled"]]
+    for row in rows:
+        assert all(math.isfinite(row[key]) for key in NUMBERS), row["method"]
+        assert row["case"] == result["case"]
+    shares = {row["share"] for row in rows} - {1.0}
+    assert len(shares) >= 2
+    whole = next(row["parameters"] for row in rows if row["method"] == "whole")
+    for share in shares:
+        sizes = {row["method"]: row["parameters"] for row in rows if row["share"] == share}
+        assert {*RIVALS, "subcomponents"} <= set(sizes)
+        saved = whole - max(sizes.values())
+        assert saved > 0
+        assert max(sizes.values()) - min(sizes.values()) < 0.05 * saved
+    assert {"torch", "transformer_lens"} <= set(result["versions"])
+    assert isinstance(result["seed"], int)
