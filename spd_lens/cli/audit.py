@@ -10,6 +10,7 @@ import typer
 
 from spd_lens.audit import AuditReport, Cases, Verification, audit_page, explain, verify, verify_page
 from spd_lens.cli.output import DONE, FAILED, JsonFlag, ends_in_words, show
+from spd_lens.cli.yaml_file import ConfigError
 from spd_lens.components import Components
 from spd_lens.core import Decomposition
 from spd_lens.models import CREDIT_DECISIONS, credit_cases, decline_margin, load_credit, load_credit_applicants
@@ -54,13 +55,13 @@ def command(
     # The credit model's tensors are tiny: more threads only wait for each other.
     torch.set_num_threads(1)
     if what != "demo":
-        raise ValueError(f"audit {what!r}; expected 'demo', or spd_lens.audit.explain(...) in Python for other models")
+        raise ConfigError(f"audit {what!r}; expected 'demo', or spd_lens.audit.explain(...) in Python for other models")
     if verify_file is not None:
         ended = _run_again(verify_file, page, applicant, seed, components)
         show(str(ended), _values(ended), as_json=json)
         raise typer.Exit(FAILED if ended.status else DONE)
     if page is not None or seed is not None:
-        raise ValueError("--page and --seed are for --verify; give it a report to run again")
+        raise ConfigError("--page and --seed are for --verify; give it a report to run again")
     cases = Cases(**credit_cases())
     decomposition = load_credit(decomposed=True)
     grouped = None if components is None else Components.load(components, decomposition)
@@ -115,7 +116,7 @@ def _run_again(
 def _known(applicant: int) -> int:
     n = len(load_credit_applicants("held_out"))
     if not 0 <= applicant < n:
-        raise ValueError(f"applicant {applicant}; there are {n} held-out applicants, 0..{n - 1}")
+        raise ConfigError(f"applicant {applicant}; there are {n} held-out applicants, 0..{n - 1}")
     return applicant
 
 

@@ -60,12 +60,14 @@ def command(
     json: JsonFlag = False,
 ) -> None:
     if config:
-        typer.echo(EXAMPLE, nl=False)
+        show(EXAMPLE.rstrip("\n"), {"config": EXAMPLE}, as_json=json)
         return
     # In memory there is no file to name in an error; the text is ours.
     run = RunFile.of(with_changes(yaml_of(EXAMPLE, "the demo's file"), [f"train.steps={steps}"]))
     result = train_run(run, out, resume="auto")
     if result.interrupted:
+        stopped = {"interrupted": True, "steps": result.steps, "out_dir": str(out)}
+        show(f"stopped after {result.steps} steps; the same command goes on", stopped, as_json=json)
         raise typer.Exit(STOPPED)
     decomposition, _ = open_saved(out, None)
     report = evaluate_with(decomposition, run.evaluate, load_run_data(run.evaluation_data, decomposition))

@@ -9,7 +9,7 @@ import typer
 
 from spd_lens.cli.output import JsonFlag, ends_in_words, show
 from spd_lens.cli.run_file import RunFile
-from spd_lens.cli.runs import DECOMPOSITION, RUN_FILE, open_run_model
+from spd_lens.cli.runs import DECOMPOSITION, RUN_FILE, open_run_model, require_directory
 from spd_lens.cli.sections import ModelSection
 from spd_lens.cli.yaml_file import ConfigError
 from spd_lens.training import merge_decompositions
@@ -33,6 +33,8 @@ def command(
     model: Annotated[str | None, typer.Option(help="The model, where the directories do not say it.")] = None,
     json: JsonFlag = False,
 ) -> None:
+    for directory in directories:
+        require_directory(directory)
     run_path = directories[0] / RUN_FILE
     if model is None and not run_path.is_file():
         raise ConfigError(f"{directories[0]} does not say which model it is of; give --model")

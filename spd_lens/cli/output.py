@@ -57,3 +57,18 @@ def ends_in_words(command: F) -> F:
     # typer reads annotations from here, in the module of the command.
     wrapped.__signature__ = inspect.signature(command, eval_str=True)  # pyright: ignore[reportAttributeAccessIssue]
     return wrapped  # pyright: ignore[reportReturnType]
+
+
+def about_what_was_asked(command: F) -> F:
+    """For a command that reads nothing but its file: whatever it refuses was asked for wrongly."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except ConfigError:
+            raise
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+
+    return wrapped  # pyright: ignore[reportReturnType]

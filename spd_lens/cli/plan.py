@@ -11,7 +11,7 @@ import typer
 from spd_lens.cli.block_jobs import FINISH, split_blocks
 from spd_lens.cli.jobs import statuses_of
 from spd_lens.cli.jobs import submit as submit_jobs
-from spd_lens.cli.output import DONE, FAILED, JsonFlag, ends_in_words, show
+from spd_lens.cli.output import DONE, FAILED, JsonFlag, about_what_was_asked, ends_in_words, show
 from spd_lens.cli.run_file import RunFile
 from spd_lens.cli.yaml_file import ConfigError
 from spd_lens.training import DEVICES, ModelShape, TrainConfig, plan
@@ -40,6 +40,7 @@ Examples:
 
 
 @ends_in_words
+@about_what_was_asked
 def command(
     config: Annotated[Path | None, typer.Argument(help="A run's YAML file.")] = None,
     set: Annotated[list[str] | None, typer.Option("--set", help="FIELD=VALUE in CONFIG.")] = None,

@@ -34,30 +34,45 @@ SHIPPED = {
 
 
 def open_run_model(section: ModelSection) -> Any:
-    """The model of a run, on its device."""
+    """The model of a run, on its device. Raises ConfigError for a device that is not there."""
+    _check_device(section.device)
     dtype = getattr(torch, section.dtype)
     if section.name in SHIPPED:
         if section.revision is not None:
             raise ConfigError(
-                f"model.revision is {section.revision!r}, but {section.name} ships with the package; leave it away"
+                f"{section.revision!r}, but {section.name} ships with the package; leave it away", ("model", "revision")
             )
         return SHIPPED[section.name](torch.device(section.device), dtype, section.host)
     return open_model(section.name, device=section.device, dtype=dtype, host=section.host, revision=section.revision)
 
 
+def _check_device(name: str) -> None:
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # what torch raises for one that it was built without
+        reason = str(error).strip().splitlines()[0]
+        text = f"{name!r} is not to be had here ({reason}); expected cpu, cuda, or another that is"
+        raise ConfigError(text, ("model", "device")) from None
+
+
 def decompose_run(model: Any, section: DecomposeSection) -> Decomposition:
-    """The decomposition that a run begins with."""
+    """The decomposition that a run begins with. Raises ConfigError for sites and gates that this model cannot have."""
     if section.start_from is not None:
         return Decomposition.from_pretrained(section.start_from, model)
-    return decompose(
-        model,
-        section.sites,
-        gate=section.gate,
-        gate_width=section.gate_width,
-        gate_options=section.gate_options,
-        init=section.init,
-        seed=section.seed,
-    )
+    try:
+        return decompose(
+            model,
+            section.sites,
+            gate=section.gate,
+            gate_width=section.gate_width,
+            gate_options=section.gate_options,
+            init=section.init,
+            seed=section.seed,
+        )
+    except ValueError as error:
+        pattern = next((name for name in section.sites if name in str(error)), None)
+        place = ("decompose",) if pattern is None else ("decompose", "sites", pattern)
+        raise ConfigError(str(error), place) from None
 
 
 def load_run_data(section: DataSection, decomposition: Decomposition) -> TokenBatches | TokenStream:
@@ -125,12 +140,12 @@ def _texts(section: DataSection) -> list[str]:
     if section.text is not None:
         splits = ("train", "held_out")
         if section.split not in splits:
-            raise ConfigError(f"data.split: {section.split!r}; near: {near_names(section.split, splits)}")
+            raise ConfigError(f"{section.split!r}; near: {near_names(section.split, splits)}", ("data", "split"))
         return [load_moby_dick(section.split)]  # pyright: ignore[reportArgumentType]
     assert section.files is not None
     missing = [name for name in section.files if not Path(name).is_file()]
     if missing:
-        raise ConfigError(f"data.files: there is no file {missing[0]}")
+        raise ConfigError(f"there is no file {missing[0]}", ("data", "files"))
     return [Path(name).read_text(encoding="utf-8") for name in section.files]
 
 
@@ -138,7 +153,7 @@ def _read_tokens(section: DataSection) -> np.ndarray:
     assert section.tokens is not None
     path = Path(section.tokens)
     if not path.is_file():
-        raise ConfigError(f"data.tokens: there is no file {path}")
+        raise ConfigError(f"there is no file {path}", ("data", "tokens"))
     rows = np.load(path, mmap_mode="r", allow_pickle=False)
     return rows if section.max_rows is None else rows[: section.max_rows]
 
@@ -156,10 +171,20 @@ def open_saved(
     if run is not None and not saved.is_dir():
         raise ConfigError(f"the run in {where} has not ended; go on with: spd-lens train {run_path} --resume auto")
     if run is None and model_name is None:
+        require_directory(where)
         raise ConfigError(f"{where} does not say which model it is of; give --model, for example --model tiny_lm")
     section = ModelSection(name=model_name) if model_name is not None else run.model if run is not None else None
     assert section is not None
     return Decomposition.from_pretrained(str(saved), open_run_model(section), revision=revision), run
+
+
+def require_directory(where: Path) -> None:
+    """ConfigError, with the names of what is beside it, for a directory that does not exist."""
+    if where.is_dir():
+        return
+    beside = [str(path) for path in where.parent.iterdir() if path.is_dir()] if where.parent.is_dir() else []
+    near = f"; near: {near_names(str(where), sorted(beside))}" if beside else ""
+    raise ConfigError(f"there is no directory {where}{near}")
 
 
 def data_for(decomposition: Decomposition, run: RunFile | None, path: Path | None) -> TokenBatches | TokenStream:

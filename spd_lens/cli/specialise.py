@@ -83,7 +83,7 @@ def _in_words(costs: Costs) -> str:
 
 def _rows(batches: Any, count: int) -> torch.Tensor:
     found: list[torch.Tensor] = []
-    for batch in batches.once():
+    for batch in batches.once() if hasattr(batches, "once") else batches:
         if batch.tokens is None or batch.attention_mask is not None:
             raise ConfigError("a specialist is made of whole rows of tokens; leave residual streams and padding away")
         found.append(batch.tokens)

@@ -16,7 +16,7 @@ from spd_lens.cli.output import STOPPED, JsonFlag, ends_in_words, show
 from spd_lens.cli.run_file import RunFile
 from spd_lens.cli.runs import DECOMPOSITION, RUN_FILE, decompose_run, load_run_data, open_run_model
 from spd_lens.cli.sections import LogSection, ModelSection
-from spd_lens.cli.yaml_file import ConfigError
+from spd_lens.cli.yaml_file import ConfigError, read_yaml, with_changes
 from spd_lens.core import Decomposition
 from spd_lens.support.files import read_tensors, write_tensors
 from spd_lens.training import (
@@ -64,11 +64,13 @@ def command(
     ] = "never",
     json: JsonFlag = False,
 ) -> None:
-    run = RunFile.read(config, set or [])
+    file = with_changes(read_yaml(config), set or [])
+    run = RunFile.of(file)
     directory = out or (Path(run.out_dir) if run.out_dir else None)
     if directory is None:
         raise ConfigError(f"{config} has no out_dir; add it, or give --out")
-    result = train_run(run, directory, resume=resume)
+    with file.named():
+        result = train_run(run, directory, resume=resume)
     leave_processes()
     line = {
         "steps": result.steps,

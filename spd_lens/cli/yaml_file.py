@@ -6,7 +6,8 @@ Plain YAML 1.1 with two differences: `1e-3` is a number, and a key that stands t
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,14 @@ Place = tuple[str | int, ...]
 
 
 class ConfigError(ValueError):
-    """A configuration that makes no sense; its text names file, line and field."""
+    """A configuration that makes no sense; its text names file, line and field.
+
+    `place`: the field that is wrong, for who knows the file that it stands in (`YamlFile.named`).
+    """
+
+    def __init__(self, problem: str, place: Place | None = None) -> None:
+        super().__init__(problem if place is None else f"{'.'.join(map(str, place))}: {problem}")
+        self.problem, self.place = problem, place
 
 
 class _Loader(yaml.SafeLoader):
@@ -48,6 +56,16 @@ class YamlFile:
         """The error to raise for a value that makes no sense."""
         name = ".".join(map(str, place))
         return ConfigError(f"{self.where(place)}: {name + ': ' if name else ''}{problem}")
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """Errors inside that are about a field of this file say where it stands."""
+        try:
+            yield
+        except ConfigError as error:
+            if error.place is None:
+                raise
+            raise self.error(error.place, error.problem) from None
 
 
 def read_yaml(path: Path) -> YamlFile:

@@ -128,6 +128,26 @@ def test_errors_are_one_line_or_one_object_and_a_status(runs: Path) -> None:
     invoke("pareto", copy, "--out", runs / "x.png", status=1)
 
 
+def test_errors_of_sections_name_the_line_and_what_may_be_meant(runs: Path, tmp_path: Path) -> None:
+    file = runs / "config.yaml"
+
+    def told(*changes: str) -> str:
+        options = [part for change in changes for part in ("--set", change)]
+        return invoke("train", file, "--out", tmp_path / "x", *options, status=2).stderr
+
+    sites = told("decompose.sites={blocks.1.mlp.W_inn: 8}")
+    assert f"{file}, line 2: decompose.sites.blocks.1.mlp.W_inn: " in sites
+    assert "'blocks.1.mlp.W_in'" in sites
+    assert f"{file}, line 1: model.device: 'gpu' is not to be had here" in told("model.device=gpu")
+    assert "data.files: there is no file none.txt" in told("data={files: [none.txt], context: 16}")
+    assert not (tmp_path / "x").exists()
+    missing = invoke("evaluate", runs / "aa", status=2).stderr
+    assert f"there is no directory {runs / 'aa'}; near: '{runs / 'a'}'" in missing
+    assert "there is no directory" in invoke("merge", runs / "aa", "--out", tmp_path / "y", status=2).stderr
+    sites = invoke("plan", file, "--set", "decompose.sites={blocks.7.mlp.W_in: 8}", status=2).stderr
+    assert "blocks.7.mlp.W_in" in sites
+
+
 def test_evaluate_saves_a_report_with_a_verdict(runs: Path) -> None:
     found = json.loads(invoke("evaluate", runs / "a", "--json", "--quick").stdout)
     assert set(found["sites"]) == {"blocks.1.mlp.W_in"}
@@ -240,7 +260,7 @@ def test_plan_says_what_a_run_costs(runs: Path) -> None:
     assert found["bytes"] == pytest.approx(sum(found["bytes_by_kind"].values()))
     assert "calculated" in invoke("plan", runs / "config.yaml", "--device", "cpu").stdout
     assert "give CONFIG, or" in invoke("plan", status=2).stderr
-    assert "near: 'gpt2'" in invoke("plan", "--model", "gtp2", "--sites", "blocks.0.*", status=1).stderr
+    assert "near: 'gpt2'" in invoke("plan", "--model", "gtp2", "--sites", "blocks.0.*", status=2).stderr
 
 
 BLOCKS = CONFIG.replace('{"blocks.1.mlp.W_in": 8}', '{"blocks.*.mlp.W_in": 8}, gate: shared, gate_width: 8')
@@ -373,6 +393,7 @@ def test_demo_prints_a_file_that_train_accepts(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(invoke("demo", "--config").output)
     assert RunFile.read(path).train_config.steps == 300
+    assert json.loads(invoke("demo", "--config", "--json").output)["config"] == path.read_text()
 
 
 @pytest.mark.slow  # a whole evaluation
