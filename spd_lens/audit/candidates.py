@@ -18,6 +18,7 @@ from torch import Tensor
 from spd_lens.audit.trials import Cells, Recorded, Values, both, count
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.units import ALIVE_ABOVE, Unit, units_of
+from spd_lens.support.pages import visible
 
 # At the decision's own position: the largest share of control cases that may use a subcomponent of a reason.
 SPECIAL_BELOW = 0.5
@@ -83,7 +84,9 @@ def named_units(decomposition: Decomposition, components: Any, n_pos: int) -> tu
     for unit in units:
         odd = [p for p in unit.positions or () if not -n_pos <= p < n_pos]
         if odd:
-            raise ValueError(f"{unit} is at position {odd[0]}; the input has positions {-n_pos}..{n_pos - 1}")
+            raise ValueError(
+                f"{visible(str(unit))} is at position {odd[0]}; the input has positions {-n_pos}..{n_pos - 1}"
+            )
     placed = (None if unit.positions is None else tuple(sorted({p % n_pos for p in unit.positions})) for unit in units)
     return tuple(Unit(unit.members, at, name) for unit, at, name in zip(units, placed, names, strict=True))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -57,6 +58,11 @@ class Cases:
             value = getattr(self, name)
             if value is not None and len(value) != len(tokens):
                 raise ValueError(f"{len(value)} {name} for {len(tokens)} cases; expected one for each")
+        odd = [] if self.numbers is None else [n for n in self.numbers if not _is_number(n)]
+        if odd:
+            raise ValueError(
+                f"numbers holds {odd[0]!r}; expected whole numbers from 0, by which the data call each case"
+            )
         if not isinstance(self.dictionary, Mapping):
             raise TypeError(
                 f"dictionary is a {type(self.dictionary).__name__}; expected {{text of a token or place: words}}"
@@ -97,6 +103,11 @@ class Cases:
         told.append(sorted(self.dictionary.items()))
         digest.update(repr(told).encode("utf-8", "backslashreplace"))
         return digest.hexdigest()
+
+
+def _is_number(value: Any) -> bool:
+    number = value.item() if hasattr(value, "item") else value
+    return isinstance(number, Integral) and not isinstance(number, bool) and 0 <= int(number) < 1 << 63
 
 
 _TOLD = ("vocabulary", "places", "outputs", "outcomes", "numbers")

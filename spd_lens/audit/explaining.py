@@ -35,6 +35,7 @@ from spd_lens.audit.candidates import Key
 from spd_lens.audit.fingerprints import code_digest, digests
 from spd_lens.audit.judged import Judged, Why
 from spd_lens.audit.report import (
+    MAX_TEXT,
     Adversary,
     AuditReport,
     Counterfactual,
@@ -87,6 +88,8 @@ def explain(
     """
     choices = choices or Choices()
     checked_seed(seed)
+    if len(title) > MAX_TEXT:
+        raise ValueError(f"title has {len(title):,} characters: {title[:40]!r}...; expected at most {MAX_TEXT:,}")
     with torch.inference_mode(False), torch.no_grad():
         first, second = (
             partial(Bench, decomposition, inputs, decision, cases, position, reasons_at, choices, own, components)
@@ -116,11 +119,17 @@ class _Account:
         moved = sum(abs(r.effect) for r in kept)
         decision, choices = bench.decision, self.choices
         return AuditReport(
-            title=title or f"Why {decision.chosen_name}?",
-            model_name=bench.decomposition.host.provenance().model_name,
+            title=title or f"Why {_short(decision.chosen_name)}?",
+            model_name=_short(bench.decomposition.host.provenance().model_name),
             inputs=self.ids,
             decision=DecisionMade(
-                **vars(decision), margin=rounded(bench.margin), worst_margin=rounded(bench.worst_margin)
+                chosen=decision.chosen,
+                other=decision.other,
+                position=decision.position,
+                chosen_name=_short(decision.chosen_name),
+                other_name=_short(decision.other_name),
+                margin=rounded(bench.margin),
+                worst_margin=rounded(bench.worst_margin),
             ),
             start=rounded(bench.start),
             reasons_for=sides[True],

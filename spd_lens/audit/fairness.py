@@ -27,6 +27,7 @@ from spd_lens.audit.trials import record
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.inputs import checked_decomposition, checked_tokens
 from spd_lens.support.names import near_names
+from spd_lens.support.pages import visible
 from spd_lens.support.tables import format_table
 
 N_RESPONDING = 5
@@ -65,10 +66,12 @@ class FairnessView:
     responding: tuple[Responding, ...]
 
     def __str__(self) -> str:
-        rows = [(g.value, str(g.n), f"{g.chosen_share:.1%}", f"{g.chosen_share_removed:.1%}") for g in self.groups]
+        rows = [
+            (visible(g.value), str(g.n), f"{g.chosen_share:.1%}", f"{g.chosen_share_removed:.1%}") for g in self.groups
+        ]
         title = (
-            f"{self.place}, {self.n_cases} cases. Changed: margins move by {self.changed_margin:.3f} on average, "
-            f"{self.changed_decisions:.1%} of decisions change. Removed: {self.removed_margin:.3f}, "
+            f"{visible(self.place)}, {self.n_cases} cases. Changed: margins move by {self.changed_margin:.3f} on "
+            f"average, {self.changed_decisions:.1%} of decisions change. Removed: {self.removed_margin:.3f}, "
             f"{self.removed_decisions:.1%}."
         )
         return f"{title}\n{format_table(('value', 'cases', 'decided so', 'with it removed'), rows)}"

@@ -10,6 +10,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from spd_lens.audit.differences import CLIMBING, ROUNDING
 from spd_lens.audit.report import AuditReport, Reason
 from spd_lens.support.files import given_path, write_text
 from spd_lens.support.pages import page_without_script, shortened
@@ -42,7 +43,7 @@ def page_html(report: AuditReport) -> str:
         }
         for i, (words, says, value, kind) in enumerate(lines)
     ]
-    chosen = 1 / (1 + math.exp(-min(50.0, report.decision.margin)))
+    chosen = 1 / (1 + math.exp(-max(-50.0, min(50.0, report.decision.margin))))
     return page_without_script(
         "audit.html",
         title=report.title,
@@ -51,6 +52,7 @@ def page_html(report: AuditReport) -> str:
         zero=WIDTH / 2,
         outcome_probability=f"{100 * chosen:.0f} %",
         other_probability=f"{100 * (1 - chosen):.0f} %",
+        survives=report.decision.worst_margin > CLIMBING,
     )
 
 
@@ -90,7 +92,9 @@ def _shown(report: AuditReport) -> dict[str, Any]:
 def _more(reason: Reason) -> dict[str, Any]:
     sign = 1 if reason.effect > 0 else -1
     told = reason.counterfactual
-    part = told is not None and not told.agrees and 0 < told.predicted / (told.measured or 1.0) < 1
+    # As far as `verify` lets numbers differ, they may not turn what is said about them.
+    part = told is not None and not told.agrees and ROUNDING < abs(told.predicted) < abs(told.measured)
+    part = part and told is not None and told.predicted * told.measured > 0
     return {
         "called": reason.called,
         "n_members": len({(m.site, i) for m in reason.members for i in m.ids}),

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field
 
@@ -22,6 +22,7 @@ from spd_lens.audit.candidates import Key, key_of
 from spd_lens.audit.judged import Why
 from spd_lens.support.checked_json import CheckedContent, checked_text, read_checked
 from spd_lens.support.files import given_path, write_text
+from spd_lens.support.pages import visible
 from spd_lens.support.shown import text_html
 
 FORMAT, VERSION = "spd_lens audit report", 3
@@ -29,12 +30,18 @@ FORMAT, VERSION = "spd_lens audit report", 3
 LARGEST_FILE = 2_000_000
 SCHEMA_PATH = Path(__file__).resolve().parent / "audit_report.schema.json"
 
-Text = Annotated[str, Field(max_length=1_000)]
-Number = Annotated[float, Field(allow_inf_nan=False)]
+MAX_TEXT = 1_000
+Text = Annotated[str, Field(max_length=MAX_TEXT)]
+# Of larger ones a 64-bit float has no six decimals, so nothing would add up exactly; no margin is as large.
+LARGEST_NUMBER = 1e9
+Number = Annotated[float, Field(allow_inf_nan=False, ge=-LARGEST_NUMBER, le=LARGEST_NUMBER)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 # What fits a 64-bit integer: larger numbers end a tensor's arithmetic, not a report.
 Index = Annotated[int, Field(ge=0, lt=1 << 63)]
+# What a report says of the machine that made it is shown on its page and checked by nothing: no room for sentences.
+Library: TypeAlias = Literal["python", "spd-lens", "torch", "transformer-lens", "transformers"]
+Version = Annotated[str, Field(pattern=r"^(not installed|[0-9][0-9A-Za-z.+!_-]{0,39})$")]
 
 
 class Place(CheckedContent):
@@ -228,7 +235,7 @@ class AuditReport(CheckedContent):
     adversary: Adversary
     settings: Settings
     digests: Digests
-    versions: dict[str, str]
+    versions: dict[Library, Version]
     spd_lens_audit: Sha256
 
     @property
@@ -242,7 +249,7 @@ class AuditReport(CheckedContent):
         lines += [f"{reason.effect:+9.3f}  {reason.called}: {reason.place.says}" for reason in self.reasons]
         lines += [f"{self.rest.value:+9.3f}  not explained", f"{self.decision.margin:+9.3f}  margin"]
         lines += [f"withheld: {held.component or held.place.name} ({held.effect:+.3f})" for held in self.withheld]
-        return "\n".join([self.title, *lines])
+        return "\n".join(map(visible, [self.title, *lines]))
 
     def __repr__(self) -> str:
         return f"AuditReport({self.title!r}, {len(self.reasons)} reasons, margin {self.decision.margin:+.3f})"
@@ -250,9 +257,10 @@ class AuditReport(CheckedContent):
     _repr_html_ = text_html
 
     def adds_up(self) -> bool:
-        """Whether start, reasons and rest give the margin, exactly."""
+        """Whether start, reasons and rest give the margin, and the two parts of the rest the rest, exactly."""
         parts = [self.start, *(reason.effect for reason in self.reasons), self.rest.value]
-        return sum(map(_exact, parts), Decimal(0)) == _exact(self.decision.margin)
+        rest = _exact(self.rest.together) + _exact(self.rest.elsewhere)
+        return sum(map(_exact, parts), Decimal(0)) == _exact(self.decision.margin) and rest == _exact(self.rest.value)
 
     def save(self, path: str | Path) -> Path:
         """Write the report as JSON with a checksum; returns the path."""

@@ -8,12 +8,13 @@ Then it is run again with its own seed, and every number has to come out, within
 controls are drawn and other climbs started, and what has to hold then is each claim: the effect's sign, that it is
 outside what random subcomponents of equal use do, and that the adversary does not undo it.
 
-Another version of this code is no disagreement by itself; it is noted. So is a title, which is free text.
+Another version of this code is no disagreement by itself; it is noted. So is a title, which is free text, a seed that
+may have been picked, and what a report withholds although it passes on the fresh seed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import torch
 
 from spd_lens.audit.adversary import Budget
 from spd_lens.audit.bench import Bench, Choices, checked_seed
-from spd_lens.audit.candidates import Key, named_units
+from spd_lens.audit.candidates import Key, key_of, named_units
 from spd_lens.audit.cases import Cases
 from spd_lens.audit.differences import differences, paired, said
 from spd_lens.audit.explaining import explain
@@ -35,6 +36,7 @@ from spd_lens.core.inputs import checked_decomposition, checked_tokens
 from spd_lens.core.units import Unit
 from spd_lens.support.files import given_path
 from spd_lens.support.shown import text_html
+from spd_lens.support.versions import library_versions
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,8 @@ def verify(
     - `standard`: the least that the report may have measured; None: what `explain` measures unless told otherwise.
     - `seed`: other controls and climbs, besides the report's own.
 
-    Raises ValueError for files that are no report and for the report's own seed as another; TypeError for what are no
-    cases or no decomposition.
+    Raises ValueError for files that are no report, for `inputs` that the model cannot run and for the report's own seed
+    as another; TypeError for what are no cases or no decomposition.
     """
     checked_decomposition(decomposition, "verify")
     if not isinstance(cases, Cases):
@@ -116,6 +118,8 @@ def verify(
             given[None] if getattr(given, "ndim", 2) == 1 else given, decomposition.host, name="inputs"
         )
     except ValueError as error:
+        if inputs is not None:
+            raise
         return Verification((f"its input is none of this model: {error}",), (), n, 0)
     units = named_units(decomposition, components, tokens.shape[1])
     other = [*_other_things(report, decomposition, tokens, cases, units), *_lacking(report, standard or Choices())]
@@ -131,6 +135,7 @@ def verify(
         "choices": _choices(report),
     }
     made = report.decision.chosen if decision is None else decision
+    passed: list[str] = []
     try:
         again = explain(decomposition, tokens, made, **asked, title=title or "", seed=report.settings.seed)
         wrong = list(differences(report, again))
@@ -139,9 +144,10 @@ def verify(
             found = _judged_anew(decomposition, tokens, made, **asked, seed=seed)
             undone = [(own, text) for own in report.reasons if (text := _undone(own, found)) is not None]
             wrong, lost = [text for _, text in undone], [own for own, _ in undone]
+            passed = list(_passed_now(report, found))
     except ValueError as error:
         return Verification((f"it cannot be run again: {error}",), (), n, 0)
-    notes = _notes(report, decomposition, again.title if title is None else title)
+    notes = [*_notes(report, decomposition, again.title if title is None else title, seed), *passed]
     return Verification(tuple(wrong), tuple(notes), n, n - len(lost))
 
 
@@ -232,9 +238,15 @@ def _lacking(report: AuditReport, standard: Choices) -> Iterator[str]:
                 yield f"{_name(reason)} is among the reasons {side} the decision and has the effect {reason.effect}"
 
 
-def _notes(report: AuditReport, decomposition: Decomposition, title: str) -> Iterator[str]:
+def _notes(report: AuditReport, decomposition: Decomposition, title: str, seed: int | None) -> Iterator[str]:
     if report.spd_lens_audit != code_digest():
         yield "the report was made by another version of spd_lens.audit"
+    here: dict[str, str] = library_versions()
+    other = [f"{name} {v}" for name, v in report.versions.items() if here.get(name) != v]
+    if other or not report.versions:
+        yield f"it says that it was made with {', '.join(other) or 'nothing'}, which is not what runs here"
+    if seed is None and report.settings.seed != 0:
+        yield f"its seed {report.settings.seed} may have been picked; verify(seed=...) shows what hangs on it"
     if report.digests.host != decomposition.host.provenance().host:
         yield "it was made on another kind of host, whose other parameters cannot be compared by their digest"
     if report.title != title:
@@ -269,6 +281,14 @@ def _undone(reason: Reason, found: dict[Key, Judged]) -> str | None:
     if new.effect * reason.effect <= 0:
         return f"{name}: its effect was {reason.effect:g} and is {new.effect:g} with other controls"
     return None if new.why_not is None else f"{name}: {new.why_not}"
+
+
+def _passed_now(report: AuditReport, found: Mapping[Key, Judged]) -> Iterator[str]:
+    """What a report withholds for its evidence, and passes on a fresh seed: seeds can be picked to hide reasons."""
+    for held in report.withheld:
+        new = found.get(key_of(held.component, held.place.position))
+        if held.why != "as many stronger reasons are given" and new is not None and new.why_not is None:
+            yield f"{said(held.component or held.place.name)} is withheld ({held.why}), and passes on this seed"
 
 
 def _name(reason: Reason) -> str:

@@ -40,6 +40,8 @@ def command(
     json: JsonFlag = False,
 ) -> None:
     changes = read_changes(scale)
+    if bake is not None and bake.exists():
+        raise ConfigError(f"--bake {bake} exists already; choose another name or remove it")
     decomposition, run = open_saved(directory, model)
     made = edit(decomposition, changes)
     kl: list[torch.Tensor] = []
@@ -79,7 +81,11 @@ def read_changes(scale: list[str]) -> dict[str, dict[int, float]]:
         where, _, factor = text.partition("=")
         site, _, ids = where.rpartition(":")
         try:
-            changes.setdefault(site, {}).update({int(c): float(factor) for c in ids.split(",")})
+            new = [(int(c), float(factor)) for c in ids.split(",")]
         except ValueError:
             raise ConfigError(f"--scale {text!r}; expected SITE:IDS=FACTOR: blocks.1.mlp.W_in:3,17=0") from None
+        for number, scaled in new:
+            if number in changes.setdefault(site, {}):
+                raise ConfigError(f"--scale {text!r}: {site}:{number} is named twice; name every subcomponent once")
+            changes[site][number] = scaled
     return changes

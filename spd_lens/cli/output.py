@@ -19,6 +19,7 @@ import typer
 
 from spd_lens.cli.yaml_file import ConfigError
 from spd_lens.support.files import plain
+from spd_lens.support.pages import visible_lines
 
 DONE, FAILED, USAGE, STOPPED = 0, 1, 2, 75
 
@@ -35,7 +36,7 @@ def is_main_process() -> bool:
 def show(text: str, values: Mapping[str, Any], *, as_json: bool) -> None:
     """Print the result of a command, in the first process."""
     if is_main_process():
-        typer.echo(json.dumps(plain(values), allow_nan=False) if as_json else text)
+        typer.echo(json.dumps(plain(values), allow_nan=False) if as_json else visible_lines(text))
 
 
 def ends_in_words(command: F) -> F:
@@ -45,13 +46,13 @@ def ends_in_words(command: F) -> F:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
             return command(*args, **kwargs)
-        except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
+        except (ValueError, TypeError, OverflowError, OSError, ModuleNotFoundError) as error:
             if os.environ.get("SPD_LENS_TRACEBACK"):
                 raise
             status = USAGE if isinstance(error, ConfigError) else FAILED
             as_json = bool(kwargs.get("json"))
             content = {"error": str(error), "kind": type(error).__name__, "status": status}
-            typer.echo(json.dumps(content) if as_json else f"error: {error}", err=True)
+            typer.echo(json.dumps(content) if as_json else visible_lines(f"error: {error}"), err=True)
             raise typer.Exit(status) from None
 
     # typer reads annotations from here, in the module of the command.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -48,6 +49,10 @@ def command(
     out: Annotated[Path | None, typer.Option(help="Write the small model to this new directory.")] = None,
     json: JsonFlag = False,
 ) -> None:
+    if not (budget > 0 and math.isfinite(budget)):
+        raise ConfigError(f"--budget {budget}; expected a number of parameters, or below 1 a share of the model's")
+    if out is not None and out.exists():
+        raise ConfigError(f"--out {out} exists already; choose another name or remove it")
     decomposition, run = open_saved(directory, model)
     rows = _rows(data_for(decomposition, run, data), 2 * max_rows)
     texts = {"inside": rows[1::2]}

@@ -143,7 +143,8 @@ class Edit:
         two models are run on the same random tokens; `check=False` leaves that out.
 
         Raises ValueError for conditional edits, for one stored matrix that would need two values, for weights that the
-        plain model has no place for, and if rounding to the model's dtype leaves nothing of the edit.
+        plain model has no place for, if rounding to the model's dtype leaves nothing of the edit, and if the edited
+        outputs are not finite.
         """
         self.decomposition.require_present()
         if self.when is not None:
@@ -155,8 +156,13 @@ class Edit:
         tokens = some_tokens(self.decomposition) if check else None
         if tokens is not None:
             hooked = self.logits(tokens)
+            if not bool(hooked.isfinite().all()):
+                raise ValueError(
+                    f"with this edit the outputs are no longer finite in {hooked.dtype}, so there is no model to bake: "
+                    f"{self!r}. Give smaller scales"
+                )
             off, allowed = self.difference(plain, tokens), explained_by_rounding(hooked)
-            if off > allowed:
+            if not off <= allowed:
                 raise RuntimeError(
                     f"the baked model's outputs are off by {off:.3g}, where rounding explains {allowed:.3g}: this "
                     "model uses a weight in a way that cannot be written into it"

@@ -78,9 +78,9 @@ class Found:
     def smallest(self, effect: float, *, at_most: int = 64) -> Edit:
         """The smallest edit found that takes away the share `effect` of the habit's probability on its prompts.
 
-        Units are taken in order until the effect is reached, then every one that is not needed is given back, the
-        costliest first; no smaller subset of what is left reaches it by leaving one out. Which set is smallest of all
-        nobody knows without trying all. Raises ValueError if `at_most` units are not enough.
+        Units are taken in order until the effect is reached, then those that are not needed are given back, the
+        costliest first, until none of what is left can be left out. Which set is smallest of all nobody knows without
+        trying all. Raises ValueError if `at_most` units are not enough.
         """
         if given_number("effect", effect, above=0.0) >= 1:
             raise ValueError(f"effect={effect}; expected a share of the probability between 0 and 1, for example 0.9")
@@ -91,6 +91,10 @@ class Found:
                 "measure more units (n_measured)"
             )
         before = float(self._probability([]))
+        if before == 0:
+            raise ValueError(
+                f"the model gives {self.habit.name!r} no probability at all, so there is none to take away"
+            )
 
         def reached(units: Sequence[Unit]) -> float:
             return 1 - float(self._probability(units)) / before
@@ -107,10 +111,14 @@ class Found:
             low, size = (low, middle) if reached(ranked[:middle]) >= effect else (middle, size)
         chosen = ranked[:size]
         costs = {candidate.unit: candidate.cost for candidate in self.candidates}
-        for unit in sorted(chosen, key=lambda u: -costs[u]):
-            rest = [other for other in chosen if other is not unit]
-            if rest and reached(rest) >= effect:
-                chosen = rest
+        n_before = len(chosen) + 1
+        # Again after any was given back: without that one, another may not be needed any more.
+        while len(chosen) < n_before:
+            n_before = len(chosen)
+            for unit in sorted(chosen, key=lambda u: -costs[u]):
+                rest = [other for other in chosen if other is not unit]
+                if rest and reached(rest) >= effect:
+                    chosen = rest
         return edit(self.decomposition, chosen)
 
     def _probability(self, units: Sequence[Unit]) -> Tensor:

@@ -95,7 +95,7 @@ def load_edit(decomposition: Decomposition, path: str | Path) -> Edit:
     changes: dict[Any, Any] = {}
     for line in saved.changes:
         unit = Unit(tuple(line.members), None, line.name)
-        vectors = [None if v is None else torch.tensor(v) for v in (line.writes, line.reads)]
+        vectors = [None if v is None else torch.tensor(v, dtype=torch.float64) for v in (line.writes, line.reads)]
         changes[unit] = line.scale if vectors == [None, None] else Rewrite(*vectors, scale=line.scale)
     when = None
     if saved.when is not None:

@@ -215,7 +215,10 @@ def report(
         n_prompts=len(habit),
         n_generated=n_generated,
         here=measure(clean, edit.logits, habit, unrelated, n_generated=n_generated, seed=seed),
-        wordings={n: measure(clean, edit.logits, h, unrelated, n_generated=n_generated) for n, h in others.items()},
+        wordings={
+            name: measure(clean, edit.logits, other, unrelated, n_generated=n_generated, seed=seed)
+            for name, other in others.items()
+        },
         random=tuple(
             measure(clean, other.logits, habit, unrelated, n_generated=n_generated, seed=seed)
             for other in random_edits(edit, unrelated, n_random, seed=seed)

@@ -75,6 +75,6 @@ def mean_loss(model: nn.Module, rows: Tensor, *, per_pass: int = 32) -> float:
         raise ValueError(f"rows {tuple(rows.shape)} have no next token to predict; expected at least two in a row")
     total, count = 0.0, 0
     for part in rows.split(per_pass):
-        logp = model(part)[:, :-1].log_softmax(-1).gather(-1, part[:, 1:, None])
+        logp = model(part)[:, :-1].float().log_softmax(-1).gather(-1, part[:, 1:, None])
         total, count = total - float(logp.double().sum()), count + logp.numel()
     return total / count

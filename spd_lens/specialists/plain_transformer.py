@@ -32,23 +32,26 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 
 class Constant(nn.Module):
-    """The same vector whatever comes in: what is left of a matrix that nothing is kept of."""
+    """The same vector whatever comes in, zeros without a bias: what is left of a matrix that nothing is kept of."""
 
-    def __init__(self, d_out: int) -> None:
+    def __init__(self, d_out: int, bias: bool) -> None:
         super().__init__()
-        self.bias = nn.Parameter(torch.zeros(d_out))
+        self.d_out = d_out
+        self.bias = nn.Parameter(torch.zeros(d_out)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.bias is None:
+            return x.new_zeros(*x.shape[:-1], self.d_out)
         # Not `expand`: without gradients torch cannot tell whose view that is, and its FLOP counter stops there.
         return x.new_zeros(*x.shape[:-1], 1) + self.bias
 
 
 def matrix(d_in: int, d_out: int, rank: int | None, bias: bool) -> nn.Module:
-    """`x @ W + b`; with a rank `x @ A @ B + b`; with rank 0 `b` alone."""
+    """`x @ W + b`; with a rank `x @ A @ B + b`; with rank 0 `b` alone, or zeros."""
     if rank is None:
         return nn.Linear(d_in, d_out, bias=bias)
     if rank == 0:
-        return Constant(d_out)
+        return Constant(d_out, bias)
     return nn.Sequential(nn.Linear(d_in, rank, bias=False), nn.Linear(rank, d_out, bias=bias))
 
 

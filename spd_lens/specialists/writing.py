@@ -37,7 +37,7 @@ class Linear:
 
     def spec(self) -> list[Any]:
         """What `PlainTransformer`'s configuration says of it."""
-        return [*self.matrix.shape, self.matrix.rank, self.has_bias or self.matrix.rank == 0]
+        return [*self.matrix.shape, self.matrix.rank, self.has_bias]
 
 
 def plain_copy(
@@ -61,6 +61,8 @@ def plain_copy(
     matrices = matrices or {}
     for site in matrices:
         check_site(decomposition, site)
+        if not site.startswith("blocks."):
+            raise ValueError(f"matrices has {site}; only the matrices of blocks can be written smaller")
     W_E, W_U, b_U = *(_matrix(decomposition, s) for s in ("embed.W_E", "unembed.W_U")), _bias(host, "unembed.W_U")
     tied = torch.equal(W_E, W_U.T)
     state: dict[str, Tensor] = {}
@@ -164,7 +166,7 @@ def _linear(decomposition: Decomposition, name: str, matrices: Mapping[str, Smal
 def _stored(name: str, linear: Linear) -> dict[str, Tensor]:
     matrix = linear.matrix
     if matrix.rank == 0:
-        return {f"{name}.bias": linear.bias}
+        return {f"{name}.bias": linear.bias} if linear.has_bias else {}
     if matrix.B is None:
         found = {f"{name}.weight": matrix.A.T}
     else:

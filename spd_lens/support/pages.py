@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -95,21 +96,40 @@ def table_html(title: str, header: Sequence[str], rows: Sequence[Sequence[str]],
     return template.render(title=title, header=list(header), rows=[list(row) for row in rows], notes=list(notes))
 
 
-# What would reorder, hide or end other text: bidirectional controls, zero-width characters, other control characters.
+# What would reorder, hide or end other text: control characters, and all that Unicode calls ignorable by default
+# (bidirectional controls, characters without a width, fillers, variation selectors).
 _HIDDEN = re.compile(
-    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
-    r"\ud800-\udfff\U000e0000-\U000e007f]"
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e"
+    r"\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\ud800-\udfff\U0001bca0-\U0001bca3"
+    r"\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
 )
+# More marks on one character are a tower that covers other lines; no script that is written needs them.
+_MOST_MARKS = 3
 
 
 def visible(text: str) -> str:
-    """The text with line breaks, tabs and characters that nobody can see written out.
+    """The text with line breaks, tabs and characters that nobody can see written out, and marks above `_MOST_MARKS` on
+    one character.
 
     >>> visible("a\\nb\\u202ec")
     'a⏎b<U+202E>c'
     """
     text = text.replace("\n", "⏎").replace("\t", "⇥")
-    return _HIDDEN.sub(lambda found: f"<U+{ord(found.group()):04X}>", text)
+    text = _HIDDEN.sub(lambda found: f"<U+{ord(found.group()):04X}>", text)
+    return text if text.isascii() else _without_towers(text)
+
+
+def _without_towers(text: str) -> str:
+    shown, marks = [], 0
+    for character in text:
+        marks = marks + 1 if unicodedata.category(character) in ("Mn", "Me") else 0
+        shown.append(character if marks <= _MOST_MARKS else f"<U+{ord(character):04X}>")
+    return "".join(shown)
+
+
+def visible_lines(text: str) -> str:
+    """As `visible`, but line breaks stay: for texts of several lines on a terminal."""
+    return "\n".join(map(visible, text.split("\n")))
 
 
 def shortened(text: str, n: int) -> str:

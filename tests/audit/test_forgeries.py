@@ -64,9 +64,14 @@ def edited(report: AuditReport, path: tuple[Any, ...]) -> AuditReport | None:
     except ValueError:
         return None
     parts = [changed.start, *(r.effect for r in changed.reasons)]
-    values["rest"]["value"] = round(changed.decision.margin - sum(parts), 6)
-    fitted = AuditReport.model_validate(values)
-    return fitted if path != ("rest", "value") else changed
+    if path[0] != "rest":
+        values["rest"]["value"] = round(changed.decision.margin - sum(parts), 6)
+    # Whichever part of the rest is not the edited one makes up for it.
+    other = "together" if path == ("rest", "elsewhere") else "elsewhere"
+    rest = values["rest"]
+    if path != ("rest", "value"):
+        rest[other] = round(rest["value"] - rest["together"] - rest["elsewhere"] + rest[other], 6)
+    return AuditReport.model_validate(values)
 
 
 @pytest.mark.slow

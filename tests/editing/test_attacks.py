@@ -1,0 +1,154 @@
+"""What an adversarial reading of editing tried: outputs that are not finite, 16 bits, second passes, doubled ids."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from spd_lens import Decomposition, decompose
+from spd_lens.cli.edit import read_changes
+from spd_lens.cli.yaml_file import ConfigError
+from spd_lens.core import Unit
+from spd_lens.editing import Candidate, Found, Habit, Rewrite, edit, edits, load_edit, report, save_edit
+from tests.small_models import tiny_transformer, tokens
+
+SITE = "blocks.0.mlp.W_in"
+
+
+def in_dtype(dtype: torch.dtype) -> Decomposition:
+    return decompose(tiny_transformer(dtype=dtype), {SITE: 5}, seed=1)
+
+
+# -- baking ------------------------------------------------------------------------------------------------------------
+
+
+def test_an_edit_without_finite_outputs_is_not_baked() -> None:
+    with pytest.raises(ValueError, match=r"with this edit the outputs are no longer finite in torch\.float32"):
+        edit(in_dtype(torch.float32), {SITE: {1: 1e38}}).bake()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_a_baked_model_without_the_edit_is_an_error_in_every_dtype(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """2,000 roundings of 16 bits would be more than the logits themselves."""
+    made = edit(in_dtype(dtype), {SITE: dict.fromkeys(range(5), 20.0)})
+    baked = made.bake()
+    off, scale = made.difference(baked, tokens(2)), float(made.logits(tokens(2)).abs().max())
+    assert off < 0.03 * scale
+    unedited = tiny_transformer(dtype=dtype)
+    assert made.difference(unedited, tokens(2)) > 0.2 * scale
+    monkeypatch.setattr(edits, "plain_model", lambda *_: unedited)
+    with pytest.raises(RuntimeError, match="the baked model's outputs are off by"):
+        made.bake()
+
+
+def test_a_baked_model_that_gives_no_numbers_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = edit(in_dtype(torch.float32), {SITE: [1]})
+    broken = tiny_transformer()
+    with torch.no_grad():
+        next(broken.parameters()).fill_(torch.nan)
+    monkeypatch.setattr(edits, "plain_model", lambda *_: broken)
+    with pytest.raises(RuntimeError, match="the baked model's outputs are off by nan"):
+        made.bake()
+
+
+# -- what stays as it was ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, MemoryError, RuntimeError])
+def test_whatever_stops_an_edit_the_model_is_as_before(kind: type[BaseException]) -> None:
+    """Stopped in the middle of a pass, between the reading of an input and the change of its output."""
+    decomposition = decompose(tiny_transformer(), {SITE: 5, "blocks.1.attn.W_Q": 5}, seed=1)
+    made = edit(
+        decomposition,
+        {SITE: {1: Rewrite(writes=torch.ones(32))}, "blocks.1.attn.W_Q": {2: Rewrite(reads=torch.ones(16))}},
+    )
+    batch = tokens(2)
+    with torch.no_grad():
+        clean = decomposition.host.forward(batch)
+    hooks = {name: (len(p.fwd_hooks), len(p._forward_hooks)) for name, p in decomposition.model.hook_dict.items()}
+    state = {name: value.clone() for name, value in decomposition.model.state_dict().items()}
+
+    def stop(value: Tensor, hook: Any) -> None:
+        raise kind("stopped")
+
+    for where in ("blocks.0.mlp.hook_pre", "blocks.1.attn.hook_q", "blocks.0.hook_W_in_acts"):
+        if where not in decomposition.model.hook_dict:
+            continue
+        with pytest.raises(kind), made.applied() as model, model.hooks(fwd_hooks=[(where, stop)]):
+            decomposition.host.forward(batch)
+        with torch.no_grad():
+            assert torch.equal(decomposition.host.forward(batch), clean)
+    after = {name: (len(p.fwd_hooks), len(p._forward_hooks)) for name, p in decomposition.model.hook_dict.items()}
+    assert after == hooks
+    assert all(torch.equal(state[name], value) for name, value in decomposition.model.state_dict().items())
+    with torch.no_grad():
+        assert not torch.equal(made.logits(batch), clean)
+
+
+# -- finding and measuring ---------------------------------------------------------------------------------------------
+
+
+def test_units_that_another_makes_needless_are_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Units 0 and 1 take 60 % away; 2 alone does, too, and 1 beside it takes that back: one pass keeps two of three."""
+    decomposition = in_dtype(torch.float32)
+    gone = {frozenset(): 0.0, frozenset({0}): 0.1, frozenset({1}): 0.0, frozenset({2}): 0.7, frozenset({0, 1}): 0.2,
+            frozenset({0, 2}): 0.65, frozenset({1, 2}): 0.3, frozenset({0, 1, 2}): 0.6}  # fmt: skip
+
+    def probability(self: Found, units: Any) -> Tensor:
+        return torch.tensor(1 - gone[frozenset(unit.id for unit in units)])
+
+    monkeypatch.setattr(Found, "_probability", probability)
+    costs = {0: 3.0, 1: 2.0, 2: 1.0}
+    candidates = tuple(Candidate(Unit(((SITE, c),)), 1.0, 0.01, costs[c], 1.0, 1.0) for c in (0, 1, 2))
+    habit = Habit("h", tokens(2)[:, :4], torch.tensor([[1], [1]]))
+    made = Found(decomposition, habit, candidates, None, 3).smallest(0.599)
+    assert [change.unit.id for change in made.changes] == [2]
+
+
+def test_a_habit_that_the_model_does_not_have_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Found, "_probability", lambda self, units: torch.tensor(0.0))
+    found = Found(
+        in_dtype(torch.float32), Habit("none", tokens(2)[:, :4], torch.tensor([[1], [1]])),
+        (Candidate(Unit(((SITE, 0),)), 1.0, 0.01, 1.0, 1.0, 1.0),), None, 1,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="the model gives 'none' no probability at all"):
+        found.smallest(0.5)
+
+
+def test_other_wordings_are_measured_on_the_same_seed() -> None:
+    decomposition = in_dtype(torch.float32)
+    habit = Habit("seven", tokens(40)[:, :5], torch.tensor([list(range(20))] * 40))
+    made = edit(decomposition, {SITE: dict.fromkeys(range(5), 9.0)})
+    got = report(made, habit, tokens(2), wordings={"same": habit}, n_random=0, n_generated=6, seed=5)
+    other = report(made, habit, tokens(2), n_random=0, n_generated=6, seed=0)
+    assert (got.here.count_before, got.here.count_after) != (other.here.count_before, other.here.count_after)
+    assert got.wordings["same"].count_before == got.here.count_before
+    assert got.wordings["same"].count_after == got.here.count_after
+
+
+# -- on disk -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_direction_in_double_comes_back_in_double(tmp_path: Path) -> None:
+    decomposition = in_dtype(torch.float64)
+    decomposition.model.double()
+    assert decomposition[SITE].U.dtype == torch.float64
+    writes = torch.linspace(0, 1, 32, dtype=torch.float64).sin()
+    made = edit(decomposition, {SITE: {1: Rewrite(writes=writes, scale=1 / 3)}})
+    (loaded,) = load_edit(decomposition, save_edit(made, tmp_path / "edit.json")).changes
+    assert loaded.writes is not None
+    assert torch.equal(loaded.writes, writes)
+    assert loaded.scale == 1 / 3
+
+
+@pytest.mark.parametrize("scale", [["b:3=0", "b:3=0.5"], ["b:3,3=0"], ["b:1,2=0", "b:2,4=0"]])
+def test_an_id_that_is_given_twice_on_the_command_line_is_refused(scale: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"b:[23] is named twice"):
+        read_changes(scale)
+    assert read_changes(["b:1,2=0", "c:1=0.5", "b:3=2"]) == {"b": {1: 0.0, 2: 0.0, 3: 2.0}, "c": {1: 0.5}}
