@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -42,6 +42,7 @@ from spd_lens.audit.report import (
     Coverage,
     DecisionMade,
     Interval,
+    Library,
     Members,
     PastCases,
     Place,
@@ -158,7 +159,7 @@ class _Account:
                 smallest_effect=choices.smallest_effect,
             ),
             digests=digests(bench.decomposition, self.cases, bench.tokens, bench.units or None),
-            versions=library_versions(),
+            versions=cast("dict[Library, str]", library_versions()),
             spd_lens_audit=code_digest(),
         )
 

@@ -102,6 +102,7 @@ def test_the_same_seed_gives_the_same_report_and_the_model_is_untouched(audited:
     assert torch.equal(audited.decomposition.model(audited.declined[:3]), before)
 
 
+@pytest.mark.slow  # three whole reports
 def test_a_decision_as_pair_name_and_number_is_the_same(audited: Audited) -> None:
     def run(decision: Any) -> AuditReport:
         return explain(audited.decomposition, audited.declined[:1], decision, cases=audited.cases, choices=SMALL)

@@ -341,6 +341,7 @@ def test_fixed_factors_sum_to_the_matrix(subcomponents: Any, shape: tuple[int, i
         fixed_factors(W, subcomponents, least - 1)
 
 
+@pytest.mark.slow  # three trainings
 def test_gates_on_singular_or_random_subcomponents_fail_where_those_on_rows_succeed() -> None:
     model = TMS(5, 2)
     angles = torch.arange(5) * 2 * math.pi / 5

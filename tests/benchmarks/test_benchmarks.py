@@ -186,6 +186,7 @@ def test_step_prints_what_it_promises_of_cached_streams_and_bf16(capsys: pytest.
     assert set(found["by_blocks_before"]["2"]) == {"cached_ms", "whole_ms"}
 
 
+@pytest.mark.slow  # a process that imports torch
 def test_step_runs_as_a_script_from_the_root() -> None:
     command = [sys.executable, "benchmarks/step.py", "--config", "a", "--json", "--batch", "16", "--rounds", "1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

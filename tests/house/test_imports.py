@@ -193,9 +193,9 @@ def test_importing_costs_little_more_than_transformer_lens() -> None:
         "import time, warnings; warnings.simplefilter('ignore'); s = time.process_time(); import transformer_lens; "
         "t = time.process_time(); import spd_lens; print((time.process_time() - t) / (t - s))"
     )
-    share = min(
-        float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-        for _ in range(3)
-    )
     # A share, because a busy machine slows both alike: 0.06 of TransformerLens 3.9, 0.13 of the lighter 4.3.
-    assert share < (0.1 if TL_MAJOR < 4 else 0.2)
+    most, shares = (0.1 if TL_MAJOR < 4 else 0.2), [float("inf")]
+    while min(shares) >= most and len(shares) <= 3:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        shares.append(float(done.stdout))
+    assert min(shares) < most

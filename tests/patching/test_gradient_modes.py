@@ -25,7 +25,7 @@ WORK: dict[str, Callable[[Decomposition, Tensor], Any]] = {
     "attribution_graph": lambda d, t: attribution_graph(d, t[:1], importance_above=None, n_checked=4).check.predicted,
     "dataset_graph": lambda d, t: dataset_graph(d, t, importance_above=None, metric=last, n_checked=4).check.predicted,
     "attribution_patching": lambda d, t: attribution_patching(d, t, t.flip(0), last).effects.values.tolist(),
-    "find_circuit": lambda d, t: find_circuit(d, t, steps=2, budgets=(2,), restarts=1).circuit.ids,
+    "find_circuit": lambda d, t: find_circuit(d, t, steps=2, prune_tries=2, budgets=(2,), restarts=1).circuit.ids,
     "worst_case": lambda d, t: worst_case(d, t, steps=(2,), starts=1).divergence,
     "evaluate": lambda d, t: evaluate(d, t, adversary_steps=(2,), starts=1).adversarial,
 }

@@ -138,7 +138,11 @@ print("interrupted", result.interrupted, result.steps > 0)
 
 @pytest.mark.parametrize(
     ("number", "warm_up", "status", "saved"),
-    [(signal.SIGINT, 0, 0, True), (signal.SIGINT, 10**6, 0, False), (signal.SIGTERM, 0, -signal.SIGTERM, True)],
+    [
+        (signal.SIGINT, 0, 0, True),
+        pytest.param(signal.SIGINT, 10**6, 0, False, marks=pytest.mark.slow),
+        (signal.SIGTERM, 0, -signal.SIGTERM, True),
+    ],
     ids=["ctrl-c", "ctrl-c in the warm-up", "sigterm"],
 )
 def test_signals_end_a_run_with_a_checkpoint(

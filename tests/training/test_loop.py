@@ -153,7 +153,10 @@ save_file({{k: v.detach().contiguous() for k, v in d.tensors().items()}}, {out!r
 """
 
 
-def test_a_run_killed_at_random_moments_and_resumed_equals_the_uninterrupted_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("most_kills", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_run_killed_at_random_moments_and_resumed_equals_the_uninterrupted_one(
+    most_kills: int, tmp_path: Path
+) -> None:
     from safetensors.torch import load_file
 
     root = str(Path(__file__).parents[2])
@@ -170,7 +173,7 @@ def test_a_run_killed_at_random_moments_and_resumed_equals_the_uninterrupted_one
     assert whole.returncode == 0, errors
     checkpoints = tmp_path / "killed" / "checkpoints"
     moments, kills = torch.Generator().manual_seed(0), 0
-    for _ in range(3):
+    for _ in range(most_kills):
         child = start(tmp_path / "killed", tmp_path / "killed.safetensors")
         assert child.stdout is not None
         child.stdout.readline()
