@@ -42,7 +42,7 @@ def whitened_factors(
 
 def _root(moments: Tensor, damping: float) -> Tensor:
     moments = moments.double()
-    scale = damping * moments.diagonal().mean()
+    mean = moments.diagonal().mean()
     # Where nothing enters, or nothing depends on what comes out, all directions are equal.
-    scale = torch.where(scale > 0, scale, 1.0)
+    scale = torch.where(mean > 0, damping * mean, 1.0)
     return torch.linalg.cholesky(moments + scale * torch.eye(len(moments)).to(moments))

@@ -11,11 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from spd_lens.audit import AuditReport, audit_page, explain, fairness_view, verifying
-from spd_lens.audit.decision import Decision
-from spd_lens.audit.page import page_html
-from spd_lens.support import library_versions
-from spd_lens.support.checked_json import content_hash
+from spd_lens.audit import AuditReport, audit_page, decision, explain, fairness_view, page, verifying
+from spd_lens.support import checked_json, library_versions
 from tests.audit.conftest import SMALL, Audited, audited_cases, content, forged
 
 Change = Callable[[dict[str, Any]], Any]
@@ -71,10 +68,10 @@ def test_what_a_picked_seed_hides_is_said_on_a_fresh_one(audited: Audited, monke
 @pytest.mark.usefixtures("measured_once")
 def test_numbers_within_rounding_turn_no_claim_of_the_page(audited: Audited) -> None:
     """The margin under attack may differ by 0.02; a page says that the decision survives only beyond that."""
-    assert "does not survive" not in page_html(with_worst_margin(audited.report, 0.021))
+    assert "does not survive" not in page.page_html(with_worst_margin(audited.report, 0.021))
     for worst in (-0.01, 0.0, 0.0099):
         report = with_worst_margin(audited.report, worst)
-        assert "the decision as a whole does not survive" in page_html(report)
+        assert "the decision as a whole does not survive" in page.page_html(report)
 
 
 def with_worst_margin(report: AuditReport, worst: float) -> AuditReport:
@@ -84,20 +81,20 @@ def with_worst_margin(report: AuditReport, worst: float) -> AuditReport:
 
 
 def test_a_prediction_of_nothing_is_no_part_of_what_happens(audited: Audited) -> None:
-    def page(predicted: float, measured: float) -> str:
+    def shown(predicted: float, measured: float) -> str:
         values = content(audited.report)
         values["reasons_for"] = values["reasons_for"][:1]
         values["reasons_for"][0] |= {"component": "history"}
         values["reasons_for"][0]["counterfactual"] = {
             "instead": "x", "token": 1, "predicted": predicted, "measured": measured, "agrees": False,
         }  # fmt: skip
-        return page_html(AuditReport.model_validate(values))
+        return page.page_html(AuditReport.model_validate(values))
 
-    assert "a part of it" in page(0.3, 1.0)
-    assert "a part of it" in page(-0.3, -1.0)
+    assert "a part of it" in shown(0.3, 1.0)
+    assert "a part of it" in shown(-0.3, -1.0)
     for predicted, measured in ((0.0009, 1.0), (-0.3, 1.0), (3.0, 1.0), (0.0, 0.0)):
-        assert "a part of it" not in page(predicted, measured)
-        assert "DISAGREES" in page(predicted, measured)
+        assert "a part of it" not in shown(predicted, measured)
+        assert "DISAGREES" in shown(predicted, measured)
 
 
 def test_the_rest_is_its_two_parts_exactly(audited: Audited, tmp_path: Path) -> None:
@@ -147,7 +144,7 @@ def test_inputs_of_the_verifier_that_cannot_be_run_are_no_fault_of_the_report(au
 def test_numbers_that_have_no_six_decimals_are_refused(audited: Audited, tmp_path: Path, number: str) -> None:
     whole = {"format": "spd_lens audit report", "format_version": 3, **content(audited.report)}
     whole["decision"]["worst_margin"] = json.loads(number)
-    whole["checksum"] = content_hash(whole)
+    whole["checksum"] = checked_json.content_hash(whole)
     path = tmp_path / "forged.json"
     path.write_text(json.dumps(whole).replace("Infinity", "1e999"))
     with pytest.raises(ValueError, match=r"is damaged: decision\.worst_margin"):
@@ -220,7 +217,9 @@ def test_a_fairness_view_on_a_terminal_hides_nothing(audited: Audited) -> None:
     p = list(cases.places or ()).index("foreign worker")
     values = set(cases.tokens[:, p].tolist())
     vocabulary = [f"{ESCAPES}{i}" if i in values else text for i, text in enumerate(cases.vocabulary)]
-    view = fairness_view(audited.decomposition, replace(cases, vocabulary=vocabulary), Decision(1, 0), "foreign worker")
+    view = fairness_view(
+        audited.decomposition, replace(cases, vocabulary=vocabulary), decision.Decision(1, 0), "foreign worker"
+    )
     assert not {"\x1b", "\u202e", "\r"} & set(str(view))
     assert not any(line.startswith("Verified") for line in str(view).splitlines())
 

@@ -167,6 +167,7 @@ def test_an_edited_number_does_not_pass_with_a_fresh_seed(audited: Audited, tmp_
         values[side][0]["effect"] = round(values[side][0]["effect"] * 2, 6)
         effects = [r["effect"] for s in ("reasons_for", "reasons_against") for r in values[s]]
         values["rest"]["value"] = round(values["decision"]["margin"] - values["start"] - sum(effects), 6)
+        values["rest"]["elsewhere"] = round(values["rest"]["value"] - values["rest"]["together"], 6)
 
     assert "effect: the report says" in refused(audited, larger, tmp_path, seed=91)
 

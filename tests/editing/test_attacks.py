@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from spd_lens import Decomposition, decompose
-from spd_lens.cli.edit import read_changes
-from spd_lens.cli.yaml_file import ConfigError
+from spd_lens.cli import edit as edit_command
+from spd_lens.cli import yaml_file
 from spd_lens.core import Unit
 from spd_lens.editing import Candidate, Found, Habit, Rewrite, edit, edits, load_edit, report, save_edit
 from tests.small_models import tiny_transformer, tokens
@@ -149,6 +149,6 @@ def test_a_direction_in_double_comes_back_in_double(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scale", [["b:3=0", "b:3=0.5"], ["b:3,3=0"], ["b:1,2=0", "b:2,4=0"]])
 def test_an_id_that_is_given_twice_on_the_command_line_is_refused(scale: list[str]) -> None:
-    with pytest.raises(ConfigError, match=r"b:[23] is named twice"):
-        read_changes(scale)
-    assert read_changes(["b:1,2=0", "c:1=0.5", "b:3=2"]) == {"b": {1: 0.0, 2: 0.0, 3: 2.0}, "c": {1: 0.5}}
+    with pytest.raises(yaml_file.ConfigError, match=r"b:[23] is named twice"):
+        edit_command.read_changes(scale)
+    assert edit_command.read_changes(["b:1,2=0", "c:1=0.5", "b:3=2"]) == {"b": {1: 0.0, 2: 0.0, 3: 2.0}, "c": {1: 0.5}}
