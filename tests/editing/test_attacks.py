@@ -27,7 +27,9 @@ def in_dtype(dtype: torch.dtype) -> Decomposition:
 
 
 def test_an_edit_without_finite_outputs_is_not_baked() -> None:
-    with pytest.raises(ValueError, match=r"with this edit the outputs are no longer finite in torch\.float32"):
+    # Behind a bridge the hooks still give numbers there, the baked weights none.
+    either = r"with this edit the outputs are no longer finite in torch\.float32|outputs are off by nan"
+    with pytest.raises((ValueError, RuntimeError), match=either):
         edit(in_dtype(torch.float32), {SITE: {1: 1e38}}).bake()
 
 
