@@ -55,7 +55,7 @@ def some_tokens(decomposition: Decomposition) -> Tensor | None:
 
 
 def explained_by_rounding(outputs: Tensor) -> float:
-    """How far two computations of these outputs may differ; not a number if they are not finite."""
+    """How far two computations of these outputs may differ."""
     return min(_ROUNDINGS * torch.finfo(outputs.dtype).eps, _AT_MOST) * float(outputs.double().abs().max())
 
 

@@ -155,14 +155,17 @@ class Edit:
         plain = plain_model(self.decomposition, {site: self.factors(site) for site in self.sites})
         tokens = some_tokens(self.decomposition) if check else None
         if tokens is not None:
-            hooked = self.logits(tokens)
-            if not bool(hooked.isfinite().all()):
-                raise ValueError(
-                    f"with this edit the outputs are no longer finite in {hooked.dtype}, so there is no model to bake: "
-                    f"{self!r}. Give smaller scales"
-                )
-            off, allowed = self.difference(plain, tokens), explained_by_rounding(hooked)
-            if not off <= allowed:
+            with torch.no_grad():
+                hooked, baked = self.logits(tokens), outputs_of(plain, tokens)
+            # Sums in another order overflow at other scales, so one of the two may still be finite.
+            for which, outputs in (("hooked", hooked), ("baked", baked)):
+                if not bool(outputs.isfinite().all()):
+                    raise ValueError(
+                        f"with this edit the outputs of the {which} model are no longer finite in {outputs.dtype}: "
+                        f"{self!r}. Give smaller scales"
+                    )
+            off, allowed = _largest_difference(hooked, baked), explained_by_rounding(hooked)
+            if off > allowed:
                 raise RuntimeError(
                     f"the baked model's outputs are off by {off:.3g}, where rounding explains {allowed:.3g}: this "
                     "model uses a weight in a way that cannot be written into it"
@@ -173,7 +176,7 @@ class Edit:
     def difference(self, plain: nn.Module, tokens: Tensor) -> float:
         """The largest difference between the outputs of a baked model and of the hooked one."""
         given_instance("plain", plain, nn.Module, "edit.bake() makes one")
-        return float((self.logits(tokens).double() - outputs_of(plain, tokens).double()).abs().max())
+        return _largest_difference(self.logits(tokens), outputs_of(plain, tokens))
 
     def parameters_changed(self) -> dict[str, int]:
         """How many entries of each edited matrix change, in its own dtype."""
@@ -223,6 +226,10 @@ class Edit:
         with tapped_input(weight) as taken:
             hook = partial(_add_change, taken=taken, weight=weight, A=A.to(weight.V), B=B.to(weight.V), where=where)
             yield weight.site.output.name or "", hook
+
+
+def _largest_difference(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).abs().max())
 
 
 def edit(decomposition: Decomposition, changes: Changes, *, when: Above | None = None) -> Edit:
