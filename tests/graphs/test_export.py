@@ -268,6 +268,11 @@ def test_a_graph_that_was_changed_by_hand_is_refused(graph: AttributionGraph, tm
         (lambda w: _with(w, "links", 0, "spd_lens", "weight", value="x"), r"links\[0\].spd_lens is damaged: weight"),
         (lambda w: _with(w, "metadata", "spd_lens", "tokens", value=[1]), "tokens is missing or no list"),
         (lambda w: _with(w, "metadata", "spd_lens", "format_version", value=1), "has format version 1"),
+        (lambda w: _with(w, "metadata", "generation_settings", value=None), "metadata.generation_settings is damaged"),
+        (
+            lambda w: _with(w, "metadata", "generation_settings", "left_out", value="3"),
+            "metadata.generation_settings is damaged: left_out",
+        ),
         (lambda w: "{", "is damaged"),
         (lambda w: "[1]", "holds a list; expected an object"),
         (lambda w: {"metadata": {}}, "qParams is missing"),

@@ -20,6 +20,7 @@ from spd_lens.objective import (
     PersistentMasks,
     SampledMasks,
     mask_source,
+    random_sources,
 )
 from tests.small_models import generator, rand
 
@@ -162,3 +163,19 @@ def test_names_and_budgets_stand_for_sources(without_type_checks: None) -> None:
 def test_budgets_that_make_no_sense_are_refused(make: Any, without_type_checks: None) -> None:
     with pytest.raises(ValueError, match="expected"):
         make()
+
+
+@pytest.mark.parametrize("parts", [(5,), (2, 3), (0, 1, 4)])
+def test_k3_a_climb_goes_on_from_where_it_was(parts: tuple[int, ...]) -> None:
+    """However five ascents are shared out; a linear loss moves every source by the same steps, up to 0 or 1."""
+    source = AdversarialMasks(PGD(parts[0], 0.03, "position"))
+    climb(source)
+    for steps in parts[1:]:
+        source.climb_on(Climb(linear, G, generator(9)), steps)
+    starts = random_sources(G, "position", generator())
+    masks = source.masks(G, delta=True, generator=generator())
+    for name, g in G.items():
+        slopes = torch.cat([PULL[name].sign(), torch.ones(4, 3, 1)], dim=-1)
+        s = (starts[name] + 5 * 0.03 * slopes).clamp(0, 1)
+        torch.testing.assert_close(masks[name].mask, g + (1 - g) * s[..., :-1])
+        torch.testing.assert_close(masks[name].delta, s[..., -1])
