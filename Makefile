@@ -25,9 +25,9 @@ test: $(VENV)/.ready
 test-slow: $(VENV)/.ready
 	$(PYTEST) -m slow
 
-# The same suite on the newest TransformerLens major, which has no HookedTransformer.
+# The same suite on the newest TransformerLens major, which has no HookedTransformer; with every annotated shape checked.
 test-tl4: .venv-tl4/.ready
-	$(MAKE) test VENV=.venv-tl4
+	SPD_LENS_CHECK_SHAPES=1 $(MAKE) test VENV=.venv-tl4
 
 # Under fifteen minutes on two cores.
 check: lint types test examples

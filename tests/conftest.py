@@ -1,5 +1,6 @@
-"""Shared by all tests: shape checking, one thread, and which TransformerLens is installed."""
+"""Shared by all tests: shape checking where it is asked for, one thread, and which TransformerLens is installed."""
 
+import os
 import signal
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -9,7 +10,10 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
-install_import_hook("spd_lens", "beartype.beartype")
+# Every annotated shape and type is checked in one of CI's two runs of the suite (`make test-tl4`): it doubles the time.
+# The other one sees the library as users do.
+if os.environ.get("SPD_LENS_CHECK_SHAPES"):
+    install_import_hook("spd_lens", "beartype.beartype")
 
 # Tiny tensors: more threads only wait for each other (and pytest-xdist fills the cores).
 torch.set_num_threads(1)
