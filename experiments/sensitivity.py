@@ -2,6 +2,7 @@
 
     python experiments/sensitivity.py                      all maps, then the picture; continues where it was stopped
     python experiments/sensitivity.py --method spd_smooth        (--device cuda: every step a CUDA graph)
+    python experiments/sensitivity.py --method spd_smooth --column       one learning rate; without it: the rest
     python experiments/sensitivity.py --method apd --seeds 5
     python experiments/sensitivity.py --plot               only the picture and summary.json, from the saved runs
 
@@ -9,7 +10,7 @@ Each map is centred on the settings with which the method is run elsewhere (`EXP
 the coefficient of the loss that makes a decomposition sparse (SPD: minimality; APD: simplicity) over two decades, and a
 second setting over one decade. For SPD that is the learning rate, that of the gates scaled along, once for every C; for
 APD it is k, which SPD does not have. All else stays as it is. Run i of a cell has the target and the seed of run i of
-`reproduce.py`.
+`reproduce.py`. What `CHANGES` names is mapped at one C and every other learning rate, smooth L0 half a decade higher.
 
 Two verdicts are kept for every run: `success`, the criterion of `reproduce.py`, and `found`, the same without the
 bounds on ML2R. APD shortens what it finds, which alone can put the first out of its reach; the picture's colour is
@@ -74,7 +75,11 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 # The field that a map's coefficient is, where it is not minimality, and the middle of it, where it is not that of SPD.
 FIELDS = {"spd_tolerance": "tolerance"}
-MIDDLES = {"spd_share": 0.1, "spd_tolerance": 0.01}
+MIDDLES = {"spd_smooth": 3e-3 * 10**0.5, "spd_share": 0.1, "spd_tolerance": 0.01}
+
+
+# What is trained at once: the target, the seed and the cell of every run.
+Jobs = Sequence[tuple[nn.Module, int, Mapping[str, float]]]
 
 
 @dataclass(frozen=True)
@@ -93,13 +98,13 @@ class SPDGrid:
 
     @staticmethod
     def full(method: str = "spd", device: str = "cpu") -> SPDGrid:
-        """The whole map; of what is changed only for the C used elsewhere."""
+        """The whole map; of what is changed only for the C used elsewhere, and at three learning rates of five."""
         experiment = EXPERIMENTS["tms_5-2"]
         config = experiment.config
         counts = tuple(5 * n for n in C_PER_FEATURE) if method == "spd" else (experiment.n_subcomponents["W_enc"],)
         return SPDGrid(
             tuple(MIDDLES.get(method, config.minimality) * f for f in COEFFICIENT_FACTORS),
-            tuple(config.lr * f for f in SECOND_FACTORS),
+            tuple(config.lr * f for f in (SECOND_FACTORS if method == "spd" else SECOND_FACTORS[::2])),
             counts,
             config.steps,
             method,
@@ -128,8 +133,13 @@ class SPDGrid:
         config = {**settings["config"], "steps": self.steps}
         return {**settings, "config": config, "n_subcomponents": list(self.counts), "cells": self.cells}
 
-    def train(self, target: nn.Module, seed: int, program: Mapping[str, Any], out_dir: Path) -> list[dict[str, Any]]:
-        """The verdicts on all cells."""
+    @property
+    def column(self) -> list[dict[str, float]]:
+        """The cells with the learning rate used elsewhere."""
+        return [cell for cell in self.cells if cell["lr"] == self.experiment.config.lr]
+
+    def train(self, jobs: Jobs, program: Mapping[str, Any], out_dir: Path) -> list[dict[str, Any]]:
+        """The verdict on every job."""
         experiment = self.experiment
         base = experiment.config
         assert base.gate_lr is not None
@@ -139,13 +149,14 @@ class SPDGrid:
                 steps=self.steps, seed=seed, lr=cell["lr"], gate_lr=base.gate_lr * cell["lr"] / base.lr,
                 **{field: cell["coefficient"]},
             )
-            for cell in self.cells
+            for _, seed, cell in jobs
         ]  # fmt: skip
         counts = dict.fromkeys(experiment.n_subcomponents, program["C"])
         with_counts = dataclasses.replace(experiment, n_subcomponents=counts)
-        members = [with_counts.decompose(copy.deepcopy(target), seed) for _ in configs]
+        members = [with_counts.decompose(copy.deepcopy(target), seed) for target, seed, _ in jobs]
         members = [member.to(torch.device(self.device)) for member in members]
-        data = [experiment.features(seed)] * len(members)
+        rows = {seed: experiment.features(seed) for _, seed, _ in jobs}
+        data = [rows[seed] for _, seed, _ in jobs]
         place: dict[str, Any] = {"out_dir": out_dir} if self.device == "cpu" else {"cuda_graphs": True}
         result = train_many(members, data, configs, **place)
         members = [member.to(torch.device("cpu")) for member in members]
@@ -190,11 +201,17 @@ class APDGrid:
         settings = APD_EXPERIMENTS["apd_tms_5-2"].settings()
         return {**settings, "config": {**settings["config"], "steps": self.steps}, "cells": self.cells}
 
-    def train(self, target: Any, seed: int, program: Mapping[str, Any], out_dir: Path) -> list[dict[str, Any]]:
-        """The verdicts on all cells."""
-        base = APD_EXPERIMENTS["apd_tms_5-2"].config.changed(steps=self.steps, seed=seed, n_components=program["C"])
-        configs = [base.changed(simplicity=cell["coefficient"], k=cell["k"]) for cell in self.cells]
-        found = train_apd([target] * len(configs), configs, out_dir=out_dir / "checkpoint", log_every=5_000)
+    @property
+    def column(self) -> list[dict[str, float]]:
+        """The cells with the k used elsewhere."""
+        return [cell for cell in self.cells if cell["k"] == APD_EXPERIMENTS["apd_tms_5-2"].config.k]
+
+    def train(self, jobs: Jobs, program: Mapping[str, Any], out_dir: Path) -> list[dict[str, Any]]:
+        """As `SPDGrid.train`."""
+        base = APD_EXPERIMENTS["apd_tms_5-2"].config.changed(steps=self.steps, n_components=program["C"])
+        configs = [base.changed(seed=seed, simplicity=cell["coefficient"], k=cell["k"]) for _, seed, cell in jobs]
+        targets: list[Any] = [target for target, _, _ in jobs]
+        found = train_apd(targets, configs, out_dir=out_dir / "checkpoint", log_every=5_000)
         verdicts = []
         for apd in found:
             report = apd_report(apd)
@@ -222,8 +239,8 @@ def _verdict(success: bool, found: bool, recovery: Recovery, n_alive: int, probl
 # -- running ---------------------------------------------------------------------------------------------------------
 
 
-def run_map(grid: Grid, seeds: int, *, results: Path, work: Path) -> None:
-    """Train what is missing, seed by seed, and add its lines to `results/METHOD.jsonl`.
+def run_map(grid: Grid, seeds: int, *, results: Path, work: Path, column: bool = False) -> None:
+    """Train what is missing (of one column or of all cells), all of a C together; adds lines to `results/METHOD.jsonl`.
 
     Raises ValueError if there are runs with other settings.
     """
@@ -231,21 +248,25 @@ def run_map(grid: Grid, seeds: int, *, results: Path, work: Path) -> None:
     _check_settings(grid, results)
     targets = accepted_targets(EXPERIMENTS["tms_5-2"], seeds, work / "targets")
     tag = settings_hash(grid.settings())
-    for i, program in itertools.product(range(seeds), grid.programs):
+    for program in grid.programs:
         records = read_lines(results / f"{grid.method}.jsonl")
-        if any(r["run"] == i and all(r[key] == value for key, value in program.items()) for r in records):
+        own = [r for r in records if all(r[key] == value for key, value in program.items())]
+        done = [(r["run"], {axis: r[axis] for axis in grid.cells[0]}) for r in own]
+        wanted = itertools.product(range(seeds), grid.column if column else grid.cells)
+        missing = [one for one in wanted if one not in done]
+        if not missing:
             continue
-        name = "-".join(f"{key}{value}" for key, value in program.items())
-        out_dir = work / "sensitivity" / f"{grid.method}-{tag}" / f"{name}-run{i:03d}"
+        name = "-".join([f"{key}{value}" for key, value in program.items()] + [settings_hash({"runs": missing})])
+        out_dir = work / "sensitivity" / f"{grid.method}-{tag}" / name
         with measured_cpu(out_dir / "cpu"):
-            verdicts = grid.train(targets.models[i], DECOMPOSITION_SEED + i, program, out_dir)
+            jobs = [(targets.models[i], DECOMPOSITION_SEED + i, cell) for i, cell in missing]
+            verdicts = grid.train(jobs, program, out_dir)
         seconds = round(3600 * cpu_hours(out_dir / "cpu") / len(verdicts), 2)
-        shared = {"run": i, "target_seed": targets.seeds[i], "seed": DECOMPOSITION_SEED + i, **program}
         new = [
-            {**shared, **cell, **verdict, "cpu_seconds": seconds}
-            for cell, verdict in zip(grid.cells, verdicts, strict=True)
+            {"run": i, "target_seed": targets.seeds[i], "seed": DECOMPOSITION_SEED + i, **program, **cell, **verdict}
+            for (i, cell), verdict in zip(missing, verdicts, strict=True)
         ]
-        _write_lines(results / f"{grid.method}.jsonl", [*records, *new])
+        _write_lines(results / f"{grid.method}.jsonl", [*records, *({**r, "cpu_seconds": seconds} for r in new)])
 
 
 def _check_settings(grid: Grid, results: Path) -> None:
@@ -334,6 +355,7 @@ def main(
     method: Annotated[str, typer.Option(help="apd, spd, another of CHANGES, or all")] = "all",
     seeds: Annotated[int, typer.Option(help="Runs of every cell.")] = 3,
     device: Annotated[str, typer.Option(help="cpu, or cuda: no checkpoints, every step a CUDA graph")] = "cpu",
+    column: Annotated[bool, typer.Option("--column", help="Only the learning rate (APD: k) used elsewhere.")] = False,
     plot: Annotated[bool, typer.Option("--plot", help="Only the picture and the summary of what was run.")] = False,
     results: Annotated[Path, typer.Option(help="Where results go.")] = RESULTS / "sensitivity",
     work: Annotated[Path, typer.Option(help="Where checkpoints and targets are kept.")] = WORK,
@@ -345,7 +367,7 @@ def main(
         raise typer.BadParameter(f"--method {method!r}; expected all, {', '.join(grids)}")
     for name, grid in grids.items():
         if not plot and method in ("all", name):
-            run_map(grid, seeds, results=results, work=work)
+            run_map(grid, seeds, results=results, work=work, column=column)
     summary = summarise_map(results, "python experiments/sensitivity.py" + (f" --seeds {seeds}" if seeds != 3 else ""))
     print(summary_lines(summary))
     used_C = {

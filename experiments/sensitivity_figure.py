@@ -1,8 +1,8 @@
 """The picture of the sensitivity maps: SPD for every C beside APD, with one colour scale and one verdict.
 
-Both axes of every panel are centred on the setting used elsewhere (outlined), the coefficient over two decades, the
-second setting over one. The colour is the share of runs that found one subcomponent per feature; the number in a cell
-is the mean ML2R of those runs, which is 1 where lengths are right."""
+Both axes of every panel but that of smooth L0 are centred on the setting used elsewhere (outlined), the coefficient
+over two decades, the second setting over one. The colour is the share of runs that found one subcomponent per feature;
+the number in a cell is the mean ML2R of those runs, which is 1 where lengths are right."""
 
 from __future__ import annotations
 
@@ -35,6 +35,8 @@ AXES = {
     "spd_tolerance": ("tolerance, share of everything off", "learning rate", "lr"),
     "apd": ("simplicity coefficient", "k: active components per input", "k"),
 }
+# Their middle is no setting that is used elsewhere.
+NOT_USED = ("spd_smooth", "spd_share", "spd_tolerance")
 
 
 def save_map(
@@ -71,13 +73,14 @@ def save_map(
     image = None
     for index, (axis, (method, C, cells)) in enumerate(zip(axes, panels, strict=True)):
         coefficient, second, key = AXES[method]
-        image = _panel(axis, cells, key, dashed=used_C[method] != C)
+        outline = "" if method in NOT_USED else "-" if used_C[method] == C else ":"
+        image = _panel(axis, cells, key, outline)
         axis.set_title(f"{METHODS[method]}, C = {C}\n({C / N_FEATURES:g} per feature)", fontsize=10)
         found, runs, right = (sum(cell[name] for cell in cells) for name in ("found", "runs", "successes"))
         per_cell = "/".join(str(n) for n in sorted({cell["runs"] for cell in cells}))
         counts = f"found: {found} of {runs} runs ({per_cell} per cell)\nright length too: {right}"
         axis.set_xlabel(f"{second}\n\n{counts}", fontsize=9)
-        first = index == 0 or AXES[panels[index - 1][0]][0] != coefficient
+        first = index == 0 or _ordinate(*panels[index - 1]) != _ordinate(method, C, cells)
         axis.set_ylabel(coefficient if first else "", fontsize=9)
         axis.tick_params(labelleft=first)
     assert image is not None
@@ -89,7 +92,7 @@ def save_map(
     figure.suptitle(
         "How much the settings matter: does a run find one subcomponent per feature of TMS 5-2, in its direction?\n"
         f"Number: mean length of what was found over the true length ({low} to {high} is right; else in brackets).  "
-        "Orange: the setting used elsewhere (dashed: with another C).",
+        "Orange: the setting used elsewhere (dotted: with another C).",
         fontsize=10,
     )
     figure.savefig(path, dpi=130)
@@ -107,8 +110,13 @@ def _with_gap(labels: Sequence[str]) -> list[str | None]:
     return spaced
 
 
-def _panel(axis: Axes, cells: Sequence[Mapping[str, Any]], second: str, dashed: bool) -> Any:
-    """A heat map of one C: the coefficient upwards, the second setting to the right."""
+def _ordinate(method: str, _: int, cells: Sequence[Mapping[str, Any]]) -> tuple[str, list[float]]:
+    """What goes upwards in a panel: its name and values."""
+    return AXES[method][0], sorted({cell["coefficient"] for cell in cells})
+
+
+def _panel(axis: Axes, cells: Sequence[Mapping[str, Any]], second: str, outline: str) -> Any:
+    """A heat map of one C: the coefficient upwards, the second setting to the right, a line around the middle."""
     from matplotlib.patches import Rectangle
 
     rows, columns = (sorted({cell[name] for cell in cells}) for name in ("coefficient", second))
@@ -123,8 +131,9 @@ def _panel(axis: Axes, cells: Sequence[Mapping[str, Any]], second: str, dashed: 
             colour = "white" if share > 0.6 else "0.15"
             axis.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
     image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1, origin="lower", aspect="equal")
-    corner = len(columns) // 2 - 0.5, len(rows) // 2 - 0.5
-    axis.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="C1", lw=2.2, zorder=3, ls=":" if dashed else "-"))
+    if outline:
+        corner = len(columns) // 2 - 0.5, len(rows) // 2 - 0.5
+        axis.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="C1", lw=2.2, zorder=3, ls=outline))
     axis.set_xticks(range(len(columns)), [_short(value) for value in columns], fontsize=7.5)
     axis.set_yticks(range(len(rows)), [_short(value) for value in rows], fontsize=7.5)
     axis.tick_params(length=2)

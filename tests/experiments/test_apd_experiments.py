@@ -6,6 +6,7 @@ import copy
 import json
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -184,25 +185,46 @@ def test_a_map_is_continued_and_nothing_is_run_twice(
     trained: list[tuple[int, int]] = []
     whole = type(grid).train
 
-    def counted(self: Any, target: Any, seed: int, program: Any, out_dir: Path) -> Any:
+    def counted(self: Any, jobs: Any, program: Any, out_dir: Path) -> Any:
         if len(trained) == 1:
             trained.append((-1, -1))
-            raise RuntimeError("killed")
-        trained.append((seed, program["C"]))
-        return whole(self, target, seed, program, out_dir)
+            raise InterruptedError
+        trained.extend({(seed, program["C"]) for _, seed, _ in jobs})
+        return whole(self, jobs, program, out_dir)
 
     monkeypatch.setattr(type(grid), "train", counted)
-    with pytest.raises(RuntimeError, match="killed"):
-        run_map(grid, 2, results=tmp_path, work=tmp_path / "work")
     path = tmp_path / f"{grid.method}.jsonl"
-    assert len(read_lines(path)) == 4
-    run_map(grid, 2, results=tmp_path, work=tmp_path / "work")
+    for seeds, lines in ((1, 4), (2, None), (2, 8 * len(grid.programs))):
+        with suppress(InterruptedError):
+            run_map(grid, seeds, results=tmp_path, work=tmp_path / "work")
+        assert lines is None or len(read_lines(path)) == lines
     counts = [program["C"] for program in grid.programs]
-    assert [t for t in trained if t[0] > 0] == [(1000 + i, C) for i in range(2) for C in counts]
+    assert sorted(trained) == sorted([(-1, -1), *((1000 + i, C) for i in range(2) for C in counts)])
     at = {(r["run"], r["C"], r["coefficient"], r.get("lr"), r.get("k")) for r in read_lines(path)}
-    assert len(at) == len(read_lines(path)) == 8 * len(counts)
+    assert len(at) == len(read_lines(path))
     with pytest.raises(ValueError, match=f"the {grid.method} map there has other settings"):
         run_map(replace(grid, steps=STEPS + 1), 2, results=tmp_path, work=tmp_path / "work")
+
+
+def test_a_column_of_a_map_is_run_first_and_the_rest_completes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = replace(SPD_GRID, lrs=(1e-3, 3e-3), counts=(20,), method="spd_smooth")
+    asked: list[list[tuple[float, float]]] = []
+
+    def verdicts(self: Any, jobs: Any, program: Any, out_dir: Path) -> Any:
+        asked.append([(cell["coefficient"], cell["lr"]) for _, _, cell in jobs])
+        return [{"success": True, "found": True, "ml2r": 1.0} for _ in jobs]
+
+    monkeypatch.setattr(SPDGrid, "train", verdicts)
+    for column in (True, False, False):
+        run_map(grid, 1, results=tmp_path, work=tmp_path / "work", column=column)
+        summary = summarise_map(tmp_path, "a command")
+        assert summary["spd_smooth"]["runs"] == sum(map(len, asked))
+        if column:
+            assert save_map(tmp_path / "rules.png", summary, {"spd_smooth": 20}).is_file()
+    assert asked == [[(3e-3, 3e-3), (0.3, 3e-3)], [(3e-3, 1e-3), (0.3, 1e-3)]]
+    assert [cell["k"] for cell in APDGrid.full().column] == [APD_EXPERIMENTS["apd_tms_5-2"].config.k] * 5
 
 
 def test_a_cell_of_the_spd_map_is_what_train_gives_with_its_settings(tmp_path: Path) -> None:
