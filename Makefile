@@ -48,7 +48,7 @@ examples: $(VENV)/.ready
 	$(PYTEST) --doctest-modules spd_lens
 
 tutorials: $(VENV)/.ready
-	$(PYTEST) -m tutorial tests/house
+	$(PYTEST) -n 2 --dist worksteal -m tutorial tests/house
 
 tutorials-tl4: .venv-tl4/.ready
 	$(MAKE) tutorials VENV=.venv-tl4
