@@ -72,7 +72,7 @@ def split_blocks(
     if joint is not None:
         _write_joint(run, out, joint)
     if streams:
-        run = run.model_copy(update={"data": _write_streams(run, list(blocks), out / "streams")})
+        run = _on_streams(run, _write_streams(run, list(blocks), out / "streams"))
     jobs = []
     for block, own in blocks.items():
         job = BlockJob(block, out / f"block-{block:03d}.yaml", out / f"block-{block:03d}")
@@ -92,6 +92,14 @@ def split_blocks(
         finish.append(shlex.join(["spd-lens", *arguments]))
     write_text(out / FINISH, "\n".join(["#!/bin/sh", "set -e", *finish]) + "\n")
     return jobs
+
+
+def _on_streams(run: RunFile, data: DataSection) -> RunFile:
+    """The run on cached streams, evaluated on the tokens that it was to be evaluated on."""
+    if not run.evaluate.data:
+        return run.model_copy(update={"data": data})
+    own = {name: value for name, value in run.evaluation_data.model_dump().items() if value is not None}
+    return run.model_copy(update={"data": data, "evaluate": run.evaluate.model_copy(update={"data": own})})
 
 
 def _local(run: RunFile, block: int, *, is_last: bool) -> dict[str, Any]:

@@ -12,10 +12,12 @@ import functools
 import inspect
 import json
 import os
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
 import typer
+from typer.core import TyperGroup
 
 from spd_lens.cli.yaml_file import ConfigError
 from spd_lens.support.files import plain
@@ -25,7 +27,8 @@ DONE, FAILED, USAGE, STOPPED = 0, 1, 2, 75
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+JSON = "--json"
+JsonFlag = Annotated[bool, typer.Option(JSON, help="Print one JSON object instead of text.")]
 
 
 def is_main_process() -> bool:
@@ -39,6 +42,41 @@ def show(text: str, values: Mapping[str, Any], *, as_json: bool) -> None:
         typer.echo(json.dumps(plain(values), allow_nan=False) if as_json else visible_lines(text))
 
 
+class Program(TyperGroup):
+    """The group of all commands: with `--json` on the line, words that no command has are told as an object, too.
+
+    An option that does not exist, a missing argument, a value of the wrong kind: these end before any command begins.
+    """
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
+        if not standalone_mode or JSON not in (sys.argv[1:] if args is None else args):
+            return super().main(args, prog_name, complete_var, standalone_mode, **extra)
+        try:
+            # What a command gives is the status it ends with, or nothing.
+            status = super().main(args, prog_name, complete_var, False, **extra) or DONE
+        except _UsageError as error:
+            _tell(error.format_message(), type(error).__name__, USAGE, as_json=True)
+            status = USAGE
+        sys.exit(status)
+
+
+# The base of all such errors; typer gives it no name of its own, and newer ones carry a click of their own.
+_UsageError: Any = typer.BadParameter.__base__
+
+
+def _tell(error: str, kind: str, status: int, *, as_json: bool) -> None:
+    """An error on stderr."""
+    content = {"error": error, "kind": kind, "status": status}
+    typer.echo(json.dumps(content) if as_json else visible_lines(f"error: {error}"), err=True)
+
+
 def ends_in_words(command: F) -> F:
     """Errors of users become one line on stderr (with `--json` an object) and an exit status, not a traceback."""
 
@@ -50,9 +88,7 @@ def ends_in_words(command: F) -> F:
             if os.environ.get("SPD_LENS_TRACEBACK"):
                 raise
             status = USAGE if isinstance(error, ConfigError) else FAILED
-            as_json = bool(kwargs.get("json"))
-            content = {"error": str(error), "kind": type(error).__name__, "status": status}
-            typer.echo(json.dumps(content) if as_json else visible_lines(f"error: {error}"), err=True)
+            _tell(str(error), type(error).__name__, status, as_json=bool(kwargs.get("json")))
             raise typer.Exit(status) from None
 
     # typer reads annotations from here, in the module of the command.

@@ -10,10 +10,12 @@ import spd_lens
 import spd_lens.cli.audit as audit
 import spd_lens.cli.browse as browse
 import spd_lens.cli.compare as compare
+import spd_lens.cli.components as components
 import spd_lens.cli.demo as demo
 import spd_lens.cli.edit as edit
 import spd_lens.cli.evaluate as evaluate
 import spd_lens.cli.export as export
+import spd_lens.cli.graph as graph
 import spd_lens.cli.harvest as harvest
 import spd_lens.cli.merge as merge
 import spd_lens.cli.pareto as pareto
@@ -21,9 +23,11 @@ import spd_lens.cli.plan as plan
 import spd_lens.cli.specialise as specialise
 import spd_lens.cli.sweep as sweep
 import spd_lens.cli.train as train
+from spd_lens.cli.output import Program
 
 app = typer.Typer(
     name="spd-lens",
+    cls=Program,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -39,6 +43,8 @@ COMMANDS = {
     "evaluate": evaluate,
     "harvest": harvest,
     "browse": browse,
+    "graph": graph,
+    "components": components,
     "compare": compare,
     "pareto": pareto,
     "sweep": sweep,
@@ -52,13 +58,21 @@ for _name, _module in COMMANDS.items():
     app.command(_name, help=_module.HELP, short_help=_module.HELP.split(".")[0])(_module.command)
 
 
-@app.callback()
-def _program(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
-) -> None:
-    if version:
+def _print_version(asked: bool) -> bool:
+    """Before a missing command is missed."""
+    if asked:
         typer.echo(spd_lens.__version__)
         raise typer.Exit
+    return asked
+
+
+@app.callback()
+def _program(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    pass
 
 
 def run() -> None:

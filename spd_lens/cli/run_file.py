@@ -21,6 +21,7 @@ from typing import Any, get_args
 from pydantic import Field, TypeAdapter, ValidationError
 
 from spd_lens.cli.sections import (
+    OF_ORIGINS,
     ORIGINS,
     DataSection,
     DecomposeSection,
@@ -67,8 +68,9 @@ class RunFile(Section):
         kept = self.data.model_dump()
         if any(name in given for name in ORIGINS):
             kept |= dict.fromkeys(ORIGINS)
-            for name in ("stream", "streams", "shuffle", "documents"):
-                del kept[name]
+            lost = {"stream", "streams", "shuffle", "documents"}
+            lost |= {name for name, origins in OF_ORIGINS.items() if not any(origin in given for origin in origins)}
+            kept = {name: value for name, value in kept.items() if name not in lost}
         return DataSection.model_validate(kept | given)
 
     @staticmethod

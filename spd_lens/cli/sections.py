@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from spd_lens.data import Documents
 
 ORIGINS = ("text", "files", "dataset", "tokens", "residuals")
+# What only some of them have.
+OF_ORIGINS = {"split": ("text", "dataset"), "name": ("dataset",), "revision": ("dataset",), "column": ("dataset",)}
 
 
 class Section(BaseModel):
@@ -86,6 +88,14 @@ class DataSection(Section):
         given = [n for n in ORIGINS if getattr(self, n) is not None]
         if len(given) != 1:
             raise ValueError(f"given {', '.join(given) or 'none'}; expected one of {', '.join(ORIGINS)}")
+        for field, origins in OF_ORIGINS.items():
+            value = getattr(self, field)
+            if given[0] not in origins and value != DataSection.model_fields[field].default:
+                known = " and ".join(origins)
+                raise ValueError(
+                    f"{field}: {value} with {given[0]}, for which it has no meaning (only for {known}); leave it away, "
+                    f"or give other {given[0]}"
+                )
         if self.stream and given[0] not in ("files", "dataset"):
             raise ValueError(f"stream: true with {given[0]}, which is read as it is; expected files or dataset")
         if self.stream and (self.cache_residuals or self.max_rows is not None):

@@ -19,9 +19,11 @@ from typer.testing import CliRunner
 
 from spd_lens import Decomposition, decompose, train
 from spd_lens.cli import RunFile, app, load_run_data, open_saved
+from spd_lens.components import Components, merge_subcomponents
 from spd_lens.data import TokenStream
+from spd_lens.graphs import attribution_graph
 from spd_lens.models import load_moby_dick, load_tiny_lm
-from spd_lens.statistics import Harvest
+from spd_lens.statistics import Harvest, coactivation
 from spd_lens.training import tune_readout
 from tests.conftest import TL_MAJOR
 
@@ -33,22 +35,6 @@ data: {text: moby_dick, context: 16, batch_size: 4, max_rows: 40}
 train: {steps: 4, minimality: 1e-4, log_every: 1, checkpoint_every: 2}
 evaluate: {data: {split: held_out, max_rows: 8}, quick: true}
 """
-COMMANDS = [
-    "demo",
-    "train",
-    "evaluate",
-    "harvest",
-    "compare",
-    "pareto",
-    "sweep",
-    "export",
-    "plan",
-    "merge",
-    "edit",
-    "specialise",
-    "audit",
-    "browse",
-]
 
 
 def invoke(*arguments: Any, status: int = 0) -> Any:
@@ -68,7 +54,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", [command.name for command in app.registered_commands])
 def test_every_command_has_help_with_examples(name: str) -> None:
     text = invoke(name, "--help").output
     assert "Examples:" in text
@@ -185,6 +171,40 @@ def test_browse_writes_the_pages_of_a_harvest(runs: Path, tmp_path: Path) -> Non
     assert Path(found["index"]).read_text(encoding="utf-8").count("<title>") == 1
 
 
+def test_graph_draws_the_graph_of_python(runs: Path, tmp_path: Path) -> None:
+    outputs = ("--out", tmp_path / "graph.html", "--file", tmp_path / "graph.json", "--json")
+    arguments = ("graph", runs / "a", "--prompt", "The white", "--readout", " whale", "--importance-above", "0")
+    found = json.loads(invoke(*arguments, *outputs).stdout)
+    decomposition, _ = open_saved(runs / "a", None)
+    tokens = decomposition.model.to_tokens("The white", prepend_bos=False)
+    expected = attribution_graph(decomposition, tokens, readouts=[" whale"], importance_above=0.0)
+    assert found["tokens"] == list(expected.tokens)
+    assert found["edges"] == expected.graph.number_of_edges() > 0
+    first = found["strongest"][0]
+    assert expected.graph.edges[first["from"], first["to"]]["weight"] == pytest.approx(first["attribution"])
+    assert json.loads((tmp_path / "graph.json").read_text())["links"]
+    assert "The white" in (tmp_path / "graph.html").read_text(encoding="utf-8")
+    assert found["written"] == [str(tmp_path / "graph.html"), str(tmp_path / "graph.json")]
+    near = invoke("graph", runs / "a", "--prompt", "The white", "--readout", "of the whale", status=1).stderr
+    assert "of the whale" in near
+
+
+def test_components_lie_beside_the_decomposition_and_are_exported(runs: Path, tmp_path: Path) -> None:
+    found = json.loads(invoke("components", runs / "b", "--threshold", "0.1", "--json").stdout)
+    decomposition, run = open_saved(runs / "b", None)
+    assert run is not None
+    data = load_run_data(run.evaluation_data, decomposition)
+    merging = merge_subcomponents(coactivation(decomposition, data, threshold=0.1))
+    saved = Components.load(found["saved"], decomposition)
+    assert Path(found["saved"]) == runs / "b" / "decomposition" / "components.json"
+    assert [unit.members for unit in saved] == merging.groups
+    assert found["events"] == 8 * 16
+    assert found["bits_per_event"] == pytest.approx(min(merging.description_lengths))
+    invoke("export", runs / "b", "--out", tmp_path / "exported")
+    assert (tmp_path / "exported" / "components.json").is_file()
+    assert "expected a number of positions" in invoke("components", runs / "b", "--window", "all", status=2).stderr
+
+
 def test_export_writes_what_from_pretrained_reads(runs: Path) -> None:
     invoke("export", runs / "a", "--out", runs / "exported", "--license", "mit")
     loaded = Decomposition.from_pretrained(runs / "exported", load_tiny_lm())
@@ -273,7 +293,9 @@ def test_jobs_of_blocks_are_trained_apart_and_merged(tmp_path: Path) -> None:
     assert [job["block"] for job in jobs] == [0, 1]
     assert (tmp_path / "jobs" / "jobs.sh").read_text().splitlines()[1:] == [job["line"] for job in jobs]
     assert "--array=0-1" in (tmp_path / "jobs" / "array.sbatch").read_text()
+    evaluated = RunFile.read(tmp_path / "config.yaml").evaluation_data
     for job in jobs:
+        assert RunFile.read(job["config"]).evaluation_data == evaluated
         invoke(*shlex.split(job["line"])[1:])
     directories = [shlex.split(job["line"])[4] for job in jobs]
     found = json.loads(invoke("merge", *directories, "--out", tmp_path / "merged", "--json").stdout)

@@ -122,3 +122,25 @@ def test_what_is_for_streamed_data_alone_is_refused_elsewhere(tmp_path: Path) ->
     ):
         with pytest.raises(ConfigError, match=expected):
             _read(tmp_path, text)
+
+
+def test_fields_that_the_origin_of_the_data_does_not_have_are_refused(tmp_path: Path) -> None:
+    """A split of files would be read over, and what was trained on taken for held out."""
+    files = GOOD.replace("text: moby_dick", "files: [a.txt]")
+    for text, expected in (
+        (files + "evaluate:\n  data: {split: held_out}\n", "split: held_out with files, .*give other files"),
+        (files.replace("[a.txt]", "[a.txt]\n  column: words"), r"line 5: data: column: words with files"),
+        (GOOD.replace("moby_dick", "moby_dick\n  revision: main"), r"revision: main with text, .*only for dataset"),
+        (GOOD.replace("text: moby_dick", "tokens: a.npy\n  name: en"), "name: en with tokens"),
+    ):
+        with pytest.raises(ConfigError, match=expected):
+            _read(tmp_path, text)
+
+
+def test_data_to_evaluate_on_of_another_origin_have_nothing_of_the_first(tmp_path: Path) -> None:
+    dataset = GOOD.replace("text: moby_dick", "dataset: books\n  split: part\n  column: words\n  stream: true")
+    other = _read(tmp_path, dataset + "evaluate:\n  data: {files: [b.txt]}\n").evaluation_data
+    assert (other.files, other.dataset, other.context) == (["b.txt"], None, 16)
+    assert (other.split, other.column, other.stream) == ("train", "text", False)
+    same = _read(tmp_path, dataset + "evaluate:\n  data: {split: rest}\n").evaluation_data
+    assert (same.dataset, same.split, same.column, same.stream) == ("books", "rest", "words", True)
