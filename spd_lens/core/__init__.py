@@ -8,6 +8,7 @@ from spd_lens.core.decomposed_weight import DecomposedWeight
 from spd_lens.core.decomposing import decompose, decompose_layer
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.draws import RowsGenerator, integers, uniform
+from spd_lens.core.factored_weight import FactoredWeight
 from spd_lens.core.fingerprint import subcomponent_hashes, target_fingerprint
 from spd_lens.core.gate_sets import GateOfAll, Gates, GatesBySite
 from spd_lens.core.gates import (
@@ -48,6 +49,7 @@ __all__ = [
     "CleanPass",
     "DecomposedWeight",
     "Decomposition",
+    "FactoredWeight",
     "Gate",
     "GateKind",
     "GateMaker",

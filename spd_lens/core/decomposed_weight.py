@@ -14,10 +14,7 @@ Cost when watched: `2 C (d_in + d_out)` multiply-adds per position, against `d_i
 from __future__ import annotations
 
 import html
-from collections.abc import Callable
-from dataclasses import dataclass
-from numbers import Integral
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -25,18 +22,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from spd_lens.core.gates import Gate, matmul_or_lookup
-from spd_lens.core.masked_change import masked_change, masked_sum, through_U
+from spd_lens.core.factored_weight import FactoredWeight
+from spd_lens.core.masked_change import masked_change, masked_sum
 from spd_lens.core.masks import SiteMask
-from spd_lens.core.pass_state import PassState
-from spd_lens.core.points import MaskedAlready, ReadPoint, has_hook
+from spd_lens.core.points import MaskedAlready, has_hook
 from spd_lens.core.squashings import importance_of
-from spd_lens.core.subcomponents import Subcomponents
-from spd_lens.hosts.site import POINT_SUFFIXES, Site
-from spd_lens.support.given import shown
-
-if TYPE_CHECKING:
-    from transformer_lens import FactoredMatrix
+from spd_lens.hosts.site import POINT_SUFFIXES
 
 
 def _over_heads(value: Tensor | None, a: Tensor, *, n_trailing: int) -> Tensor | None:
@@ -46,47 +37,12 @@ def _over_heads(value: Tensor | None, a: Tensor, *, n_trailing: int) -> Tensor |
     return value
 
 
-@dataclass(eq=False)
-class Swapped:
-    """What a `DecomposedWeight` knows besides its parameters.
-
-    - `points`: the site's own HookPoints by suffix. `tied_to`: the weight whose factors it uses the other way round.
-    - `state`: what running passes have left, shared by the sites of one decomposition.
-    - `decomposition`: the `Decomposition`, once it is made.
-    """
-
-    site: Site
-    points: dict[str, HookPoint]
-    tied_to: DecomposedWeight | None
-    state: PassState
-    decomposition: Any = None
-
-
-class DecomposedWeight(ReadPoint):
+class DecomposedWeight(FactoredWeight):
     """One site's weight as subcomponents, standing in for the HookPoint that the weight's output passes.
 
     Made by `decompose`, never directly. `V [d_in, C]` and `U [C, d_out]` are trained; `target_weight [d_in, d_out]`
     is the frozen matrix; `gate` predicts importance (None where the global gate does it).
     """
-
-    swapped: Swapped
-    gate: Gate | None
-    subcomponents: Subcomponents
-
-    @property
-    def site(self) -> Site:
-        """Where in the model it stands."""
-        return self.swapped.site
-
-    @property
-    def points(self) -> dict[str, HookPoint]:
-        """The site's own HookPoints, by suffix."""
-        return self.swapped.points
-
-    @property
-    def tied_to(self) -> DecomposedWeight | None:
-        """The weight whose factors this one uses the other way round, or None."""
-        return self.swapped.tied_to
 
     def __repr__(self) -> str:
         (d_in, C), d_out = self.V.shape, self.U.shape[1]
@@ -95,63 +51,6 @@ class DecomposedWeight(ReadPoint):
 
     def _repr_html_(self) -> str:
         return f"<code>{html.escape(repr(self))}</code>"
-
-    def _apply(self, fn: Any, recurse: bool = True) -> DecomposedWeight:
-        """Moves with the model; V, U and the gate stay in float32 (or wider) when the model becomes half precision."""
-
-        def keeping_precision(t: Tensor) -> Tensor:
-            moved = fn(t)
-            narrower = moved.is_floating_point() and moved.dtype.itemsize < t.dtype.itemsize
-            return t.to(moved.device) if narrower and moved.dtype.itemsize < 4 else moved
-
-        return super()._apply(keeping_precision, recurse)
-
-    # -- parameters ------------------------------------------------------------------------------------------
-
-    @property
-    def V(self) -> Float[Tensor, "d_in C"]:
-        """Input directions, one column per subcomponent."""
-        return self.subcomponents.V if self.tied_to is None else self.tied_to.U.T
-
-    @property
-    def U(self) -> Float[Tensor, "C d_out"]:
-        """Output directions, one row per subcomponent."""
-        return self.subcomponents.U if self.tied_to is None else self.tied_to.V.T
-
-    @property
-    def weight(self) -> Float[Tensor, "d_in d_out"]:
-        """`V @ U`: the sum of all subcomponents."""
-        return self.V @ self.U
-
-    @property
-    def target_weight(self) -> Float[Tensor, "d_in d_out"]:
-        """The target's matrix `W`, as the host holds it now."""
-        return self.site.matrix.read()
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The target's bias at this place, in the host's own shape; biases are never decomposed (M3)."""
-        return self.site.read_bias()
-
-    @property
-    def n_subcomponents(self) -> int:
-        """`C`."""
-        return self.V.shape[1]
-
-    @property
-    def rank_bound(self) -> int:
-        """`min(d_in, d_out)`, the largest rank that the target's matrix can have."""
-        return min(self.V.shape[0], self.U.shape[1])
-
-    def subcomponent(self, c: int) -> FactoredMatrix:
-        """The rank-one matrix `V[:, c] U[c, :]` as TransformerLens's `FactoredMatrix [d_in, d_out]`."""
-        from transformer_lens import FactoredMatrix
-
-        if isinstance(c, bool) or not isinstance(c, Integral):
-            raise TypeError(f"subcomponent {shown(c)} of {self.site.name}: expected one id, a whole number")
-        if not 0 <= c < self.n_subcomponents:
-            raise ValueError(f"subcomponent {c} of {self.site.name}: expected 0..{self.n_subcomponents - 1}")
-        return FactoredMatrix(self.V[:, c : c + 1], self.U[c : c + 1, :])
 
     # -- the forward pass ------------------------------------------------------------------------------------
 
@@ -255,17 +154,6 @@ class DecomposedWeight(ReadPoint):
         if delta is not None:
             change = change - (1 - delta)[..., None, None] * results
         return (results + change).to(results.dtype)
-
-    def activations(self, x: Tensor) -> Float[Tensor, "*batch C"]:
-        """`a = x @ V` (a row look-up at embedding sites, M4)."""
-        return self.whole(self._activations, x)
-
-    def whole(self, use: Callable[..., Tensor], *tensors: Any) -> Tensor:
-        """`use(*tensors)`, which may read V and U: they are whole meanwhile, also where processes share them out."""
-        return (self.tied_to or self).subcomponents(use, *tensors)
-
-    def _activations(self, x: Tensor) -> Tensor:
-        return matmul_or_lookup(x, self.V)
 
     def masked_output(self, y0: Tensor, x: Tensor, given: SiteMask) -> Tensor:
         """M2 with masks handed over directly instead of by hooks; the result is the same."""
@@ -383,13 +271,6 @@ class DecomposedWeight(ReadPoint):
             return 0
         call = state.call_of(site.layer)
         return state.cached_positions if call is None else call.cached_positions
-
-    def through_U(self, coefficients: Float[Tensor, "*batch C"], y0: Tensor, U: Tensor | None = None) -> Tensor:
-        """`coefficients @ U` in the shape of `y0`, which may have a head axis and repeat grouped heads.
-
-        `U [C d_out]` is the site's own unless given.
-        """
-        return through_U(coefficients, self.U if U is None else U, y0)
 
     def _combine(self, y0: Tensor, a: Tensor, patched: Tensor, mask: Tensor | None, delta: Tensor | None) -> Tensor:
         return masked_sum(y0, a, patched, mask, delta, self.U, None if delta is None else self.bias)

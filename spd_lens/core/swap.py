@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from transformer_lens.hook_points import HookPoint
 
-from spd_lens.core.decomposed_weight import DecomposedWeight, Swapped
+from spd_lens.core.decomposed_weight import DecomposedWeight
+from spd_lens.core.factored_weight import Swapped
 from spd_lens.core.gates import Gate, GlobalGate
 from spd_lens.core.input_reader import InputReader, reader_on
 from spd_lens.core.new_modules import default_dtype, make_global_gate, make_modules

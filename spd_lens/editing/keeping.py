@@ -17,7 +17,7 @@ from spd_lens.core.inputs import checked_decomposition
 from spd_lens.core.units import Unit
 from spd_lens.editing.change import Above, Change, Rewrite
 from spd_lens.editing.edits import Edit, checked_edit, edit
-from spd_lens.hosts.host import configuration_of
+from spd_lens.hosts.provenance import configuration_of
 from spd_lens.support.checked_json import CheckedContent, read_checked, write_checked
 from spd_lens.support.files import (
     check_tokenizer,

@@ -6,8 +6,10 @@ supported TransformerLens majors does not have."""
 from spd_lens.hosts.bridge import BridgeHost
 from spd_lens.hosts.declared import DeclaredHost, DeclaredSite
 from spd_lens.hosts.hooked import HookedHost
-from spd_lens.hosts.host import Host, Provenance
+from spd_lens.hosts.host import Host
+from spd_lens.hosts.model_description import ModelDescription
 from spd_lens.hosts.opening import open_host
+from spd_lens.hosts.provenance import Provenance
 from spd_lens.hosts.revisions import note_revision
 from spd_lens.hosts.site import POINT_SUFFIXES, ModuleInput, PointOutput, Site, StoredMatrix, match_sites
 
@@ -18,6 +20,7 @@ __all__ = [
     "DeclaredSite",
     "HookedHost",
     "Host",
+    "ModelDescription",
     "ModuleInput",
     "PointOutput",
     "Provenance",

@@ -23,8 +23,9 @@ from spd_lens.hosts.attention import AttentionGeometry, bridge_geometry
 from spd_lens.hosts.bridge_blocks import Reached, SkippedBlock, StopsHere, ends_pass, enter_with, surgery
 from spd_lens.hosts.bridge_guards import added_points, guard
 from spd_lens.hosts.bridge_sites import bridge_site
-from spd_lens.hosts.host import Host, Provenance
+from spd_lens.hosts.host import Host
 from spd_lens.hosts.hugging_face import hugging_face_copy
+from spd_lens.hosts.provenance import Provenance
 from spd_lens.hosts.revisions import noted_revision
 from spd_lens.hosts.site import Site
 

@@ -12,7 +12,8 @@ from functools import partial
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from spd_lens.hosts.host import Host, Provenance
+from spd_lens.hosts.host import Host
+from spd_lens.hosts.provenance import Provenance
 from spd_lens.hosts.site import ModuleInput, PointOutput, Site, StoredMatrix, argument
 
 

@@ -20,7 +20,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from spd_lens.hosts.attention import AttentionGeometry, hooked_geometry
-from spd_lens.hosts.host import Host, Provenance
+from spd_lens.hosts.host import Host
+from spd_lens.hosts.provenance import Provenance
 from spd_lens.hosts.revisions import noted_revision
 from spd_lens.hosts.site import ModuleInput, PointOutput, Site, StoredMatrix, argument
 

@@ -80,7 +80,7 @@ MENDS = (
         "tests/circuits/test_config.py",
     ),
     Mend(
-        12, "core/decomposed_weight.py",
+        12, "core/factored_weight.py",
         "return t.to(moved.device) if narrower and moved.dtype.itemsize < 4 else moved", "return moved",
         "tests/core/test_borders.py::test_subcomponents_stay_in_float32_when_the_model_is_cast",
     ),

@@ -124,6 +124,7 @@ def _faces() -> Iterator[ModuleType]:
         "Subcomponents": "core.subcomponents",
         "SiteMask": "core.masks",
         "DecomposedWeight": "core.decomposed_weight",
+        "FactoredWeight": "core.factored_weight",
         "Decomposition": "core.decomposition",
         "Unit": "core.units",
         "Checkpoint": "training.checkpoint",
@@ -134,6 +135,8 @@ def _faces() -> Iterator[ModuleType]:
         "Task": "tasks.task",
         "Recovery": "toys.recovery",
         "Host": "hosts.host",
+        "ModelDescription": "hosts.model_description",
+        "Provenance": "hosts.provenance",
         "Site": "hosts.site",
     }.items(),
 )
