@@ -13,6 +13,7 @@ subcomponent and batch, from the block of its site on. Left out: what only shows
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from spd_lens.core.decomposition import Decomposition
+from spd_lens.core.fingerprint import subcomponent_hashes
 from spd_lens.core.inputs import checked_decomposition
 from spd_lens.core.masks import SiteMask
 from spd_lens.core.squashings import importance_of
@@ -88,7 +90,7 @@ def coeffects(
         raise ValueError(
             f"no ablation moves any output by more than threshold={threshold:g}: give a smaller one, or other data"
         )
-    return found
+    return replace(found, found_in=subcomponent_hashes(decomposition))
 
 
 def _all_outputs(output: Tensor, clean: Tensor) -> Tensor:
@@ -122,6 +124,8 @@ def _moved(
     with torch.no_grad():
         clean = decomposition.clean_pass(batch.inputs, start_at=batch.start_at, attention_mask=batch.attention_mask)
         before = read(clean.output, clean.output)
+        if bool(before.isnan().any()):
+            raise ValueError("the model's outputs are NaN on these data, so that no ablation can be seen to move them")
         offset, columns = 0, {}
         for name, weight in tqdm(decomposition.items(), desc="ablating", leave=False):
             for c in chosen.get(name, []):
@@ -134,7 +138,10 @@ def _moved(
                     residuals=clean.residuals,
                     attention_mask=batch.attention_mask,
                 )
-                moved = (read(output, clean.output) - before).abs() > threshold
+                values = read(output, clean.output)
+                if bool(values.isnan().any()):
+                    raise ValueError(f"without {name}[{c}] the outputs are NaN: V, U or the model hold NaN")
+                moved = (values - before).abs() > threshold
                 columns[offset + c] = _counted(moved, batch).cpu().numpy()
             offset += weight.n_subcomponents
     fires = np.zeros((_counted(before, batch).numel(), offset), bool)

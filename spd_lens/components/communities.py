@@ -9,6 +9,7 @@ Memory: one edge per pair that fires together, unlike merging, which keeps no pa
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -29,6 +30,7 @@ class Communities:
     resolution: float
     seed: int
     counted_in: CountedIn
+    found_in: Mapping[str, str] | None = None
 
     @property
     def groups(self) -> list[tuple[tuple[str, int], ...]]:
@@ -81,4 +83,6 @@ def leiden(together: CoActivation, *, resolution: float = 0.3, seed: int = 0) ->
     labels = labels_by_size(np.array(found.membership, np.int64))
     # leidenalg counts every pair of an undirected graph twice.
     quality = float(found.quality()) / 2
-    return Communities(tuple(together.members(alive)), labels, quality, resolution, seed, together.counted_in())
+    return Communities(
+        tuple(together.members(alive)), labels, quality, resolution, seed, together.counted_in(), together.found_in
+    )

@@ -106,8 +106,8 @@ class Components(Sequence[Unit]):
         """Components of what `merge_subcomponents`, `ensemble` or `leiden` found, or of groups or units by hand.
 
         By hand: a list of units, or of groups `{site: ids}`. Without `names` they are called "component 0", ... in
-        that order; units keep the names that they have. Raises ValueError for unknown sites and ids and for names that
-        are empty or given twice.
+        that order; units keep the names that they have. Raises ValueError for unknown sites and ids, for names that are
+        empty or given twice, and for groups that were found in another decomposition, or before V and U changed.
         """
         checked_decomposition(decomposition, "Components.of")
         given = list(groups.groups) if hasattr(groups, "groups") else groups
@@ -119,6 +119,8 @@ class Components(Sequence[Unit]):
         if listed and not given:
             raise ValueError("there are no groups; a decomposition has components where something fires")
         units = units_of(decomposition, given)
+        hashes = subcomponent_hashes(decomposition)
+        _check_found_in(groups, units, hashes)
         if names is None:
             names = [unit.name or f"component {i}" for i, unit in enumerate(units)]
         elif len(names := given_list("names", names, "texts, one for each component")) != len(units):
@@ -126,7 +128,7 @@ class Components(Sequence[Unit]):
         known = [Found(*pair) for pair in groups.known()] if hasattr(groups, "known") else None
         return Components(
             [replace(unit, name=name) for unit, name in zip(units, names, strict=True)],
-            subcomponents=subcomponent_hashes(decomposition),
+            subcomponents=hashes,
             found=known,
             how=groups.how() if hasattr(groups, "how") else {"method": "by hand"},
         )
@@ -142,6 +144,8 @@ class Components(Sequence[Unit]):
             if key not in self._by_name:
                 raise KeyError(f"no component {key!r}; near: {near_names(key, self._by_name)}")
             return self._units[self._by_name[key]]
+        if isinstance(key, int) and not -len(self) <= key < len(self):
+            raise IndexError(f"no component number {key}; there are {len(self)}, counted from 0")
         return self._units[key]
 
     def __len__(self) -> int:
@@ -181,7 +185,8 @@ class Components(Sequence[Unit]):
     def chosen(self, names: Sequence[str | int]) -> Components:
         """Only these, in this order."""
         listed = given_list("names", names, "names or numbers of components")
-        odd = [key for key in listed if not isinstance(key, str) and not (isinstance(key, int) and key < len(self))]
+        odd = [key for key in listed if not isinstance(key, str) and (
+            isinstance(key, bool) or not isinstance(key, int) or not -len(self) <= key < len(self))]  # fmt: skip
         if odd:
             raise ValueError(f"no component {shown(odd[0])}; expected a name, or a number in 0..{len(self) - 1}")
         places = [self._by_name[str(self[key].name)] for key in listed]
@@ -288,6 +293,17 @@ class Components(Sequence[Unit]):
             sizes = (str(len(unit.members)), str(len(unit.sites)), share(found.rate), share(found.stability))
             rows.append((name, *sizes, shortened(members, 60)))
         return rows
+
+
+def _check_found_in(groups: Any, units: Sequence[Unit], hashes: Mapping[str, str]) -> None:
+    """Raise ValueError if what grouped these units looked at other subcomponents than those of `hashes`."""
+    known = getattr(groups, "found_in", None) or {}
+    for site in dict.fromkeys(site for unit in units for site in unit.sites):
+        if known.get(site, hashes[site]) != hashes[site]:
+            raise ValueError(
+                f"these groups were found in another decomposition (V and U of {site} differ, so their ids mean other "
+                "subcomponents): give the one that coactivation or coeffects looked at, or count in this one"
+            )
 
 
 def _check_names(names: Sequence[Any]) -> None:

@@ -9,7 +9,7 @@ what the null agrees on, or saves in description length, is not knowledge about 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 
@@ -25,7 +25,7 @@ from spd_lens.components.merging import (
     members_by_label,
     merge_subcomponents,
 )
-from spd_lens.statistics.coactivations import CoActivation, CountedIn
+from spd_lens.statistics.coactivations import CoActivation, CountedIn, check_same_subcomponents
 from spd_lens.support.given import given_list, given_number, given_whole
 from spd_lens.support.progress import tqdm
 
@@ -67,6 +67,7 @@ class Ensemble:
     null_saved: float
     settings: EnsembleSettings
     counted_in: CountedIn
+    found_in: Mapping[str, str] | None = None
 
     def known(self) -> list[tuple[float, float]]:
         """Rate and stability of every group."""
@@ -114,6 +115,7 @@ def ensemble(
         raise TypeError(f"the ensemble was given a {type(odd[0]).__name__}; expected co-activations: coactivation(...)")
     if not sets or any(one.sites != sets[0].sites for one in sets):
         raise ValueError("the ensemble was given no co-activations, or of other sites; expected those of one model")
+    check_same_subcomponents(sets)
     share = given_number("share", share, above=0.0, most=1.0)
     for one in sets:
         check_merging(one, alpha, pairs, sampled, temperature, beyond, seed)
@@ -152,6 +154,7 @@ def ensemble(
         _saved(null),
         settings,
         sets[0].counted_in(),
+        sets[0].found_in,
     )
 
 

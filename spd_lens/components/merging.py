@@ -11,8 +11,8 @@ in it, a few times over. Left out: groups that overlap; a subcomponent has one c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from math import log2
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -44,7 +44,7 @@ class Merging:
     - `description_lengths` `[merges + 1]`: bits per event, before the first merge and after each.
     - `overlaps` `[merges]`: of the events in which either of the two was active, the share in which both were.
     - `rates` `[members + merges]`: share of events in which each group is active.
-    - `counted_in`: what the co-activations were counted in.
+    - `counted_in`: what the co-activations were counted in; `found_in`: of which V and U (see `CoActivation`).
     """
 
     members: tuple[tuple[str, int], ...]
@@ -54,6 +54,7 @@ class Merging:
     rates: Float[np.ndarray, " members_and_merges"]
     alpha: float
     counted_in: CountedIn
+    found_in: Mapping[str, str] | None = None
 
     @property
     def n_merges(self) -> int:
@@ -165,7 +166,8 @@ def merge_subcomponents(
         if sampled is not None:
             _merge_sampled(state, int(sampled), float(temperature), np.random.default_rng(seed), bar.update)
         _merge_best(state, limit, pairs == "all", bar.update)
-    return state.result(tuple(together.members(alive)), together.counted_in())
+    found = state.result(tuple(together.members(alive)), together.counted_in())
+    return replace(found, found_in=together.found_in)
 
 
 def check_merging(

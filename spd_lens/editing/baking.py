@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spd_lens.core.decomposed_weight import DecomposedWeight
 from spd_lens.core.decomposition import Decomposition
+from spd_lens.support.given import given_instance
 
 # The largest difference between hooked and baked logits, in units of the dtype's rounding at the logits' scale; and the
 # share of that scale that no dtype's rounding explains: 2,000 roundings of 16 bits would explain everything.
@@ -57,6 +59,14 @@ def some_tokens(decomposition: Decomposition) -> Tensor | None:
 def explained_by_rounding(outputs: Tensor) -> float:
     """How far two computations of these outputs may differ."""
     return min(_ROUNDINGS * torch.finfo(outputs.dtype).eps, _AT_MOST) * float(outputs.double().abs().max())
+
+
+def given_plain(name: str, model: Any) -> nn.Module:
+    """`model`, if it is one without a decomposition; TypeError or ValueError otherwise."""
+    given_instance(name, model, nn.Module, "edit(decomposition, ...).bake() makes one")
+    if any(isinstance(module, DecomposedWeight) for module in model.modules()):
+        raise ValueError(f"{name} is decomposed; expected a plain model: edit(decomposition, ...).bake() makes one")
+    return model
 
 
 def outputs_of(model: Any, inputs: Tensor) -> Tensor:

@@ -90,6 +90,7 @@ def changes_of(decomposition: Decomposition, given: Changes) -> tuple[Change, ..
             raise TypeError(
                 f"the edit's list holds a {type(odd[0]).__name__}; expected units, or {{site: {{ids: new}}}}"
             )
+        units_of(decomposition, given)  # none twice
         given = dict.fromkeys(given, 0.0)
     if not isinstance(given, Mapping):
         raise TypeError(

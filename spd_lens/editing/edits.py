@@ -25,10 +25,11 @@ from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.gates import matmul_or_lookup
 from spd_lens.core.input_reader import tapped_input
 from spd_lens.core.inputs import checked_decomposition, checked_tokens
-from spd_lens.core.interventions import HookList
-from spd_lens.editing.baking import explained_by_rounding, outputs_of, plain_model, some_tokens
+from spd_lens.core.interventions import HookList, check_site
+from spd_lens.core.units import units_of
+from spd_lens.editing.baking import explained_by_rounding, given_plain, outputs_of, plain_model, some_tokens
 from spd_lens.editing.change import Above, Change, Changes, changes_of, check_condition, low_rank
-from spd_lens.support.given import given_instance, given_number
+from spd_lens.support.given import given_number
 
 
 class Edit:
@@ -52,7 +53,13 @@ class Edit:
         return sum(len(change.unit.members) for change in self.changes)
 
     def factors(self, site: str) -> tuple[Tensor, Tensor]:
-        """`A [d_in, r]`, `B [r, d_out]` in float64: the edited matrix is `W + A @ B`."""
+        """`A [d_in, r]`, `B [r, d_out]` in float64: the edited matrix is `W + A @ B`.
+
+        Raises ValueError for a site that the edit leaves as it is.
+        """
+        check_site(self.decomposition, site)
+        if site not in self.sites:
+            raise ValueError(f"this edit does not change {site}; expected one of {', '.join(self.sites)}")
         A, B, _ = low_rank(self.decomposition, self.changes, site)
         return A, B
 
@@ -143,17 +150,21 @@ class Edit:
         two models are run on the same random tokens; `check=False` leaves that out.
 
         Raises ValueError for conditional edits, for one stored matrix that would need two values, for weights that the
-        plain model has no place for, if rounding to the model's dtype leaves nothing of the edit, and if the edited
-        outputs are not finite.
+        plain model has no place for, if rounding to the model's dtype leaves nothing of the edit, if the edited outputs
+        are not finite, and for components if V and U have changed since they were found.
         """
-        self.decomposition.require_present()
+        self.check_components()
         if self.when is not None:
             raise ValueError(
                 f"this edit acts {self.when}, and a plain model has no gates that could tell; it can be tried "
                 "(`with edit.applied(tokens):`), not baked. Leave `when` out to bake it for every position"
             )
-        plain = plain_model(self.decomposition, {site: self.factors(site) for site in self.sites})
         tokens = some_tokens(self.decomposition) if check else None
+        if tokens is not None:
+            with torch.no_grad():
+                if not bool(self.decomposition.host.forward(tokens).isfinite().all()):
+                    raise ValueError("the model that is edited gives no finite outputs; load a sound one")
+        plain = plain_model(self.decomposition, {site: self.factors(site) for site in self.sites})
         if tokens is not None:
             with torch.no_grad():
                 hooked, baked = self.logits(tokens), outputs_of(plain, tokens)
@@ -168,14 +179,15 @@ class Edit:
             if off > allowed:
                 raise RuntimeError(
                     f"the baked model's outputs are off by {off:.3g}, where rounding explains {allowed:.3g}: this "
-                    "model uses a weight in a way that cannot be written into it"
+                    "model uses a weight in a way that cannot be written into it, or it has hooks of yours (an open "
+                    "`applied()` is some), which a baked model has not"
                 )
         return plain
 
     @torch.no_grad()
     def difference(self, plain: nn.Module, tokens: Tensor) -> float:
         """The largest difference between the outputs of a baked model and of the hooked one."""
-        given_instance("plain", plain, nn.Module, "edit.bake() makes one")
+        given_plain("plain", plain)
         return _largest_difference(self.logits(tokens), outputs_of(plain, tokens))
 
     def parameters_changed(self) -> dict[str, int]:
@@ -186,6 +198,13 @@ class Edit:
             W = self.decomposition[site].target_weight.detach()
             found[site] = int(((W.double() + A @ B).to(W.dtype) != W).sum())
         return found
+
+    def check_components(self) -> None:
+        """Raise ValueError if V and U of a component have changed since it was found, or the decomposition is gone."""
+        self.decomposition.require_present()
+        units_of(self.decomposition, [change.unit for change in self.changes])
+        if self.when is not None and self.when.of is not None:
+            units_of(self.decomposition, self.when.of)
 
     # -- parts -------------------------------------------------------------------------------------------------
 
@@ -267,14 +286,21 @@ def checked_edit(edit: Any, caller: str) -> Edit:
         raise TypeError(
             f"{caller} was given a {type(edit).__name__}; expected an Edit: edit(decomposition, ...) makes one"
         )
-    edit.decomposition.require_present()
+    edit.check_components()
     return edit
 
 
 def _checked(decomposition: Decomposition, changes: tuple[Change, ...], when: Above | None) -> Edit:
     """The edit, if it changes anything."""
     made = Edit(decomposition, changes, when)
-    if not any(bool((A @ B).any()) for A, B in map(made.factors, made.sites)):
+    factors = {site: made.factors(site) for site in made.sites}
+    for site, parts in factors.items():
+        if not all(bool(part.isfinite().all()) for part in parts):
+            raise ValueError(
+                f"V or U of edited subcomponents of {site} hold NaN or infinite numbers; load an earlier state of the "
+                "decomposition"
+            )
+    if not any(bool((A @ B).any()) for A, B in factors.values()):
         raise ValueError(
             f"this edit changes nothing: {'; '.join(map(str, changes[:3]))}. A scale of 1 leaves a subcomponent as it "
             "is, and one that is zero stays zero"

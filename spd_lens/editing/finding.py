@@ -19,7 +19,7 @@ from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.inputs import checked_decomposition
 from spd_lens.core.units import Ids, Unit, units_of
 from spd_lens.editing.edits import Edit, edit
-from spd_lens.editing.habit import Habit, checked_habit
+from spd_lens.editing.habit import Habit, check_other_text, checked_habit
 from spd_lens.objective.divergences import divergence_per_position, log_probs
 from spd_lens.patching.ablation import ablation_effects
 from spd_lens.patching.agreement import Agreement
@@ -173,11 +173,13 @@ def find(
     - `ids`: what is looked at, as everywhere (`units_of`): None is every subcomponent; a list of units also components.
       Units of several subcomponents are all measured; of the others the `n_measured` with the largest estimates.
 
-    Raises ValueError for unknown sites, ids, and for prompts and controls that the model cannot run.
+    Raises ValueError for unknown sites, ids, for prompts and controls that the model cannot run, and for controls that
+    are the behaviour's own prompts.
     """
     checked_decomposition(decomposition, "find")
     habit = checked_habit(behaviour, "find", decomposition)
     controls = checked_input(decomposition, controls, "controls")
+    check_other_text(habit, controls, "controls")
     n_measured = given_whole("n_measured", n_measured, least=1)
     units = units_of(decomposition, ids)
     few = habit[:_ESTIMATED_ON]

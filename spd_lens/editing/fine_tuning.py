@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spd_lens.editing.baking import outputs_of
+from spd_lens.editing.baking import given_plain, outputs_of
 from spd_lens.editing.habit import Habit, checked_habit
-from spd_lens.support.given import given_instance, given_number, given_whole
+from spd_lens.support.given import given_number, given_whole
 
 # Back means: this share of the probability before the edit.
 BACK_AT = 0.9
@@ -66,7 +66,7 @@ def relearning(
 
     Raises TypeError and ValueError for what is no model, no habit, and numbers out of range.
     """
-    given_instance("model", model, nn.Module, "edit.bake() makes a plain one")
+    given_plain("model", model)
     examples, held_out = checked_habit(examples, "relearning"), checked_habit(held_out, "relearning")
     goal = given_number("goal", goal, above=0.0, most=1.0)
     steps = given_whole("steps", steps, least=0)

@@ -50,7 +50,7 @@ class Habit:
                     f"the {field} of {self.name!r} are {shown(value)}; expected token ids, an integer tensor"
                 )
         n = len(self.prompts) if self.prompts.ndim else 0
-        if self.prompts.ndim != 2 or n == 0:
+        if self.prompts.ndim != 2 or self.prompts.numel() == 0:
             raise ValueError(
                 f"the prompts of {self.name!r} are {tuple(self.prompts.shape)}; expected [row pos], not empty"
             )
@@ -58,6 +58,11 @@ class Habit:
             raise ValueError(
                 f"the answers of {self.name!r} are {tuple(self.answers.shape)} for {n} prompts; expected [row k] with "
                 "at least one token id in every row"
+            )
+        if bool((self.answers < -1).any()):
+            raise ValueError(
+                f"an answer of {self.name!r} is {int(self.answers.min())}; expected token ids, and -1 where a row has "
+                "fewer answers than others"
             )
         if (row := row_with_repeats(self.answers)) is not None:
             raise ValueError(
@@ -76,6 +81,10 @@ class Habit:
     def __getitem__(self, rows: slice | Sequence[int] | Tensor) -> Habit:
         """The habit on some rows only."""
         index = rows if isinstance(rows, slice) else torch.as_tensor(rows)
+        if isinstance(index, Tensor) and index.numel() == 0:
+            index = index.long()
+        if isinstance(index, Tensor) and index.is_floating_point():
+            raise TypeError(f"rows {shown(rows)} of {self.name!r}; expected whole numbers, a slice, or a boolean mask")
         numbers = index if isinstance(index, Tensor) and index.dtype != torch.bool else torch.zeros(0)
         if bool(((numbers >= len(self)) | (numbers < -len(self))).any()):
             raise ValueError(f"rows {shown(rows)} of {self.name!r}; expected some of 0..{len(self) - 1}")
@@ -212,3 +221,14 @@ def checked_habit(habit: Any, caller: str, decomposition: Decomposition | None =
     if size is not None and most >= size:
         raise ValueError(f"an answer of {habit.name!r} is token {most}; expected ids in 0..{size - 1}")
     return habit.to(decomposition.device)
+
+
+def check_other_text(habit: Habit, tokens: Int[Tensor, "row pos"], name: str) -> None:
+    """Raise ValueError if half of the rows are the habit's own prompts: what it costs there is its effect."""
+    own = {tuple(row) for text in (habit.prompts, habit.tokens) for row in text.tolist()}
+    same = sum(tuple(row) in own for row in tokens.tolist())
+    if 2 * same >= len(tokens):
+        raise ValueError(
+            f"{same} of the {len(tokens)} rows of {name} are prompts of {habit.name!r}; expected other text, which is "
+            "to stay as it is"
+        )

@@ -11,10 +11,10 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from spd_lens.core.decomposed_weight import DecomposedWeight
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.inputs import checked_decomposition
 from spd_lens.core.units import Unit
+from spd_lens.editing.baking import given_plain
 from spd_lens.editing.change import Above, Change, Rewrite
 from spd_lens.editing.edits import Edit, checked_edit, edit
 from spd_lens.hosts.provenance import configuration_of
@@ -59,9 +59,12 @@ class _SavedEdit(CheckedContent):
 def save_edit(edit: Edit, path: str | Path) -> Path:
     """Write an edit (units, scales, directions, and hashes of the subcomponents that it means) to a JSON file.
 
-    Raises OSError for a path that cannot be written and for a full disk; what was there before is then intact.
+    An edit that is there is replaced. Raises ValueError for a file of another program, OSError for a path that cannot
+    be written and for a full disk; what was there before is then intact.
     """
     edit, path = checked_edit(edit, "save_edit"), given_path(path)
+    if path.is_file():
+        read_checked(path, _SavedEdit, format_name=_FORMAT, version=_VERSION)
     content = {
         "changes": [_change_content(change) for change in edit.changes],
         "when": None
@@ -136,8 +139,7 @@ def save_baked(model: nn.Module, directory: str | Path, *, tokenizer: Any = None
     """
     if not isinstance(model, nn.Module) or isinstance(model, Decomposition):
         raise TypeError(f"save_baked was given a {type(model).__name__}; expected a plain model: edit.bake() makes one")
-    if any(isinstance(module, DecomposedWeight) for module in model.modules()):
-        raise ValueError("this model is decomposed; expected a plain one: edit(decomposition, ...).bake() makes one")
+    given_plain("model", model)
     check_tokenizer(tokenizer)
     directory = given_directory(directory)
     with _said_where(directory), new_directory(directory) as temporary:

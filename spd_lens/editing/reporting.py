@@ -22,10 +22,10 @@ from spd_lens.core.units import ALIVE_ABOVE, Unit
 from spd_lens.editing.change import Change
 from spd_lens.editing.edits import Edit, checked_edit
 from spd_lens.editing.fine_tuning import Relearning, relearning
-from spd_lens.editing.habit import NEAR, Forward, Habit, checked_habit, generate, kl_from
+from spd_lens.editing.habit import NEAR, Forward, Habit, check_other_text, checked_habit, generate, kl_from
 from spd_lens.patching.arguments import checked_input
 from spd_lens.support.files import given_path, write_text
-from spd_lens.support.given import given_seed, given_whole, shown
+from spd_lens.support.given import given_function, given_seed, given_whole, shown
 from spd_lens.support.pages import filled_page, table_html
 from spd_lens.support.tables import format_table
 from spd_lens.tasks.task import Task
@@ -59,11 +59,18 @@ class Effect:
 def measure(
     clean: Forward, edited: Forward, habit: Habit, unrelated: Tensor, *, n_generated: int = 20, seed: int = 0
 ) -> Effect:
-    """`Effect` of any two models, given as functions of tokens."""
+    """`Effect` of any two models, given as functions of tokens. Raises ValueError for outputs that are NaN."""
+    for name, forward in (("clean", clean), ("edited", edited)):
+        given_function(name, forward, f"{name}(tokens [row pos]) -> logits")
     habit, n_generated = checked_habit(habit, "measure"), given_whole("n_generated", n_generated, least=0)
     with torch.no_grad():
         at = habit.prompts.shape[1] - 1
         first, second = clean(habit.tokens), edited(habit.tokens)
+        for name, logits in (("clean", first), ("edited", second)):
+            if bool(logits.isnan().any()):
+                raise ValueError(
+                    f"the {name} model gives NaN on the prompts of {habit.name!r}; give a model that does not"
+                )
         near = float("nan")
         if habit.continuations is not None and habit.continuations.shape[1] >= 1:
             near = float(kl_from(first, second)[:, at + 1 : at + 1 + NEAR].mean())
@@ -188,14 +195,16 @@ def report(
     - `wordings`: the same habit in other words, by name. `n_random`: how many random edits are measured beside it.
     - `relearn_on`: prompts that a fine-tuning of the baked model may see; None leaves that out.
 
-    Raises ValueError if the edit changes no output at all on these prompts (a conditional edit that never acts).
+    Raises ValueError if the edit changes no output at all on these prompts (a conditional edit that never acts), and if
+    `unrelated` is the habit's own text.
     """
     decomposition = checked_edit(edit, "report").decomposition
     habit = checked_habit(habit, "report", decomposition)
     n_random = given_whole("n_random", n_random, least=0)
     unrelated = checked_input(decomposition, unrelated, "unrelated")
+    check_other_text(habit, unrelated, "unrelated")
     clean = decomposition.host.forward
-    if wordings is not None and not isinstance(wordings, Mapping):
+    if wordings is not None and not (isinstance(wordings, Mapping) and all(isinstance(k, str) for k in wordings)):
         raise TypeError(f"wordings={shown(wordings)}; expected {{name: habit}}")
     others = {name: checked_habit(h, "report", decomposition) for name, h in (wordings or {}).items()}
     relearn_on = None if relearn_on is None else checked_habit(relearn_on, "report", decomposition)

@@ -41,10 +41,15 @@ class Directions:
 def ordered(
     domain: Domain, factors: Mapping[str, tuple[Tensor, Tensor]], numbers: Mapping[str, Tensor] | None = None
 ) -> Directions:
-    """Directions in the falling order of what they are worth on the domain."""
+    """Directions in the falling order of what they are worth on the domain. ValueError if one's worth is NaN."""
     V, U, worth, named = {}, {}, {}, {}
     for site, (v, u) in factors.items():
         effect = domain.effects(site, v, u)
+        if not bool(effect.isfinite().all()):
+            raise ValueError(
+                f"what directions of {site} are worth is NaN: its V, U or W holds NaN or infinite numbers; load an "
+                "earlier state of the decomposition"
+            )
         order = effect.argsort(descending=True, stable=True)
         V[site], U[site], worth[site] = v[:, order], u[order], effect[order]
         if numbers is not None:

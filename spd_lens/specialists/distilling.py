@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -24,6 +25,8 @@ def distil(
     """Train every parameter of `model` by `KL(target || model)` on rows drawn from `rows`; the loss of each step.
 
     Adam with a learning rate that falls to 0 along a cosine. `keep_zeros`: what is 0 stays 0, as pruning wants it.
+
+    Raises ValueError if the loss does not stay finite; the model is spoilt then.
     """
     given_instance("model", model, nn.Module, "Specialist.model is one")
     given_function("target", target, "target(tokens) -> logits")
@@ -44,7 +47,7 @@ def distil(
         with torch.enable_grad():
             logp = model(part).log_softmax(-1)
             # A token that the model can give no probability has a log-probability of minus infinity.
-            known = logp.isfinite()
+            known = logp != -torch.inf
             loss = (wanted.exp() * (wanted - logp.masked_fill(~known, 0.0)))[known].sum() / part.numel()
             optimiser.zero_grad()
             loss.backward()
@@ -54,4 +57,8 @@ def distil(
             for p, zero in zip(parameters, zeros, strict=False):
                 p.masked_fill_(zero, 0.0)
         losses.append(loss.detach())
-    return [float(loss) for loss in losses]
+    found = [float(loss) for loss in losses]
+    wrong = next((step for step, loss in enumerate(found) if not math.isfinite(loss)), None)
+    if wrong is not None:
+        raise ValueError(f"the loss is {found[wrong]} at step {wrong} of {steps}; give a smaller lr than {lr:g}")
+    return found

@@ -67,6 +67,8 @@ def rows_of(decomposition: Decomposition, batches: Any) -> Int[Tensor, "row pos"
         raise TypeError(f"domain_batches={shown(batches)}; expected tokens [batch pos], or a list of such batches")
     found = []
     for item in batches:
+        if isinstance(item, Tensor) and not item.is_floating_point():
+            checked_tokens(item, decomposition.host, name="domain_batches")
         batch = as_batch(item)
         if batch.tokens is None or batch.attention_mask is not None:
             raise ValueError(
@@ -85,7 +87,7 @@ def rows_of(decomposition: Decomposition, batches: Any) -> Int[Tensor, "row pos"
 
 
 def domain_of(decomposition: Decomposition, batches: Any, *, seed: int = 0) -> Domain:
-    """Run the model on a domain's text and keep what its matrices see."""
+    """Run the model on a domain's text and keep what its matrices see. Raises ValueError if it gives NaN there."""
     checked_decomposition(decomposition, "domain_of")
     rows, seed = rows_of(decomposition, batches), given_seed(seed)
     sites = [name for name in decomposition if not decomposition[name].site.is_lookup and name.startswith("blocks.")]
@@ -125,6 +127,8 @@ def _output_gradients(
     hooks = [(decomposition[name].site.output.name, partial(_add_zero, added=added, name=name)) for name in sites]
     with torch.enable_grad(), decomposition.model.hooks(fwd_hooks=hooks):
         logp = decomposition.host.forward(rows).log_softmax(-1)
+        if bool(logp.isnan().any()):
+            raise ValueError("the model gives NaN on domain_batches; nothing can be learned from that")
         drawn = torch.multinomial(logp.detach().exp().flatten(0, 1), 1, generator=generator).view(*rows.shape, 1)
         gradients = torch.autograd.grad(logp.gather(-1, drawn).sum(), [added[name] for name in sites])
     return {name: gradient.flatten(2) for name, gradient in zip(sites, gradients, strict=True)}

@@ -181,6 +181,8 @@ class PlainTransformer(nn.Module):
         self, tokens: Tensor, n_new: int, *, temperature: float = 0.0, generator: torch.Generator | None = None
     ) -> Tensor:
         """`tokens` with `n_new` more behind each row; temperature 0 takes the likeliest."""
+        if n_new < 0 or not temperature >= 0:
+            raise ValueError(f"n_new={n_new}, temperature={temperature}; expected numbers that are not below 0")
         for _ in range(n_new):
             logits = self(tokens[:, -self.config["n_ctx"] :])[:, -1]
             if temperature > 0:

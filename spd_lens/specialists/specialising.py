@@ -141,11 +141,15 @@ def matrix_budget(
     # With the heads and neurons that are cut in the end: `shrinks` counts their numbers, too.
     start = plain_copy(decomposition, tokens=tokens, cut_below=None)
     fixed = sum(p.numel() for p in start.parameters()) - shrinks
+    if getattr(budget, "ndim", None) == 0:  # numpy's numbers, and tensors without axes
+        budget = budget.item()  # pyright: ignore[reportAttributeAccessIssue]
     share = isinstance(budget, float)
+    if share and 1 < budget < float("inf"):
+        raise ValueError(f"budget={budget}; expected a whole number of parameters ({int(budget)}), or a share below 1")
     most = (
         int(given_number("budget", budget, above=0.0, most=1.0) * largest)
         if share
-        else given_whole("budget", budget, least=1, of="parameters, or a share of the model's: a float below 1")
+        else given_whole("budget", budget, least=1, of=" (of parameters; a share of the model's is a float below 1)")
     )
     if not fixed < most < largest:
         asked = f"budget={budget}" + (f", {most:,} parameters" if share else "")

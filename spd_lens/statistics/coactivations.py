@@ -68,6 +68,8 @@ class CoActivation:
     next. Event e has `ids[starts[e]:starts[e + 1]]`, ascending.
 
     - `keys` `[events]`: the random numbers of the sample.
+    - `found_in`: `subcomponent_hash` of every site, so that ids are not taken for those of other subcomponents; None:
+      not known.
     - `fired` `[all C]`: events in which each fired, of all `n_seen` that were seen, not only of those that were kept.
     """
 
@@ -80,6 +82,7 @@ class CoActivation:
     max_events: int
     threshold: float
     window: Window = 1
+    found_in: Mapping[str, str] | None = None
 
     @staticmethod
     def of(
@@ -223,7 +226,7 @@ class CoActivation:
     def __add__(self, other: CoActivation) -> CoActivation:
         """The sample of both data sets together; `max_events` is the smaller of the two.
 
-        Raises ValueError if sites, threshold or window differ.
+        Raises ValueError if sites, threshold, window, or V and U differ.
         """
         if not isinstance(other, CoActivation):
             return NotImplemented
@@ -231,6 +234,7 @@ class CoActivation:
             ours, theirs = getattr(self, name), getattr(other, name)
             if ours != theirs:
                 raise ValueError(f"co-activations with {name} {ours!r} and {theirs!r} cannot be added; make both alike")
+        check_same_subcomponents([self, other])
         most = min(self.max_events, other.max_events)
         parts = smallest_keys([self._part(), other._part()], most)
         n_seen, fired = self.n_seen + other.n_seen, self.fired + other.fired
@@ -274,3 +278,15 @@ def positive(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise ValueError(f"{name}={value!r}; expected a whole number, at least 1")
     return int(value)
+
+
+def check_same_subcomponents(sets: Sequence[CoActivation]) -> None:
+    """Raise ValueError if co-activations were counted in different V and U, where that is known."""
+    known = [one.found_in for one in sets if one.found_in is not None]
+    for other in known[1:]:
+        site = next((site for site in known[0] if known[0][site] != other.get(site)), None)
+        if site is not None:
+            raise ValueError(
+                f"these co-activations were counted in different decompositions (V and U of {site} differ): ids of one "
+                "mean other subcomponents in the other; count all of them in one"
+            )

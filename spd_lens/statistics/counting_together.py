@@ -5,6 +5,7 @@ Cost: one clean pass and the gates per batch. What comes out is a `CoActivation`
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from numbers import Integral
 from typing import Any
 
@@ -14,6 +15,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from spd_lens.core.decomposition import Decomposition
+from spd_lens.core.fingerprint import subcomponent_hashes
 from spd_lens.core.inputs import checked_decomposition
 from spd_lens.core.squashings import importance_of
 from spd_lens.core.units import ALIVE_ABOVE
@@ -39,7 +41,8 @@ def coactivation(
     a subcomponent fires in it if it fires at any of them, so that what works at a token and what works at the next are
     seen together. `window="row"`: one event per row. Positions that a batch's mask leaves out neither fire nor count.
 
-    Raises TypeError or ValueError for data that cannot be run, numbers out of range, and where nothing fires at all.
+    Raises TypeError or ValueError for data that cannot be run, numbers out of range, importances that are NaN, and
+    where nothing fires at all.
     """
     checked_decomposition(decomposition, "coactivation")
     _check_threshold(threshold)
@@ -55,16 +58,30 @@ def coactivation(
             batch = batch.to(decomposition.device)
             clean = decomposition.clean_pass(batch.inputs, start_at=batch.start_at, attention_mask=batch.attention_mask)
             pre = decomposition.pre_importances(clean.inputs)
+            check_numbers(pre)
             n_axes = batch.inputs.ndim if batch.inputs.is_floating_point() else batch.inputs.ndim + 1
             fires = torch.cat([_fires(pre[name], threshold, n_axes) for name in sizes], dim=-1)
             collector.add(_events(fires, batch.position_mask, window).cpu().numpy())
-    found = CoActivation(sizes, **collector.found(), max_events=most, threshold=float(threshold), window=window)
+    hashes = subcomponent_hashes(decomposition)
+    found = CoActivation(
+        sizes, **collector.found(), max_events=most, threshold=float(threshold), window=window, found_in=hashes
+    )
     if not found.fired.any():
         raise ValueError(
             f"nothing fires: no importance is above {threshold:g} in any of {found.n_seen:,} events; is the "
             "decomposition trained? (a smaller threshold may find more)"
         )
     return found
+
+
+def check_numbers(pre: Mapping[str, Tensor]) -> None:
+    """Raise ValueError, naming the site, for importances that are NaN: these would count as off."""
+    wrong = [name for name, values in pre.items() if bool(values.isnan().any())]
+    if wrong:
+        raise ValueError(
+            f"importances of {wrong[0]} are NaN on these data, as the model, V or the gates hold NaN; load an earlier "
+            "state of them"
+        )
 
 
 def _fires(pre: Tensor, threshold: float, n_axes: int) -> Bool[Tensor, "*batch C"]:

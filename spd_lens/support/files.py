@@ -112,6 +112,8 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     if path.is_dir():
         raise ValueError(f"{path} is a directory; expected a name for a file")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is a device or a pipe, which a file would replace; expected a name for a file")
     made_directory(path.parent, "the directory of the file")
     real = Path(os.path.realpath(path))
     clear_dead_temporaries(real.parent, real.name[:100])

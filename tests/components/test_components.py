@@ -15,7 +15,7 @@ from torch import Tensor
 
 from spd_lens import Decomposition, decompose
 from spd_lens.circuits import circuit_of
-from spd_lens.components import Components, ensemble, leiden, merge_subcomponents
+from spd_lens.components import Components, coeffects, ensemble, leiden, merge_subcomponents
 from spd_lens.core import Unit, units_of
 from spd_lens.patching import ablation_effects, attribution_patching
 from spd_lens.statistics import coactivation
@@ -223,3 +223,48 @@ def test_bad_groups_are_named(decomposition: Decomposition, without_type_checks:
         components.of_subcomponent("blocks.0.mlp.W_on", 1)
     with pytest.raises(KeyError, match="it never fired"):
         components.of_subcomponent(IN, 7)
+    for outside in (2, -3):
+        with pytest.raises(IndexError, match=rf"no component number {outside}; there are 2"):
+            components[outside]
+    for odd in (-3, True, 1.5):
+        with pytest.raises(ValueError, match=rf"no component {odd}; expected a name, or a number in 0\.\.1"):
+            components.chosen([odd])  # pyright: ignore[reportArgumentType]
+
+
+def test_groups_that_were_found_in_another_decomposition_are_refused(decomposition: Decomposition) -> None:
+    """Its sites and sizes are the same, so that every id exists here, too."""
+    other, rows = decomposed(seed=1), tokens(8)
+    together, elsewhere = coactivation(decomposition, rows), coactivation(other, rows)
+    effects = coeffects(other, rows, {IN: [0, 1]}, threshold=1e-4)
+    both = [together, coactivation(decomposition, tokens(8, seed=3))]
+    for groups in (
+        merge_subcomponents(elsewhere.between(1)),
+        merge_subcomponents(effects),
+        leiden(elsewhere),
+        ensemble(elsewhere, runs=2),
+    ):
+        assert len(Components.of(other, groups))
+        with pytest.raises(ValueError, match=r"these groups were found in another decomposition \(V and U of blocks"):
+            Components.of(decomposition, groups)
+    assert len(Components.of(decomposition, ensemble(both, runs=2)))
+    assert len(Components.of(decomposition, merge_subcomponents(both[0] + both[1])))
+    for mixed in (lambda: together + elsewhere, lambda: ensemble([together, elsewhere])):
+        with pytest.raises(ValueError, match=r"counted in different decompositions \(V and U of blocks"):
+            mixed()
+    with torch.no_grad():
+        other[OUT].U.mul_(1.1)  # trained on
+    with pytest.raises(ValueError, match=r"V and U of blocks\.1\.mlp\.W_out differ"):
+        Components.of(other, merge_subcomponents(elsewhere))
+
+
+def test_importances_and_outputs_that_are_none_are_not_counted_as_off(decomposition: Decomposition) -> None:
+    with torch.no_grad():
+        decomposition[IN].V[:, 1] = torch.nan
+    with pytest.raises(ValueError, match=r"without blocks\.0\.mlp\.W_in\[0\] the outputs are NaN"):
+        coeffects(decomposition, PROMPTS, {IN: [0]})
+    with torch.no_grad():
+        next(iter(decomposition.host.model.embed.parameters())).fill_(torch.nan)
+    with pytest.raises(ValueError, match="the model's outputs are NaN on these data"):
+        coeffects(decomposition, PROMPTS, {OUT: [0]})
+    with pytest.raises(ValueError, match=r"importances of blocks\.0\.mlp\.W_in are NaN"):
+        coactivation(decomposition, PROMPTS)

@@ -12,8 +12,22 @@ from torch import Tensor
 from spd_lens import Decomposition, decompose
 from spd_lens.cli import edit as edit_command
 from spd_lens.cli import yaml_file
+from spd_lens.components import Components
 from spd_lens.core import Unit
-from spd_lens.editing import Candidate, Found, Habit, Rewrite, edit, edits, load_edit, report, save_edit
+from spd_lens.editing import (
+    Candidate,
+    Found,
+    Habit,
+    Rewrite,
+    edit,
+    edits,
+    find,
+    load_edit,
+    measure,
+    relearning,
+    report,
+    save_edit,
+)
 from tests.small_models import tiny_transformer, tokens
 
 SITE = "blocks.0.mlp.W_in"
@@ -55,6 +69,97 @@ def test_a_baked_model_that_gives_no_numbers_is_an_error(monkeypatch: pytest.Mon
     monkeypatch.setattr(edits, "plain_model", lambda *_: broken)
     with pytest.raises(ValueError, match="the outputs of the baked model are no longer finite"):
         made.bake()
+
+
+def test_numbers_that_are_none_are_named_where_they_are(without_type_checks: None) -> None:
+    decomposition, habit = in_dtype(torch.float32), Habit("seven", tokens(2)[:, :5], torch.tensor([[7]] * 2))
+    forward = decomposition.host.forward
+    with torch.no_grad():
+        decomposition[SITE].U[2] = torch.nan
+    with pytest.raises(ValueError, match=r"V or U of edited subcomponents of blocks\.0\.mlp\.W_in hold NaN"):
+        edit(decomposition, {SITE: [2]})
+    with pytest.raises(ValueError, match=r"the edited model gives NaN on the prompts of 'seven'"):
+        measure(forward, lambda rows: forward(rows) * torch.nan, habit, tokens(2), n_generated=0)
+    with pytest.raises(TypeError, match=r"clean is 3, .*expected a function clean\(tokens"):
+        measure(3, forward, habit, tokens(2))  # pyright: ignore[reportArgumentType]
+    made = edit(decomposition, {SITE: [1]})
+    with torch.no_grad():
+        next(iter(decomposition.host.model.ln_final.parameters())).fill_(torch.nan)
+    with pytest.raises(ValueError, match="the model that is edited gives no finite outputs"):
+        made.bake()
+
+
+def test_a_site_that_is_not_edited_and_a_decomposed_model_are_no_choice() -> None:
+    decomposition = decompose(tiny_transformer(), {SITE: 5, "blocks.0.mlp.W_out": 5}, seed=1)
+    made, habit = edit(decomposition, {SITE: [1]}), Habit("seven", tokens(2)[:, :5], torch.tensor([[7]] * 2))
+    for ask in (made.rank, made.factors):
+        with pytest.raises(
+            ValueError, match=r"does not change blocks\.0\.mlp\.W_out; expected one of blocks\.0\.mlp\.W_in"
+        ):
+            ask("blocks.0.mlp.W_out")
+    with pytest.raises(ValueError, match=r"plain is decomposed; expected a plain model"):
+        made.difference(decomposition.model, tokens(1))
+    with pytest.raises(ValueError, match=r"model is decomposed; expected a plain model"):
+        relearning(decomposition.model, habit, habit, goal=0.5)
+
+
+# -- what is meant -----------------------------------------------------------------------------------------------------
+
+
+def test_an_edit_of_a_component_does_not_outlive_its_subcomponents(tmp_path: Path) -> None:
+    """It was made, then V and U were trained on: its ids mean others now."""
+    decomposition = in_dtype(torch.float32)
+    made = edit(decomposition, Components.of(decomposition, [{SITE: [1, 2]}], names=["commas"])[0])
+    by_number = edit(decomposition, {SITE: [1, 2]})
+    assert made.difference(made.bake(), tokens(2)) < 1e-4
+    with torch.no_grad():
+        decomposition[SITE].U.mul_(1.5)
+    habit = Habit("seven", tokens(2)[:, :5], torch.tensor([[7]] * 2))
+    for act in (
+        made.bake,
+        lambda: save_edit(made, tmp_path / "edit.json"),
+        lambda: report(made, habit, tokens(2), n_random=0, n_generated=0),
+    ):
+        with pytest.raises(ValueError, match=r"commas is a component of another decomposition"):
+            act()
+    assert by_number.difference(by_number.bake(), tokens(2)) < 1e-4
+
+
+def test_a_unit_that_is_named_twice_in_a_list_is_refused() -> None:
+    unit = Unit(((SITE, 1),))
+    with pytest.raises(ValueError, match=r"W_in\[1\] is named twice"):
+        edit(in_dtype(torch.float32), [unit, unit])
+
+
+def test_controls_that_are_the_behaviour_are_refused() -> None:
+    """What taking a habit away costs on its own prompts is its effect."""
+    decomposition, text = in_dtype(torch.float32), tokens(4)
+    habit = Habit("seven", text[:, :5], torch.tensor([[7]] * 4), text[:, 5:])
+    made = edit(decomposition, {SITE: [1]})
+    for own in (habit.prompts, text, torch.cat([text[:2], tokens(2, seed=8)])):
+        with pytest.raises(ValueError, match=r"of the 4 rows of controls are prompts of 'seven'; expected other text"):
+            find(decomposition, habit, own)
+        with pytest.raises(ValueError, match=r"of the 4 rows of unrelated are prompts of 'seven'"):
+            report(made, habit, own, n_random=0)
+    one_of_five = torch.cat([text[:1], tokens(4, seed=8)])
+    assert len(find(decomposition, habit, one_of_five, n_checked=0).candidates) == 5
+
+
+def test_answers_and_rows_that_are_none_are_refused(without_type_checks: None) -> None:
+    """Only -1 fills a short row: -5 would be counted from the end of the vocabulary by some, and left out by others."""
+    prompts = tokens(2)[:, :5]
+    with pytest.raises(ValueError, match=r"an answer of 'h' is -5; expected token ids, and -1 where"):
+        Habit("h", prompts, torch.tensor([[3, -5], [3, -1]]))
+    with pytest.raises(ValueError, match=r"the prompts of 'h' are \(2, 0\); expected \[row pos\], not empty"):
+        Habit("h", prompts[:, :0], torch.tensor([[3], [3]]))
+    habit = Habit("h", prompts, torch.tensor([[3], [3]]))
+    with pytest.raises(ValueError, match="not empty"):
+        habit[[]]
+    with pytest.raises(TypeError, match=r"rows \[0.5\] of 'h'; expected whole numbers"):
+        habit[[0.5]]  # pyright: ignore[reportArgumentType]
+    made = edit(in_dtype(torch.float32), {SITE: [1]})
+    with pytest.raises(TypeError, match=r"(?s)wordings=.*expected \{name: habit\}"):
+        report(made, habit, tokens(1, seed=8), wordings={3: habit})  # pyright: ignore[reportArgumentType]
 
 
 # -- what stays as it was ----------------------------------------------------------------------------------------------
@@ -145,6 +250,18 @@ def test_a_direction_in_double_comes_back_in_double(tmp_path: Path) -> None:
     assert loaded.writes is not None
     assert torch.equal(loaded.writes, writes)
     assert loaded.scale == 1 / 3
+
+
+def test_an_edit_is_not_written_over_what_is_none(tmp_path: Path) -> None:
+    decomposition = in_dtype(torch.float32)
+    for name, text in (("diary.txt", "mine"), ("other.json", "{}")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=f"{name} (is damaged|was not written as a spd_lens edit)"):
+            save_edit(edit(decomposition, {SITE: [1]}), tmp_path / name)
+        assert (tmp_path / name).read_text() == text
+    for ids in ([1], [2]):
+        path = save_edit(edit(decomposition, {SITE: ids}), tmp_path / "edit.json")
+    assert [change.unit.id for change in load_edit(decomposition, path).changes] == [2]
 
 
 @pytest.mark.parametrize("scale", [["b:3=0", "b:3=0.5"], ["b:3,3=0"], ["b:1,2=0", "b:2,4=0"]])

@@ -285,7 +285,9 @@ def test_a_full_disk_leaves_the_edit_that_was_there(tmp_path: Path) -> None:
     path = save_edit(edit(decomposition, {"blocks.0.mlp.W_in": [1]}), tmp_path / "edit.json")
     before = path.read_bytes()
     changed = edit(decomposition, {"blocks.0.mlp.W_in": [2]})
-    told = report(changed, Habit("four", tokens(2), torch.full((2, 1), 4)), tokens(2), n_random=0, n_generated=0)
+    told = report(
+        changed, Habit("four", tokens(2), torch.full((2, 1), 4)), tokens(1, seed=8), n_random=0, n_generated=0
+    )
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from spd_lens.core import Decomposition
 from spd_lens.specialists import (
     SmallMatrix,
     checked_plain,
+    distil,
     domain_of,
     matrix_budget,
     mean_loss,
@@ -139,3 +141,43 @@ def test_a_specialist_of_16_bits_is_made_whole(tmp_path: Any) -> None:
     made = specialise(decompose(tiny_transformer(dtype=torch.bfloat16), SITES, seed=0), tokens(4), 0.7)
     assert all(p.dtype == torch.bfloat16 for p in made.model.parameters())
     assert made.save(tmp_path / "small").is_dir()
+
+
+def test_numbers_that_are_none_make_no_specialist() -> None:
+    """The loss of a model that gives NaN is NaN, and no candidate was lower."""
+    for which in ("V", "U"):
+        decomposition = decompose(tiny_transformer(), {"blocks.0.mlp.W_in": 6}, seed=0)
+        with torch.no_grad():
+            getattr(decomposition["blocks.0.mlp.W_in"], which).view(-1)[0] = torch.nan
+        with pytest.raises(ValueError, match=r"what directions of blocks\.0\.mlp\.W_in are worth is NaN"):
+            specialise(decomposition, tokens(4), 0.97)
+    with torch.no_grad():
+        next(iter(decomposition.host.model.ln_final.parameters())).fill_(torch.nan)
+    with pytest.raises(ValueError, match="the model gives NaN on domain_batches"):
+        specialise(decomposition, tokens(4), 0.97)
+
+
+def test_a_distillation_that_diverges_says_so() -> None:
+    """A model that gives NaN has lost everything, not nothing."""
+    decomposition = decompose(tiny_transformer(), {"blocks.0.mlp.W_in": 6}, seed=0)
+    with pytest.raises(ValueError, match=r"the loss is nan at step 1 of 3; give a smaller lr than 1e\+30"):
+        distil(plain_copy(decomposition), decomposition.host.forward, tokens(4), steps=3, lr=1e30)
+
+
+def test_budgets_are_numbers_of_any_kind_and_said_in_words(without_type_checks: None) -> None:
+    decomposition, rows = decompose(tiny_transformer(), {"blocks.0.mlp.W_in": 6}, seed=0), tokens(4)
+    half = specialise(decomposition, rows, 0.97)
+    for budget in (np.float32(0.97), torch.tensor(0.97)):
+        assert specialise(decomposition, rows, budget).parameters == half.parameters  # pyright: ignore
+    for budget in ("0.5", True, None):
+        with pytest.raises(
+            TypeError, match=r"expected a whole number \(of parameters; a share of the model's is a float"
+        ):
+            specialise(decomposition, rows, budget)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"budget=5500.0; expected a whole number of parameters \(5500\), or a share"):
+        specialise(decomposition, rows, 5500.0)
+    with pytest.raises(ValueError, match=r"domain_batches has shape \(12,\); expected \[batch pos\]"):
+        specialise(decomposition, rows[0], 0.97)
+    for wrong in ({"n_new": -1}, {"n_new": 1, "temperature": -1.0}):
+        with pytest.raises(ValueError, match="expected numbers that are not below 0"):
+            half.model.generate(rows[:, :3], **wrong)

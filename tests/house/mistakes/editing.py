@@ -30,6 +30,7 @@ from tests.house.mistakes.table import SITE, T, Table, another, file_in, removed
 TABLE = Table()
 add = TABLE.add
 U = Unit(((SITE, 1),))
+OTHER = T.flip(1)  # text that is to stay as it is
 
 
 def made(decomposition: Decomposition) -> Edit:
@@ -82,20 +83,23 @@ add("removed applied", lambda d, m, p: after_removal(d).applied().__enter__())
 add("removed hooks", lambda d, m, p: after_removal(d).hooks())
 add("removed baked", lambda d, m, p: after_removal(d).bake())
 add("removed logits", lambda d, m, p: after_removal(d).logits(T))
-add("removed reported", lambda d, m, p: report(after_removal(d), habit(), T))
+add("removed reported", lambda d, m, p: report(after_removal(d), habit(), OTHER))
 add("removed saved", lambda d, m, p: save_edit(after_removal(d), p / "e.json"))
 add("removed random", lambda d, m, p: random_edits(after_removal(d), T, 1))
 add("factors of a site", lambda d, m, p: made(d).factors("blocks.1.mlp.W_inn"))
 add("rank of a site", lambda d, m, p: made(d).rank("blocks.0.mlp.W_in"))
 for name, x in {"text": "x", "above": T + 40, "floats": T.float(), "a row": T[0], "None": None}.items():
     add(f"logits of {name}", lambda d, m, p, x=x: made(d).logits(x))
-    add(f"find prompts {name}", lambda d, m, p, x=x: find(d, Habit("h", x, T[:, :1]), T))
+    add(f"find prompts {name}", lambda d, m, p, x=x: find(d, Habit("h", x, T[:, :1]), OTHER))
     add(f"find controls {name}", lambda d, m, p, x=x: find(d, habit(), x))
     add(f"report unrelated {name}", lambda d, m, p, x=x: report(made(d), habit(), x))
     add(f"random edits on {name}", lambda d, m, p, x=x: random_edits(made(d), x, 1))
-    add(f"habit answers {name}", lambda d, m, p, x=x: find(d, Habit("h", T[:, :6], x), T))
+    add(f"habit answers {name}", lambda d, m, p, x=x: find(d, Habit("h", T[:, :6], x), OTHER))
     if name != "None":
-        add(f"habit continuations {name}", lambda d, m, p, x=x: report(made(d), Habit("h", T[:, :6], T[:, :1], x), T))
+        add(
+            f"habit continuations {name}",
+            lambda d, m, p, x=x: report(made(d), Habit("h", T[:, :6], T[:, :1], x), OTHER),
+        )
 add("habit no prompts", lambda d, m, p: Habit("h", T[:0], T[:0]))
 add("habit no answer", lambda d, m, p: Habit("h", T, torch.full((2, 1), -1)))
 add("habit other rows", lambda d, m, p: Habit("h", T, T[:1]))
@@ -114,12 +118,12 @@ for k, v in {
     "ids": [{"blocks.1.mlp.W_inn": [0]}, {SITE: [9]}, 3, "x"],
 }.items():  # fmt: skip
     for x in v:
-        add(f"find {k}={x!r}"[:60], lambda d, m, p, k=k, x=x: find(d, habit(), T, **{k: x}))
-add("find the model", lambda d, m, p: find(m, habit(), T))
-add("find removed", lambda d, m, p: find(removed(), habit(), T))
+        add(f"find {k}={x!r}"[:60], lambda d, m, p, k=k, x=x: find(d, habit(), OTHER, **{k: x}))
+add("find the model", lambda d, m, p: find(m, habit(), OTHER))
+add("find removed", lambda d, m, p: find(removed(), habit(), OTHER))
 add("find tokens", lambda d, m, p: find(d, T, T))
-add("find components of another", lambda d, m, p: find(d, habit(), T, Components.of(another(), [{SITE: [0]}])))
-found = lambda d: find(d, habit(), T, n_checked=1)
+add("find components of another", lambda d, m, p: find(d, habit(), OTHER, Components.of(another(), [{SITE: [0]}])))
+found = lambda d: find(d, habit(), OTHER, n_checked=1)
 for x in (0, 1, 1.5, "x", None, float("nan")):
     add(f"smallest {x!r}", lambda d, m, p, x=x: found(d).smallest(x))
 for x in (0, "x", None):
@@ -129,8 +133,8 @@ for k, v in {
     "wordings": [{"a": T}, [habit()], "x"],
 }.items():  # fmt: skip
     for x in v:
-        add(f"report {k}={x!r}"[:60], lambda d, m, p, k=k, x=x: report(made(d), habit(), T, **{k: x}))
-add("report a decomposition", lambda d, m, p: report(d, habit(), T))
+        add(f"report {k}={x!r}"[:60], lambda d, m, p, k=k, x=x: report(made(d), habit(), OTHER, **{k: x}))
+add("report a decomposition", lambda d, m, p: report(d, habit(), OTHER))
 add("report tokens", lambda d, m, p: report(made(d), T, T))
 add("random edits of a decomposition", lambda d, m, p: random_edits(d, T, 1))
 for x in (-1, "x", None, 1.5):
