@@ -148,6 +148,7 @@ add("components load model", lambda d, m, p: Components.load(components(d).save(
 add("components load other", lambda d, m, p: Components.load(components(d).save(p), another()))
 add("components load removed", lambda d, m, p: Components.load(components(d).save(p), removed()))
 add("components load revision", lambda d, m, p: Components.load(components(d).save(p), d, revision="main"))
+add("groups of another", lambda d, m, p: Components.of(d, merge_subcomponents(coactivation(another(), T))))
 add("components of another ablated", lambda d, m, p: another().ablate(components(d)))
 add("components of another hub", lambda d, m, p: another().push_to_hub("me/x", components=components(d)))
 add("hub components", lambda d, m, p: d.push_to_hub("me/x", components=[{SITE: [0]}]))
