@@ -9,7 +9,7 @@ import torch
 import typer
 
 from spd_lens.audit import AuditReport, Cases, Verification, audit_page, explain, verify, verify_page
-from spd_lens.cli.output import DONE, FAILED, JsonFlag, ends_in_words, show
+from spd_lens.cli.output import DONE, FAILED, JsonFlag, ends_in_words, refuse_options, show
 from spd_lens.cli.yaml_file import ConfigError
 from spd_lens.components import Components
 from spd_lens.core import Decomposition
@@ -57,6 +57,7 @@ def command(
     if what != "demo":
         raise ConfigError(f"audit {what!r}; expected 'demo', or spd_lens.audit.explain(...) in Python for other models")
     if verify_file is not None:
+        refuse_options(["out"], "is for a new report; --verify writes nothing")
         ended = _run_again(verify_file, page, applicant, seed, components)
         show(str(ended), _values(ended), as_json=json)
         raise typer.Exit(FAILED if ended.status else DONE)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from spd_lens.cli.output import JsonFlag, ends_in_words, show
+from spd_lens.cli.output import JsonFlag, ends_in_words, refuse_options, show
 from spd_lens.cli.runs import data_for, open_saved
 from spd_lens.evaluation import compare
 
@@ -34,6 +34,8 @@ def command(
     seed: Annotated[int, typer.Option(help="Of the random controls.")] = 0,
     json: JsonFlag = False,
 ) -> None:
+    if all:
+        refuse_options(["data", "max_batches"], "says what is alive; --all compares all")
     a, run = open_saved(first, model)
     b, _ = open_saved(second, model)
     batches = None if all else data_for(a, run, data)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from spd_lens.cli.evaluate import evaluate_with
-from spd_lens.cli.output import STOPPED, JsonFlag, ends_in_words, show
+from spd_lens.cli.output import STOPPED, JsonFlag, ends_in_words, refuse_options, show
 from spd_lens.cli.run_file import RunFile
 from spd_lens.cli.runs import load_run_data, open_saved
 from spd_lens.cli.train import train_run
@@ -60,6 +60,7 @@ def command(
     json: JsonFlag = False,
 ) -> None:
     if config:
+        refuse_options(["steps", "out"], "is for a run; --config only prints the file")
         show(EXAMPLE.rstrip("\n"), {"config": EXAMPLE}, as_json=json)
         return
     # In memory there is no file to name in an error; the text is ours.

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from spd_lens.cli.output import JsonFlag, ends_in_words, show
+from spd_lens.cli.output import JsonFlag, ends_in_words, refuse_options, show
 from spd_lens.cli.runs import DECOMPOSITION, open_saved
 from spd_lens.cli.yaml_file import ConfigError
 from spd_lens.components import Components
@@ -37,6 +37,8 @@ def command(
 ) -> None:
     if (out is None) == (hub is None):
         raise ConfigError("give either --out, a directory, or --hub, a repository")
+    if hub is None:
+        refuse_options(["private"], "is for --hub")
     decomposition, run = open_saved(directory, model)
     components = _components(directory if run is None else directory / DECOMPOSITION, decomposition)
     if out is not None:

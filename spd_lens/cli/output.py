@@ -13,11 +13,12 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Annotated, Any, TypeVar
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from spd_lens.cli.yaml_file import ConfigError
 from spd_lens.support.files import plain
@@ -69,6 +70,31 @@ class Program(TyperGroup):
 
 # The base of all such errors; typer gives it no name of its own, and newer ones carry a click of their own.
 _UsageError: Any = typer.BadParameter.__base__
+
+
+# The options that stand on the line of the command that runs, by their names in Python.
+_GIVEN: ContextVar[Mapping[str, str] | None] = ContextVar("options that were given", default=None)
+
+
+class OneCommand(TyperCommand):
+    """A command that knows which of its options were given, so that it can refuse what it would read over."""
+
+    def invoke(self, ctx: Any) -> Any:
+        sources = {p: ctx.get_parameter_source(p.name) for p in self.params}
+        given = {str(p.name): p.opts[0] for p, source in sources.items() if source and source.name == "COMMANDLINE"}
+        token = _GIVEN.set(given)
+        try:
+            return super().invoke(ctx)
+        finally:
+            _GIVEN.reset(token)
+
+
+def refuse_options(names: Iterable[str], why: str) -> None:
+    """ConfigError for the first of these options that was given: nothing would come of it."""
+    given = _GIVEN.get() or {}
+    for name in names:
+        if (flag := given.get(name)) is not None:
+            raise ConfigError(f"{flag} {why}")
 
 
 def _tell(error: str, kind: str, status: int, *, as_json: bool) -> None:

@@ -11,9 +11,10 @@ import typer
 from spd_lens.cli.block_jobs import FINISH, split_blocks
 from spd_lens.cli.jobs import statuses_of
 from spd_lens.cli.jobs import submit as submit_jobs
-from spd_lens.cli.output import DONE, FAILED, JsonFlag, about_what_was_asked, ends_in_words, show
+from spd_lens.cli.output import DONE, FAILED, JsonFlag, about_what_was_asked, ends_in_words, refuse_options, show
 from spd_lens.cli.run_file import RunFile
-from spd_lens.cli.yaml_file import ConfigError
+from spd_lens.cli.runs import tokens_of_a_row
+from spd_lens.cli.yaml_file import ConfigError, read_yaml, with_changes
 from spd_lens.training import DEVICES, ModelShape, TrainConfig, plan
 
 HELP = """Calculate bytes by kind, FLOPs by term and tokens a second of a run; no weights are loaded.
@@ -37,6 +38,21 @@ Examples:
 
     spd-lens plan config.yaml --split blocks --local --joint 2000 --out jobs --submit slurm --job slurm_partition=gpu
 """
+
+# What a run's file says, and where.
+OF_CONFIG = {
+    "sites": "decompose.sites",
+    "C": "decompose.sites",
+    "gate": "decompose.gate",
+    "gate_width": "decompose.gate_width",
+    "batch_size": "data.batch_size",
+    "context": "data.context",
+    "precision": "train.precision",
+    "accumulate": "train.accumulate",
+    "recompute": "train.recompute",
+    "cached": "data.cache_residuals",
+    "shard": "train.shard",
+}
 
 
 @ends_in_words
@@ -68,26 +84,28 @@ def command(
     job: Annotated[list[str] | None, typer.Option(help="NAME=VALUE for submitit; repeatable.")] = None,
     json: JsonFlag = False,
 ) -> None:
+    _refuse_what_is_not_read(config, split, submit, device)
     if split is not None:
         if split != "blocks" or config is None or out is None:
             raise ConfigError("--split needs CONFIG and --out: spd-lens plan config.yaml --split blocks --out jobs")
         _split(RunFile.read(config, set or []), out, streams, local, joint, submit, job or [], json)
         return
-    if submit is not None or joint is not None:
-        raise ConfigError("--submit and --joint are for jobs by block; add --split blocks --out jobs")
     if config is not None:
-        run = RunFile.read(config, set or [])
+        file = with_changes(read_yaml(config), set or [])
+        run = RunFile.of(file)
+        with file.named():
+            context = tokens_of_a_row(run.data)
         found = plan(
             ModelShape.of(model or run.model.name),
             run.decompose.sites,
             run.train_config,
             batch_size=run.data.batch_size,
-            context=run.data.context,
+            context=context,
             gate=run.decompose.gate,  # pyright: ignore[reportArgumentType]
             gate_width=run.decompose.gate_width,
             gpus=gpus,
             target_bytes=4 if run.model.dtype == "float32" else 2,
-            cached=run.data.cache_residuals,
+            cached=run.data.cache_residuals or run.data.residuals is not None,
             device=device,
             utilisation=utilisation,
         )
@@ -113,6 +131,23 @@ def command(
             utilisation=utilisation,
         )
     show(str(found), found.to_json(), as_json=json)
+
+
+def _refuse_what_is_not_read(config: Path | None, split: str | None, submit: str | None, device: str | None) -> None:
+    if split is None:
+        of_jobs = ("out", "local", "streams", "joint", "submit", "job")
+        refuse_options(of_jobs, "is for jobs by block; add --split blocks --out jobs")
+    else:
+        refuse_options(("model", "gpus", "device", "utilisation"), "is not for --split, whose jobs are as CONFIG says")
+    if submit is None:
+        refuse_options(["job"], "is for --submit")
+    if device is None:
+        refuse_options(["utilisation"], "is for --device")
+    if config is None:
+        refuse_options(["set"], "changes a field of CONFIG; give one")
+        return
+    for name, field in OF_CONFIG.items():
+        refuse_options([name], f"is for --model without CONFIG, which says it: --set {field}=...")
 
 
 def _split(

@@ -23,7 +23,7 @@ import spd_lens.cli.plan as plan
 import spd_lens.cli.specialise as specialise
 import spd_lens.cli.sweep as sweep
 import spd_lens.cli.train as train
-from spd_lens.cli.output import Program
+from spd_lens.cli.output import OneCommand, Program
 
 app = typer.Typer(
     name="spd-lens",
@@ -55,7 +55,8 @@ COMMANDS = {
     "audit": audit,
 }
 for _name, _module in COMMANDS.items():
-    app.command(_name, help=_module.HELP, short_help=_module.HELP.split(".")[0])(_module.command)
+    _named = app.command(_name, cls=OneCommand, help=_module.HELP, short_help=_module.HELP.split(".")[0])
+    _named(_module.command)
 
 
 def _print_version(asked: bool) -> bool:

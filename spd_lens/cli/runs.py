@@ -14,6 +14,7 @@ from spd_lens.cli.sections import DataSection, DecomposeSection, ModelSection
 from spd_lens.cli.yaml_file import ConfigError, read_yaml
 from spd_lens.core import Decomposition, decompose
 from spd_lens.data import TokenBatches, TokenStream, cache_residuals, load_tokens, open_residuals, pack_tokens
+from spd_lens.data.residual_files import TOKENS
 from spd_lens.models import (
     load_induction,
     load_moby_dick,
@@ -151,11 +152,23 @@ def _texts(section: DataSection) -> list[str]:
 
 def _read_tokens(section: DataSection) -> np.ndarray:
     assert section.tokens is not None
-    path = Path(section.tokens)
-    if not path.is_file():
-        raise ConfigError(f"there is no file {path}", ("data", "tokens"))
-    rows = np.load(path, mmap_mode="r", allow_pickle=False)
+    rows = _mapped(Path(section.tokens), "tokens")
     return rows if section.max_rows is None else rows[: section.max_rows]
+
+
+def _mapped(path: Path, field: str) -> np.ndarray:
+    if not path.is_file():
+        raise ConfigError(f"there is no file {path}", ("data", field))
+    return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def tokens_of_a_row(section: DataSection) -> int:
+    """What `context` says, or the length of rows that are cut already."""
+    if section.tokens is not None:
+        return _mapped(Path(section.tokens), "tokens").shape[1]
+    if section.residuals is not None:
+        return _mapped(Path(section.residuals) / TOKENS, "residuals").shape[1]
+    return section.context
 
 
 def open_saved(

@@ -19,7 +19,7 @@ import typer
 
 from spd_lens.cli.jobs import statuses_of
 from spd_lens.cli.jobs import submit as submit_jobs
-from spd_lens.cli.output import DONE, FAILED, STOPPED, JsonFlag, ends_in_words, show
+from spd_lens.cli.output import DONE, FAILED, STOPPED, JsonFlag, ends_in_words, refuse_options, show
 from spd_lens.cli.run_file import RunFile
 from spd_lens.cli.runs import DECOMPOSITION, RUN_FILE
 from spd_lens.cli.sweep_batched import train_batched
@@ -62,6 +62,10 @@ def command(
     job: Annotated[list[str] | None, typer.Option(help="NAME=VALUE for submitit; repeatable.")] = None,
     json: JsonFlag = False,
 ) -> None:
+    if submit is None:
+        refuse_options(["job"], "is for --submit")
+    else:
+        refuse_options(["processes"], "is for runs here; --submit hands them to submitit")
     cells = sweep_cells(read_yaml(config), over, out, zipped=zip)
     if batched and submit is not None:
         raise ConfigError("--batched with --submit; runs that are trained as one are one process")

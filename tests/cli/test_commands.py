@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -284,6 +285,24 @@ def test_plan_says_what_a_run_costs(runs: Path) -> None:
 
 
 BLOCKS = CONFIG.replace('{"blocks.1.mlp.W_in": 8}', '{"blocks.*.mlp.W_in": 8}, gate: shared, gate_width: 8')
+
+
+def test_a_plan_of_rows_that_are_cut_already_has_their_length(runs: Path, tmp_path: Path) -> None:
+    """Whatever `context` says, which such data do not read."""
+    np.save(tmp_path / "rows.npy", np.zeros((4, 64), dtype=np.int64))
+
+    def planned(*changes: str) -> Any:
+        options = [part for change in changes for part in ("--set", change)]
+        return json.loads(invoke("plan", runs / "config.yaml", *options, "--json").stdout)
+
+    tokens = f"data={{tokens: {tmp_path / 'rows.npy'}, batch_size: 4}}"
+    assert planned(tokens, "evaluate={}") == planned("data.context=64")
+    (tmp_path / "streams").mkdir()
+    (tmp_path / "rows.npy").rename(tmp_path / "streams" / "tokens.npy")
+    residuals = f"data={{residuals: {tmp_path / 'streams'}, batch_size: 4}}"
+    assert planned(residuals, "evaluate={}") == planned("data.context=64", "data.cache_residuals=true")
+    wrong = invoke("plan", runs / "config.yaml", "--set", tokens, "--set", "evaluate={}", status=2).stderr
+    assert "line 3: data.tokens: there is no file" in wrong
 
 
 def test_jobs_of_blocks_are_trained_apart_and_merged(tmp_path: Path) -> None:

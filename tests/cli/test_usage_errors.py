@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import sys
 from typing import Any
 
@@ -81,3 +82,27 @@ def test_statuses_of_commands_are_kept_with_json() -> None:
 def test_the_version_is_printed_without_a_command() -> None:
     result = CliRunner().invoke(app, ["--version"])
     assert (result.exit_code, result.stdout) == (0, f"{spd_lens.__version__}\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("plan config.yaml --batch-size 8", "--batch-size is for --model .* --set data.batch_size="),
+        ("plan config.yaml --C 4", "--C is for --model .* --set decompose.sites="),
+        ("plan config.yaml --streams", "--streams is for jobs by block"),
+        ("plan config.yaml --out jobs", "--out is for jobs by block"),
+        ("plan config.yaml --utilisation 0.3", "--utilisation is for --device"),
+        ("plan --model gpt2 --sites blocks.0.* --set train.steps=3", "--set changes a field of CONFIG"),
+        ("plan config.yaml --split blocks --out jobs --gpus 2", "--gpus is not for --split"),
+        ("plan config.yaml --split blocks --out jobs --job a=1", "--job is for --submit"),
+        ("sweep config.yaml --over train.lr=1 --out s --job a=1", "--job is for --submit"),
+        ("sweep config.yaml --over train.lr=1 --out s --submit local --processes 1", "--processes is for runs here"),
+        ("demo --config --steps 300", "--steps is for a run"),
+        ("compare a b --all --data data.yaml", "--data says what is alive"),
+        ("export a --out b --private", "--private is for --hub"),
+        ("audit --verify a.json --out b", "--out is for a new report"),
+    ],
+)
+def test_an_option_that_nothing_would_come_of_is_refused_also_with_its_default(line: str, expected: str) -> None:
+    found = _told(*line.split())
+    assert re.search(expected, found), found
