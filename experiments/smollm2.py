@@ -40,7 +40,7 @@ from spd_lens.evaluation import EvaluationReport
 from spd_lens.models import HostName, load_moby_dick, load_smollm2
 from spd_lens.objective import Merged, Persistent
 from spd_lens.support import library_versions
-from spd_lens.training import Readout, tune_readout
+from spd_lens.training import TunedReadout, tune_readout
 
 CONTEXT = 64
 
@@ -80,7 +80,7 @@ def windows_of(model: Any, text: str, count: int) -> torch.Tensor:
     return rows[torch.linspace(0, len(rows) - 1, count).long()]
 
 
-def configuration(block: int, readout: Readout, steps: int, minimality: float, seed: int) -> TrainConfig:
+def configuration(block: int, readout: TunedReadout, steps: int, minimality: float, seed: int) -> TrainConfig:
     """The language model's recipe, on the stream behind the block."""
     adversary = Merged(0.5, Persistent(warm_steps=1, scope="position", lr_warmup=0.025))
     return TrainConfig(
@@ -115,7 +115,7 @@ def train_run(args: argparse.Namespace) -> dict[str, Any]:
     batches = cache_residuals(decomposition, TokenBatches(text, args.rows, seed=args.seed))
     args.out.mkdir(parents=True, exist_ok=True)
     if (kept := args.out / "readout.pt").exists():
-        readout = Readout(torch.load(kept, weights_only=True))
+        readout = TunedReadout(torch.load(kept, weights_only=True))
     else:
         tuning = TokenBatches(text[:: max(1, len(text) // 16)][:16], 4)
         readout = tune_readout(decomposition, tuning, args.block + 1, max_batches=4)

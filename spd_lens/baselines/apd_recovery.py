@@ -1,4 +1,4 @@
-"""Whether APD found the known mechanisms, by the criteria that SPD is judged by (`spd_lens.toys.known_solution`).
+"""Whether APD found the known mechanisms, by the criteria that SPD is judged by (`spd_lens.toys.reports`).
 
 Two things differ. A component is a sum of rank-one terms over all matrices instead of one rank-one matrix, so cosines
 and lengths are taken of its whole rows; and it has no importance between 0 and 1 but is active or not. With batch

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spd_lens.baselines.rival import Rival, against, cheapest
 from spd_lens.core import Decomposition
-from spd_lens.editing import Edit, Found, Habit, Rewrite, edit
+from spd_lens.editing import Edit, Findings, Habit, Rewrite, edit
 
 
 def edit_rival(name: str, made: Edit, strongest: float = 2.0) -> Rival:
@@ -24,7 +24,7 @@ def edit_rival(name: str, made: Edit, strongest: float = 2.0) -> Rival:
 
 
 def components(
-    decomposition: Decomposition, habit: Habit, controls: Tensor, goal: float, found: Found
+    decomposition: Decomposition, habit: Habit, controls: Tensor, goal: float, found: Findings
 ) -> tuple[Rival, Edit]:
     """Ours: subcomponents that `find` names, scaled; of several numbers of them the one that costs least."""
     ranked = found.clear or found.units
@@ -35,7 +35,7 @@ def components(
 
 
 def component_writes(
-    decomposition: Decomposition, habit: Habit, found: Found, *, n: int = 8, lr: float = 3e-2, steps: int = 20
+    decomposition: Decomposition, habit: Habit, found: Findings, *, n: int = 8, lr: float = 3e-2, steps: int = 20
 ) -> tuple[Rival, Edit]:
     """Ours: what the best subcomponents write is turned to a direction that is trained against the habit."""
     units = [unit for unit in (found.clear or found.units) if len(unit.members) == 1][:n]

@@ -1,7 +1,7 @@
 """`Circuit`: a set of subcomponents, over all positions or each at a position of its own.
 
 A node is a `Unit` of one subcomponent, everywhere or at one position. A circuit says nothing about what
-stands outside of it; how it was shown to hold is in a `CircuitReport` (`spd_lens.circuits.check`).
+stands outside of it; how it was shown to hold is in a `CircuitReport` (`spd_lens.circuits.circuit_report`).
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ from annotated_types import Le
 from pydantic import BeforeValidator
 
 from spd_lens.circuits.behaviour import Objective
-from spd_lens.circuits.check import BUDGETS, HOLDS_ABOVE
+from spd_lens.circuits.check import BUDGETS
+from spd_lens.circuits.circuit_report import HOLDS_ABOVE
 from spd_lens.objective.adversary import PGD
 from spd_lens.support.validated import (
     Count,

@@ -29,8 +29,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from spd_lens.circuits.behaviour import Behaviour, Metrics
-from spd_lens.circuits.check import CircuitReport, report_on
+from spd_lens.circuits.check import report_on
 from spd_lens.circuits.circuit import Circuit
+from spd_lens.circuits.circuit_report import CircuitReport
 from spd_lens.circuits.config import CircuitConfig
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.masks import sample_masks

@@ -23,8 +23,8 @@ from spd_lens.training import (
     Evaluations,
     Logger,
     Processes,
-    Readout,
     TrainResult,
+    TunedReadout,
     join_processes,
     leave_processes,
     tensorboard_logger,
@@ -149,7 +149,7 @@ def _readout(
     out_dir: Path,
     resume_from: str | None,
     processes: Processes,
-) -> Readout:
+) -> TunedReadout:
     """The read-out that the run began with: tuned once, by the first process, and kept beside the run."""
     path, stop_at = out_dir / READOUT, run.train_config.stop_at
     assert run.readout is not None
@@ -158,7 +158,7 @@ def _readout(
         tuned = tune_readout(decomposition, batches, stop_at, **run.readout.model_dump())
         write_tensors(path, {"matrix": tuned.matrix.cpu()})
     processes.wait()
-    return Readout(read_tensors(path)["matrix"].to(decomposition.device))
+    return TunedReadout(read_tensors(path)["matrix"].to(decomposition.device))
 
 
 def _where_to_resume(out_dir: Path, resume: str) -> str | None:

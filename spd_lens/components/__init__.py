@@ -3,15 +3,15 @@
 from spd_lens.components.bits import description_length, merge_change
 from spd_lens.components.causal import coeffects, top_log_probabilities
 from spd_lens.components.communities import Communities, leiden
-from spd_lens.components.components import Components, Found
+from spd_lens.components.components import ComponentFigures, Components
 from spd_lens.components.ensembles import Ensemble, adjusted_rand, ensemble
 from spd_lens.components.merging import Merging, Pairs, merge_subcomponents
 
 __all__ = [
     "Communities",
+    "ComponentFigures",
     "Components",
     "Ensemble",
-    "Found",
     "Merging",
     "Pairs",
     "adjusted_rand",

@@ -33,7 +33,7 @@ from spd_lens.support.given import given_function, given_number, given_whole
 from spd_lens.support.progress import tqdm
 
 # The model's output, and that of the clean pass: numbers `[... n]` of which each is an event.
-Readout: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+OutputNumbers: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 # Of a language model the log-probabilities of so many tokens at every position: the likeliest of the clean pass.
 TOP_TOKENS = 8
 
@@ -49,7 +49,7 @@ def coeffects(
     ids: Ids = None,
     *,
     threshold: float = 0.1,
-    readout: Readout | None = None,
+    readout: OutputNumbers | None = None,
     max_batches: int | None = 4,
     max_events: int = 1 << 16,
     seed: int = 0,
@@ -118,7 +118,7 @@ def _chosen(decomposition: Decomposition, stream: list[Batch], ids: Ids) -> dict
 
 
 def _moved(
-    decomposition: Decomposition, batch: Batch, chosen: dict[str, list[int]], threshold: float, read: Readout
+    decomposition: Decomposition, batch: Batch, chosen: dict[str, list[int]], threshold: float, read: OutputNumbers
 ) -> np.ndarray:
     """`[events all_C]`: whether removing each subcomponent moves each output number by more than `threshold`."""
     with torch.no_grad():

@@ -40,7 +40,7 @@ _SHOWN = 30
 
 
 @dataclass(frozen=True)
-class Found:
+class ComponentFigures:
     """What is known of one component: the share of events in which it is active, and how stable it is (see
     `ensemble`); None where it was not measured."""
 
@@ -86,13 +86,13 @@ class Components(Sequence[Unit]):
         units: Iterable[Unit],
         *,
         subcomponents: Mapping[str, str],
-        found: Sequence[Found] | None = None,
+        found: Sequence[ComponentFigures] | None = None,
         how: How | None = None,
     ) -> None:
         self._units = tuple(
             replace(unit, found_in={site: subcomponents.get(site, "") for site in unit.sites}) for unit in units
         )
-        self.found = tuple(found) if found is not None else (Found(),) * len(self._units)
+        self.found = tuple(found) if found is not None else (ComponentFigures(),) * len(self._units)
         self.subcomponents, self.how = dict(subcomponents), dict(how or {})
         _check_names([unit.name for unit in self._units])
         self._by_name = {str(unit.name): i for i, unit in enumerate(self._units)}
@@ -125,7 +125,7 @@ class Components(Sequence[Unit]):
             names = [unit.name or f"component {i}" for i, unit in enumerate(units)]
         elif len(names := given_list("names", names, "texts, one for each component")) != len(units):
             raise ValueError(f"{len(names)} names for {len(units)} components; give one for each")
-        known = [Found(*pair) for pair in groups.known()] if hasattr(groups, "known") else None
+        known = [ComponentFigures(*pair) for pair in groups.known()] if hasattr(groups, "known") else None
         return Components(
             [replace(unit, name=name) for unit, name in zip(units, names, strict=True)],
             subcomponents=hashes,
@@ -196,7 +196,7 @@ class Components(Sequence[Unit]):
         """Only those of more than one subcomponent."""
         return self.chosen([i for i, unit in enumerate(self) if len(unit.members) > 1])
 
-    def _with(self, units: Sequence[Unit], found: Sequence[Found]) -> Components:
+    def _with(self, units: Sequence[Unit], found: Sequence[ComponentFigures]) -> Components:
         return Components(units, subcomponents=self.subcomponents, found=found, how=self.how)
 
     # -- belonging, saving ---------------------------------------------------------------------------------------
@@ -260,7 +260,7 @@ class Components(Sequence[Unit]):
             )
             for one, name in zip(saved.components, saved.names.given, strict=True)
         ]
-        found = [Found(one.rate, one.stability) for one in saved.components]
+        found = [ComponentFigures(one.rate, one.stability) for one in saved.components]
         try:
             components = Components(units, subcomponents=saved.subcomponents, found=found, how=saved.how)
             components.check_belongs(decomposition)

@@ -32,7 +32,7 @@ from spd_lens.tasks.task import Task
 
 
 @dataclass(frozen=True)
-class Effect:
+class EditEffect:
     """What one edit does.
 
     - `before`, `after`: mean probability of the answers; `effect` `= 1 - after / before`.
@@ -58,8 +58,8 @@ class Effect:
 
 def measure(
     clean: Forward, edited: Forward, habit: Habit, unrelated: Tensor, *, n_generated: int = 20, seed: int = 0
-) -> Effect:
-    """`Effect` of any two models, given as functions of tokens. Raises ValueError for outputs that are NaN."""
+) -> EditEffect:
+    """`EditEffect` of any two models, given as functions of tokens. Raises ValueError for outputs that are NaN."""
     for name, forward in (("clean", clean), ("edited", edited)):
         given_function(name, forward, f"{name}(tokens [row pos]) -> logits")
     habit, n_generated = checked_habit(habit, "measure"), given_whole("n_generated", n_generated, least=0)
@@ -79,7 +79,7 @@ def measure(
         if n_generated:
             for k, forward in enumerate((clean, edited)):
                 counts[k] = int(habit.is_answer(generate(forward, habit.prompts, n_generated, seed=seed)).sum())
-    return Effect(
+    return EditEffect(
         before=float(habit.log_probability(first).exp().mean()),
         after=float(habit.log_probability(second).exp().mean()),
         count_before=counts[0],
@@ -115,9 +115,9 @@ class EditReport:
     lines: tuple[str, ...]
     n_prompts: int
     n_generated: int
-    here: Effect
-    wordings: Mapping[str, Effect]
-    random: tuple[Effect, ...]
+    here: EditEffect
+    wordings: Mapping[str, EditEffect]
+    random: tuple[EditEffect, ...]
     parameters_changed: Mapping[str, int]
     ranks: Mapping[str, int]
     baked_difference: float | None
@@ -131,7 +131,7 @@ class EditReport:
             means = {k: sum(asdict(e)[k] for e in self.random) / len(self.random) for k in asdict(self.random[0])}
             counts = {k: round(means[k]) for k in ("count_before", "count_after")}
             rows.append(
-                [f"random subcomponents (mean of {len(self.random)})", *_numbers(Effect(**{**means, **counts}))]
+                [f"random subcomponents (mean of {len(self.random)})", *_numbers(EditEffect(**{**means, **counts}))]
             )
         return rows
 
@@ -173,7 +173,7 @@ class EditReport:
 _HEADER = ("measured on", "p before", "p after", "effect", "count", "KL at, others", "KL next five", "KL elsewhere")
 
 
-def _numbers(e: Effect) -> list[str]:
+def _numbers(e: EditEffect) -> list[str]:
     kls = [f"{kl:.2g}" for kl in (e.kl_at, e.kl_near, e.kl_elsewhere)]
     return [f"{e.before:.3f}", f"{e.after:.3f}", f"{e.effect:+.1%}", f"{e.count_before} > {e.count_after}", *kls]
 

@@ -26,7 +26,7 @@ from spd_lens.core.units import ALIVE_ABOVE
 from spd_lens.data.batches import Batch
 from spd_lens.data.streams import first_batches
 from spd_lens.evaluation.held import hold
-from spd_lens.evaluation.site_report import SiteSums
+from spd_lens.evaluation.site_report import ImportanceSums
 from spd_lens.support.given import given_seed
 from spd_lens.support.names import near_names
 from spd_lens.support.tables import format_table
@@ -38,7 +38,7 @@ SAME_ABOVE = 0.9
 
 
 @dataclass(frozen=True)
-class Pair:
+class MatchedPair:
     """Subcomponent `a` of one decomposition and `b` of the other, with the cosines of their rank-one matrices, of V and
     of U (the last two up to a common sign)."""
 
@@ -57,7 +57,7 @@ class SiteComparison:
     alive: tuple[int, int]
     mmcs: dict[str, float]
     mmcs_random: dict[str, float]
-    pairs: tuple[Pair, ...]
+    pairs: tuple[MatchedPair, ...]
 
     @property
     def same(self) -> float:
@@ -154,7 +154,7 @@ def _common_sites(a: Decomposition, b: Decomposition) -> list[str]:
 
 def _alive_on(decomposition: Decomposition, batches: Iterable[Batch]) -> dict[str, Bool[Tensor, " _"]]:
     """As in `evaluate`: by the positions that count."""
-    sums = {name: SiteSums(w.n_subcomponents, decomposition.device) for name, w in decomposition.items()}
+    sums = {name: ImportanceSums(w.n_subcomponents, decomposition.device) for name, w in decomposition.items()}
     for batch in batches:
         held = hold(decomposition, batch, "mse")
         for name, g in held.importances.items():
@@ -181,7 +181,7 @@ def _compare_site(
 
     rows, columns = linear_sum_assignment(rank_one.numpy(), maximize=True)
     pairs = [
-        Pair(ids_a[i], ids_b[j], float(rank_one[i, j]), float(cosines_V[i, j]), float(cosines_U[i, j]))
+        MatchedPair(ids_a[i], ids_b[j], float(rank_one[i, j]), float(cosines_V[i, j]), float(cosines_U[i, j]))
         for i, j in zip(rows.tolist(), columns.tolist(), strict=True)
     ]
     return SiteComparison(

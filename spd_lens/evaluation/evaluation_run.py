@@ -30,7 +30,7 @@ from spd_lens.evaluation.deletion import (
 from spd_lens.evaluation.held import Held, Passes, hold
 from spd_lens.evaluation.intervals import Tally, bootstrap_intervals, mean_per_position
 from spd_lens.evaluation.report import AttackReport, EvaluationReport
-from spd_lens.evaluation.site_report import SiteSums, failure_modes
+from spd_lens.evaluation.site_report import ImportanceSums, failure_modes
 from spd_lens.objective.divergences import Divergence
 from spd_lens.objective.mask_sources import mask_source
 from spd_lens.support.progress import tqdm
@@ -69,7 +69,9 @@ class EvaluationRun:
         # Rows of the running batch; None while every process computes all of them.
         self._n_rows: int | None = None
         self.labels: list[Tensor] = []
-        self.sites = {name: SiteSums(w.n_subcomponents, decomposition.device) for name, w in decomposition.items()}
+        self.sites = {
+            name: ImportanceSums(w.n_subcomponents, decomposition.device) for name, w in decomposition.items()
+        }
         self.n_vocabulary = 0
         self.attack_report: AttackReport | None = None
         self.deletion: Deletion | None = None

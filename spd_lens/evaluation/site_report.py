@@ -30,7 +30,7 @@ class SiteReport:
     alive: int
 
 
-class SiteSums:
+class ImportanceSums:
     """L0 and aliveness of one site, summed over batches."""
 
     def __init__(self, n_subcomponents: int, device: torch.device) -> None:

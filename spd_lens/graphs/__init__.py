@@ -8,7 +8,7 @@ from spd_lens.graphs.of_dataset import dataset_graph
 from spd_lens.graphs.of_prompt import attribution_graph
 from spd_lens.graphs.pruning import influences, prune
 from spd_lens.graphs.readouts import Readout
-from spd_lens.graphs.removing import Removal
+from spd_lens.graphs.removal import Removal
 
 __all__ = [
     "AttributionCheck",

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.units import Unit
-from spd_lens.graphs.removals import Drop, Readouts, removals
+from spd_lens.graphs.measured_removals import Drop, Readouts, removals
 from spd_lens.patching.agreement import Agreement, sampled
 from spd_lens.patching.frozen import Frozen
 from spd_lens.support.progress import tqdm

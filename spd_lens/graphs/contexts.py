@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from spd_lens.graphs.graph_settings import GraphSettings
+from spd_lens.statistics.harvests import Harvest
 from spd_lens.statistics.labels import Labels, checked_labels, read_labels, template_label
-from spd_lens.statistics.result import Harvest
 from spd_lens.support.given import given_instance
 
 if TYPE_CHECKING:

@@ -23,12 +23,12 @@ from spd_lens.graphs.graph_reading import read_graph
 from spd_lens.graphs.graph_settings import GraphSettings
 from spd_lens.graphs.page import edge_size, graph_page
 from spd_lens.graphs.pruning import cumulative_shares, edge_influences, influences, prune
-from spd_lens.graphs.removing import Removal, removal
+from spd_lens.graphs.removal import Removal, removal
 from spd_lens.graphs.viewer_features import checked_slug, features_scan, write_viewer
 from spd_lens.graphs.viewer_json import GraphFile, graph_json, write_graph
 from spd_lens.patching.arguments import Metric
+from spd_lens.statistics.harvests import Harvest
 from spd_lens.statistics.labels import Labels
-from spd_lens.statistics.result import Harvest
 from spd_lens.support.files import given_directory, given_path, write_text
 from spd_lens.support.pages import table_html
 from spd_lens.support.tables import format_table
@@ -134,7 +134,7 @@ class AttributionGraph:
         """Ablate nodes at once: what the edges predict for every readout, and what the model does.
 
         `nodes` are names of nodes, which the page gives (`graph.graph.nodes` lists them); `metrics` are the functions
-        of the logits that the readouts were made with, where they are no tokens. See `spd_lens.graphs.removing`.
+        of the logits that the readouts were made with, where they are no tokens. See `spd_lens.graphs.removal`.
 
         Raises ValueError for unknown nodes and readouts, another decomposition or prompt, and graphs of a data set.
         """

@@ -32,6 +32,7 @@ from spd_lens.graphs.check import AttributionCheck, Reading, measured
 from spd_lens.graphs.direct_pass import DirectPass, Origin, direct_pass, origin_of, sender_of
 from spd_lens.graphs.graph import AttributionGraph
 from spd_lens.graphs.graph_settings import GraphSettings
+from spd_lens.graphs.measured_removals import Drop, Readouts
 from spd_lens.graphs.nodes import (
     above_rounding,
     copies_per_pass,
@@ -39,7 +40,6 @@ from spd_lens.graphs.nodes import (
     readout_attributes,
     threshold_given,
 )
-from spd_lens.graphs.removals import Drop, Readouts
 from spd_lens.patching.agreement import sampled
 from spd_lens.patching.arguments import Metric
 from spd_lens.patching.frozen import Frozen, frozen_given

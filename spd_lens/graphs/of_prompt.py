@@ -30,6 +30,7 @@ from spd_lens.graphs.check import Reading, prompt_check
 from spd_lens.graphs.direct_pass import DirectPass, direct_pass, origin_of, sender_of
 from spd_lens.graphs.graph import AttributionGraph
 from spd_lens.graphs.graph_settings import GraphSettings
+from spd_lens.graphs.measured_removals import Drop
 from spd_lens.graphs.nodes import (
     above_rounding,
     copies_per_pass,
@@ -38,7 +39,6 @@ from spd_lens.graphs.nodes import (
     threshold_given,
 )
 from spd_lens.graphs.readouts import Readout, ReadoutsGiven, chosen_readouts
-from spd_lens.graphs.removals import Drop
 from spd_lens.patching.arguments import checked_input, checked_positions
 from spd_lens.patching.frozen import Frozen, frozen_given
 from spd_lens.statistics.saved import tensors_sha256

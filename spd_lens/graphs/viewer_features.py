@@ -21,7 +21,7 @@ import numpy as np
 
 from spd_lens.graphs.contexts import MOST_CONTEXTS
 from spd_lens.graphs.viewer_json import public_feature
-from spd_lens.statistics.result import Harvest
+from spd_lens.statistics.harvests import Harvest
 from spd_lens.statistics.site_harvest import Histogram, SiteHarvest
 from spd_lens.support.checked_json import read_json_object
 from spd_lens.support.files import given_directory, write_text

@@ -53,7 +53,7 @@ def frozen_given(frozen: Any) -> Frozen:
 
 
 @dataclass(frozen=True)
-class Change:
+class SiteChange:
     """What the copies of a pass change at one site.
 
     - `where` `[copy pos C]`: the activations that become `by`, which broadcasts to the site's `[batch pos C]`.
@@ -73,7 +73,7 @@ def output_names(decomposition: Decomposition) -> dict[str, str]:
     return {site: by_identity[id(weight)] for site, weight in decomposition.items()}
 
 
-class Held:
+class HeldPass:
     """The clean values of one pass over a batch, and the hooks that hold them.
 
     `run` runs the pass that is recorded. `order`: the sites as they ran. `deltas[site]`: `x @ (W - V U)`, needed only
@@ -100,7 +100,7 @@ class Held:
         self.order = [by_point[name] for name in self.values if name in by_point]
         self.points = [name for name in points if name in self.values]
 
-    def hooks(self, changes: Mapping[str, Change]) -> HookList:
+    def hooks(self, changes: Mapping[str, SiteChange]) -> HookList:
         """Hooks under which everything but the changes keeps its clean value."""
         hooks: HookList = []
         for site in self.decomposition:
@@ -116,7 +116,7 @@ class Held:
         return hooks + [(name, hold(self.values[name])) for name in self.points]
 
     @torch.no_grad()
-    def _moved(self, site: str, change: Change) -> Tensor:
+    def _moved(self, site: str, change: SiteChange) -> Tensor:
         """How far the site's output moves in every copy, in the output's own shape."""
         weight, a, y = self.decomposition[site], self.values[self.acts[site]], self.values[self.outputs[site]]
         copies = a.expand(len(change.where), *a.shape)
@@ -130,7 +130,7 @@ class Held:
         return moved
 
 
-def change_hooks(decomposition: Decomposition, changes: Mapping[str, Change]) -> HookList:
+def change_hooks(decomposition: Decomposition, changes: Mapping[str, SiteChange]) -> HookList:
     """Hooks that make the changes and hold nothing: what comes after them follows."""
     hooks: HookList = []
     for site, change in changes.items():

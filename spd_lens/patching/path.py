@@ -31,7 +31,7 @@ from spd_lens.core.units import Ids, Unit, units_of
 from spd_lens.patching.activation import Clean, checked_clean, clean_activations
 from spd_lens.patching.arguments import Metric, checked_input, metric_values, unit_positions
 from spd_lens.patching.effects import Effects
-from spd_lens.patching.frozen import Change, Frozen, Held, frozen_given
+from spd_lens.patching.frozen import Frozen, HeldPass, SiteChange, frozen_given
 from spd_lens.patching.hooks import add, store
 from spd_lens.patching.runner import Replacement, Runner, effects_of
 from spd_lens.support.pages import table_html
@@ -184,7 +184,7 @@ def direct_changes(
     receivers say.
     """
     frozen = frozen_given(frozen)
-    held = Held(decomposition, frozen, lambda: decomposition.host.forward(tokens))
+    held = HeldPass(decomposition, frozen, lambda: decomposition.host.forward(tokens))
     _check_order(held.order, senders, receivers)
     runner = Runner(decomposition, tokens, {site for unit in senders for site in unit.sites})
     # The same pass with nobody sending: rounding differences between held and plain passes cancel.
@@ -221,7 +221,7 @@ def _check_order(order: Sequence[str], senders: Sequence[Unit], receivers: Seque
 
 def _received(
     runner: Runner,
-    held: Held,
+    held: HeldPass,
     group: Sequence[Unit | None],
     position: int | None,
     values: Mapping[str, Tensor],
@@ -231,7 +231,7 @@ def _received(
     decomposition, empty, found = runner.decomposition, Unit(()), {}
     cells = [(unit or empty, position) for unit in group]
     own = list(dict.fromkeys(site for unit, _ in cells for site in unit.sites))
-    changes = {s: Change(runner.where(cells, s, decomposition[s].n_subcomponents)[0], values[s]) for s in own}
+    changes = {s: SiteChange(runner.where(cells, s, decomposition[s].n_subcomponents)[0], values[s]) for s in own}
     reading = dict.fromkeys(receiver.sites[0] for receiver in receivers)
     hooks = [(held.acts[site], store(found, site)) for site in reading] + held.hooks(changes)
     # The unpatched pass computes edited normalisations the same way, so rounding cancels.

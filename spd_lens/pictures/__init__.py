@@ -3,10 +3,10 @@
 from spd_lens.pictures.attention import qk_figure
 from spd_lens.pictures.components import coactivation_figure, dendrogram_figure, description_length_figure
 from spd_lens.pictures.effects import effects_figure, effects_heatmap
+from spd_lens.pictures.graph_views import GraphView, graph_view
 from spd_lens.pictures.graphs import graph_figure
 from spd_lens.pictures.importance import importance_figure, importance_page, save_importance, strongest
 from spd_lens.pictures.inline import InlineBrowser, browse
-from spd_lens.pictures.ticking import GraphView, graph_view
 
 __all__ = [
     "GraphView",

@@ -14,8 +14,8 @@ from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.inputs import checked_decomposition
 from spd_lens.pictures.importance import importance_page
 from spd_lens.statistics.browser import inline_page
+from spd_lens.statistics.harvests import Harvest
 from spd_lens.statistics.labels import Labels
-from spd_lens.statistics.result import Harvest
 from spd_lens.support.pages import shortened
 from spd_lens.support.shown import with_widget
 

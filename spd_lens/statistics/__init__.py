@@ -10,9 +10,9 @@ from spd_lens.statistics.directions import SiteDirections
 from spd_lens.statistics.firing import harvest
 from spd_lens.statistics.firing_together import cofiring
 from spd_lens.statistics.harvest_sums import HarvestSums, positions_of
+from spd_lens.statistics.harvests import Harvest
 from spd_lens.statistics.labelling import Endpoint, Label, Provider, label_components, labels_for_pages
 from spd_lens.statistics.labels import Labels, read_labels, template_label, write_labels
-from spd_lens.statistics.result import Harvest
 from spd_lens.statistics.saved import MadeFrom, made_from
 from spd_lens.statistics.site_harvest import Example, Histogram, SiteHarvest
 from spd_lens.statistics.sums import HarvestSettings

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.inputs import checked_decomposition
-from spd_lens.statistics.result import Harvest
+from spd_lens.statistics.harvests import Harvest
 from spd_lens.support.given import given_instance
 from spd_lens.support.names import near_names
 

@@ -28,7 +28,7 @@ from spd_lens.objective.divergences import divergence_per_position
 from spd_lens.patching.ablation import ablation_effects
 from spd_lens.statistics.directions import site_directions
 from spd_lens.statistics.harvest_sums import HarvestSums, hash_of_read, positions_of
-from spd_lens.statistics.result import Harvest
+from spd_lens.statistics.harvests import Harvest
 from spd_lens.statistics.saved import MadeFrom, made_from, read_harvest, write_harvest
 from spd_lens.statistics.sums import HarvestSettings
 from spd_lens.support.files import given_directory

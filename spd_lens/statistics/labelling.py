@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 from urllib.parse import urlparse
 
-from spd_lens.statistics.result import Harvest
+from spd_lens.statistics.harvests import Harvest
 from spd_lens.statistics.site_harvest import Example
 from spd_lens.support.checked_json import content_hash
 from spd_lens.support.files import given_path

@@ -2,14 +2,14 @@
 
 from spd_lens.models.tiny_lm import load_moby_dick, load_tiny_lm
 from spd_lens.toys.features import ActiveRows, SparseFeatures, one_hot_inputs, resid_mlp_features, tms_features
-from spd_lens.toys.known_solution import (
+from spd_lens.toys.recovery import MIN_MMCS, ML2R_RANGE, ONE_HOT_ALIVE, Recovery, alive, identity_match, ml2r, mmcs
+from spd_lens.toys.reports import (
     ResidMLPReport,
     TMSReport,
     resid_mlp_contributions,
     resid_mlp_report,
     tms_report,
 )
-from spd_lens.toys.recovery import MIN_MMCS, ML2R_RANGE, ONE_HOT_ALIVE, Recovery, alive, identity_match, ml2r, mmcs
 from spd_lens.toys.resid_mlp import ResidMLP
 from spd_lens.toys.tms import TMS
 from spd_lens.toys.train_target import (

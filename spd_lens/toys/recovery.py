@@ -1,7 +1,7 @@
 """What a decomposition is compared with its known mechanisms by: functions of plain tensors.
 
 Importance is read on one-hot inputs (0.75, the paper's), `G [features C]`: row i is the importance of every
-subcomponent when only feature i is on. Reports on whole models are in `spd_lens/toys/known_solution.py`.
+subcomponent when only feature i is on. Reports on whole models are in `spd_lens/toys/reports.py`.
 """
 
 from __future__ import annotations

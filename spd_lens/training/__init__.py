@@ -16,7 +16,7 @@ from spd_lens.training.member_adam import MemberAdam
 from spd_lens.training.member_learner import MemberLearner
 from spd_lens.training.model_shape import SHAPES, ModelShape
 from spd_lens.training.planning import DEVICES, Device, Plan, plan
-from spd_lens.training.readout import Readout, tune_readout
+from spd_lens.training.readout import TunedReadout, tune_readout
 from spd_lens.training.reconstruction import Reconstruction
 from spd_lens.training.run_files import RunFiles, open_run
 from spd_lens.training.step import accumulate_gradients, apply_gradients, set_learning_rates, take_step
@@ -40,12 +40,12 @@ __all__ = [
     "ModelShape",
     "Plan",
     "Processes",
-    "Readout",
     "Reconstruction",
     "RunFiles",
     "StepView",
     "TrainConfig",
     "TrainResult",
+    "TunedReadout",
     "accumulate_gradients",
     "apply_gradients",
     "belongs_to",

@@ -25,7 +25,7 @@ from spd_lens.support.validated import (
     unknown_field,
     validated,
 )
-from spd_lens.training.readout import Readout
+from spd_lens.training.readout import TunedReadout
 from spd_lens.training.reconstruction import Reconstruction, masks_from_json, masks_to_json
 
 Schedule = Literal["constant", "cosine", "linear"]
@@ -190,8 +190,8 @@ class TrainConfig:
             )
         if self.readout is None:
             return
-        if not isinstance(self.readout, Readout):
-            raise TypeError(f"readout is a {type(self.readout).__name__}; expected what tune_readout gives, a Readout")
+        if not isinstance(self.readout, TunedReadout):
+            raise TypeError(f"readout is a {type(self.readout).__name__}; expected a TunedReadout, from tune_readout")
         if self.stop_at is None or self.divergence != "mse":
             raise ValueError(
                 f"a readout with stop_at={self.stop_at} and divergence={self.divergence!r}; expected the block that it "

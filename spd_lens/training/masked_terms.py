@@ -15,7 +15,7 @@ from spd_lens.objective.mask_sources import Climb, MaskSource, SampledMasks
 from spd_lens.objective.reconstruction import reconstruction_passes
 from spd_lens.training.learner import Learner
 from spd_lens.training.part_climb import ClimbOverParts, PartObjective
-from spd_lens.training.parts import Part, Parts
+from spd_lens.training.parts import BatchPart, BatchParts
 from spd_lens.training.reconstruction import Reconstruction
 
 # Routing of every pass of a term: where each of its sites is routed.
@@ -29,7 +29,7 @@ def weighed(loss: Tensor, *weights: Tensor | float | None) -> Tensor:
     return loss
 
 
-def climbed(learner: Learner, parts: Parts, step: int) -> dict[str, Passes]:
+def climbed(learner: Learner, parts: BatchParts, step: int) -> dict[str, Passes]:
     """The routing of every pass, by term, for all rows. Adversaries have climbed the very passes that the loss uses."""
     config, generators = learner.config, learner.generators
     shapes = _shapes(learner, parts)
@@ -43,7 +43,7 @@ def climbed(learner: Learner, parts: Parts, step: int) -> dict[str, Passes]:
     return found
 
 
-def _shapes(learner: Learner, parts: Parts) -> dict[str, torch.Size]:
+def _shapes(learner: Learner, parts: BatchParts) -> dict[str, torch.Size]:
     """Positions of every site in all rows; unknown where nothing asks and to know would cost a pass."""
     config = learner.config
     asked = any(learner.sources[t.name].climbs or t.routing not in ("all", "layerwise") for t in config.reconstructions)
@@ -53,11 +53,11 @@ def _shapes(learner: Learner, parts: Parts) -> dict[str, torch.Size]:
     return {name: torch.Size((g.shape[0] * parts.count, *g.shape[1:-1])) for name, g in first.items()}
 
 
-def _climb(learner: Learner, parts: Parts, term: Reconstruction, passes: Passes, step: int) -> Climb:
+def _climb(learner: Learner, parts: BatchParts, term: Reconstruction, passes: Passes, step: int) -> Climb:
     """What the adversary of one term climbs on."""
     config, mask = learner.config, parts.batch.position_mask
 
-    def objective(part: Part, k: int, share: Tensor | float | None, rows: int | None) -> Callable[[Any], Tensor]:
+    def objective(part: BatchPart, k: int, share: Tensor | float | None, rows: int | None) -> Callable[[Any], Tensor]:
         routed = _of_part(passes, k, parts.count)
         if rows is not None:
             routed = [dict.fromkeys(one) for one in routed]
@@ -98,7 +98,7 @@ def _of_part(passes: Passes, k: int, count: int) -> Passes:
 
 
 @torch.no_grad()
-def everything_off(learner: Learner, parts: Parts) -> Tensor:
+def everything_off(learner: Learner, parts: BatchParts) -> Tensor:
     """The divergence of this batch, over all parts and processes, with all subcomponents and deltas off."""
     off, term, found = SampledMasks("off"), learner.config.reconstructions[0], []
     for k, share in enumerate(parts.shares()):
@@ -110,7 +110,7 @@ def everything_off(learner: Learner, parts: Parts) -> Tensor:
 
 
 def masked_terms(
-    learner: Learner, part: Part, lower: Mapping[str, Tensor], passes: Mapping[str, Passes], k: int, count: int
+    learner: Learner, part: BatchPart, lower: Mapping[str, Tensor], passes: Mapping[str, Passes], k: int, count: int
 ) -> Iterator[tuple[str, Tensor]]:
     """Every pass under masks as (term, its summand of the term), on part k; each is computed when it is asked for."""
     config = learner.config
@@ -135,7 +135,7 @@ def masked_terms(
 def _summands(
     learner: Learner,
     term: Reconstruction,
-    part: Part,
+    part: BatchPart,
     lower: Mapping[str, Tensor],
     masks: MaskSource,
     passes: Passes,

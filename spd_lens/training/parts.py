@@ -27,7 +27,7 @@ from spd_lens.training.learner import Learner
 
 
 @dataclass(frozen=True)
-class Part:
+class BatchPart:
     """A part of the batch after its clean pass, with the importances on it under both squashings.
 
     - `output`: what the divergence compares with; `sizes`: what a read-out divides by. `residuals`, `hidden`: of the
@@ -43,7 +43,7 @@ class Part:
     upper: dict[str, Tensor]
 
 
-class Parts:
+class BatchParts:
     """The parts of one batch of `learner`, each computed when it is asked for.
 
     A batch in one part is computed once and kept. Raises ValueError for a batch that does not divide.
@@ -58,9 +58,9 @@ class Parts:
                 "size that is a multiple of it on every process (and drop the last, smaller batch)"
             )
         self._batches = [every(batch, k, self.count) for k in range(self.count)]
-        self._only: Part | None = None
+        self._only: BatchPart | None = None
 
-    def prepared(self, k: int, *, graph: bool = False) -> Part:
+    def prepared(self, k: int, *, graph: bool = False) -> BatchPart:
         """Part `k`; its importances have a graph with `graph`, or if it is the only one."""
         if self.count > 1:
             with nullcontext() if graph else torch.no_grad():
@@ -69,7 +69,7 @@ class Parts:
             self._only = _prepared(self.learner, self.batch)
         return self._only
 
-    def trained(self) -> Iterator[tuple[int, Part]]:
+    def trained(self) -> Iterator[tuple[int, BatchPart]]:
         """Every part with its graph, while the generators of masks draw what the whole batch draws for its rows."""
         if self.count == 1:
             only, self._only = self.prepared(0), None
@@ -104,7 +104,7 @@ class Parts:
         return list(counts / counts.sum().clamp_min(1))
 
 
-def _prepared(learner: Learner, batch: Batch) -> Part:
+def _prepared(learner: Learner, batch: Batch) -> BatchPart:
     config = learner.config
     with learner.autocast():
         clean = learner.decomposition.clean_pass(
@@ -120,7 +120,7 @@ def _prepared(learner: Learner, batch: Batch) -> Part:
     if config.readout is not None:
         sizes = config.readout.sizes(clean.output)
         output = config.readout.read(clean.output, sizes)
-    return Part(batch, output, sizes, clean.residuals, clean.hidden, lower, upper)
+    return BatchPart(batch, output, sizes, clean.residuals, clean.hidden, lower, upper)
 
 
 def _importances(learner: Learner, inputs: SiteInputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -3,7 +3,7 @@
 Local training (`TrainConfig.stop_at`) compares residual streams. Not every direction of a stream matters alike to what
 the blocks behind it make of it. To second order, an error `e` there costs `e F e / 2` nats of KL at the output, with F
 the Fisher information of the output about the stream. `tune_readout` measures the mean of F over positions once, in
-units of each position's own size (blocks normalise what they read); `Readout` is its root.
+units of each position's own size (blocks normalise what they read); `TunedReadout` is its root.
 
 Left out: how F differs between positions, and what errors at several positions do together.
 """
@@ -29,7 +29,7 @@ from spd_lens.support.progress import tqdm
 
 
 @dataclass(frozen=True, eq=False)
-class Readout:
+class TunedReadout:
     """Reads `x / size @ matrix` from a residual stream `x`, `size` the root mean square of the clean stream there.
 
     The mean squared error of what is read is the divergence. `tune_readout` makes one that is in nats.
@@ -39,7 +39,7 @@ class Readout:
 
     def __post_init__(self) -> None:
         if not bool(self.matrix.isfinite().all()):
-            raise ValueError("the matrix of a Readout has entries that are NaN or infinite")
+            raise ValueError("the matrix of a TunedReadout has entries that are NaN or infinite")
 
     def sizes(self, clean: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch 1"]:
         """What both streams are divided by."""
@@ -58,7 +58,7 @@ class Readout:
         return {"shape": list(self.matrix.shape), "sha256": hashlib.sha256(values).hexdigest()}
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Readout) and self.to_json() == other.to_json()
+        return isinstance(other, TunedReadout) and self.to_json() == other.to_json()
 
     def __hash__(self) -> int:
         return hash(self.to_json()["sha256"])
@@ -73,7 +73,7 @@ def tune_readout(
     samples: int = 1,
     ridge: float = 0.1,
     seed: int = 0,
-) -> Readout:
+) -> TunedReadout:
     """The root of the Fisher information that the logits have about the stream before block `stop_at`.
 
     `samples` next tokens are drawn from the model's own prediction at every position of the first `max_batches` of
@@ -106,7 +106,7 @@ def tune_readout(
     values, vectors = torch.linalg.eigh(fisher)
     # The mean of k squares, so that it is half of the quadratic form.
     root = vectors * (values.clamp_min(0) * len(fisher) / 2).sqrt()
-    return Readout(root.float())
+    return TunedReadout(root.float())
 
 
 def _gradients(

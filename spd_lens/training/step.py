@@ -19,7 +19,7 @@ from spd_lens.objective.divergences import mean_over_positions
 from spd_lens.support.compiling import compiled_regions
 from spd_lens.training.learner import Learner
 from spd_lens.training.masked_terms import Passes, climbed, everything_off, masked_terms, weighed
-from spd_lens.training.parts import Part, Parts
+from spd_lens.training.parts import BatchPart, BatchParts
 from spd_lens.training.sharding import with_whole_factors
 from spd_lens.training.terms import IMPORTANCE_TERMS, LossTerm, StepView, coefficient
 from spd_lens.training.terms import faithfulness as faithfulness_term
@@ -41,7 +41,7 @@ def accumulate_gradients(learner: Learner, batch: Batch, step: int) -> tuple[dic
 
 def _accumulate(learner: Learner, batch: Batch, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     config = learner.config
-    parts = Parts(learner, batch)
+    parts = BatchParts(learner, batch)
     weight = learner.processes.weight(batch.position_mask)
     totals = _frequency_totals(learner, parts, step)
     passes = climbed(learner, parts, step)
@@ -74,7 +74,7 @@ def _accumulate(learner: Learner, batch: Batch, step: int) -> tuple[dict[str, Te
 
 def _train_part(
     learner: Learner,
-    part: Part,
+    part: BatchPart,
     k: int,
     count: int,
     passes: Mapping[str, Passes],
@@ -120,7 +120,7 @@ def _mean_active(g: Tensor, position_mask: Tensor | None) -> Tensor:
     return mean_over_positions(active, counts.expand_as(active))
 
 
-def _frequency_totals(learner: Learner, parts: Parts, step: int) -> Totals | None:
+def _frequency_totals(learner: Learner, parts: BatchParts, step: int) -> Totals | None:
     """The frequency term's sums over all parts; None where there is one part, or no such term."""
     if parts.count == 1 or learner.config.frequency == 0:
         return None
@@ -133,12 +133,12 @@ def _frequency_totals(learner: Learner, parts: Parts, step: int) -> Totals | Non
     return totals
 
 
-def _view(learner: Learner, part: Part, step: int, add: Callable[[Tensor], Tensor] | None) -> StepView:
+def _view(learner: Learner, part: BatchPart, step: int, add: Callable[[Tensor], Tensor] | None) -> StepView:
     return StepView(learner.config, step, part.upper, part.batch.position_mask, learner.minimality_factors, add)
 
 
 def _losses_without_passes(
-    learner: Learner, part: Part, totals: Totals | None, step: int
+    learner: Learner, part: BatchPart, totals: Totals | None, step: int
 ) -> Iterator[tuple[str, Tensor]]:
     if totals is not None:
         totals.start()

@@ -15,9 +15,9 @@ from spd_lens.cli import yaml_file
 from spd_lens.components import Components
 from spd_lens.core import Unit
 from spd_lens.editing import (
-    Candidate,
-    Found,
+    Findings,
     Habit,
+    MeasuredUnit,
     Rewrite,
     edit,
     edits,
@@ -205,22 +205,22 @@ def test_units_that_another_makes_needless_are_given_back(monkeypatch: pytest.Mo
     gone = {frozenset(): 0.0, frozenset({0}): 0.1, frozenset({1}): 0.0, frozenset({2}): 0.7, frozenset({0, 1}): 0.2,
             frozenset({0, 2}): 0.65, frozenset({1, 2}): 0.3, frozenset({0, 1, 2}): 0.6}  # fmt: skip
 
-    def probability(self: Found, units: Any) -> Tensor:
+    def probability(self: Findings, units: Any) -> Tensor:
         return torch.tensor(1 - gone[frozenset(unit.id for unit in units)])
 
-    monkeypatch.setattr(Found, "_probability", probability)
+    monkeypatch.setattr(Findings, "_probability", probability)
     costs = {0: 3.0, 1: 2.0, 2: 1.0}
-    candidates = tuple(Candidate(Unit(((SITE, c),)), 1.0, 0.01, costs[c], 1.0, 1.0) for c in (0, 1, 2))
+    candidates = tuple(MeasuredUnit(Unit(((SITE, c),)), 1.0, 0.01, costs[c], 1.0, 1.0) for c in (0, 1, 2))
     habit = Habit("h", tokens(2)[:, :4], torch.tensor([[1], [1]]))
-    made = Found(decomposition, habit, candidates, None, 3).smallest(0.599)
+    made = Findings(decomposition, habit, candidates, None, 3).smallest(0.599)
     assert [change.unit.id for change in made.changes] == [2]
 
 
 def test_a_habit_that_the_model_does_not_have_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Found, "_probability", lambda self, units: torch.tensor(0.0))
-    found = Found(
+    monkeypatch.setattr(Findings, "_probability", lambda self, units: torch.tensor(0.0))
+    found = Findings(
         in_dtype(torch.float32), Habit("none", tokens(2)[:, :4], torch.tensor([[1], [1]])),
-        (Candidate(Unit(((SITE, 0),)), 1.0, 0.01, 1.0, 1.0, 1.0),), None, 1,
+        (MeasuredUnit(Unit(((SITE, 0),)), 1.0, 0.01, 1.0, 1.0, 1.0),), None, 1,
     )  # fmt: skip
     with pytest.raises(ValueError, match="the model gives 'none' no probability at all"):
         found.smallest(0.5)

@@ -15,7 +15,7 @@ from spd_lens import Decomposition, decompose
 from spd_lens.core import Unit
 from spd_lens.editing import (
     Above,
-    Effect,
+    EditEffect,
     Habit,
     edit,
     find,
@@ -210,8 +210,8 @@ def test_a_task_is_a_habit_and_nothing_else_is(decomposition: Decomposition, wit
 
 
 def test_an_effect_on_nothing_is_not_a_number() -> None:
-    assert math.isnan(Effect(0.0, 0.0, 0, 0, 0.0, 0.0, 0.0).effect)
-    assert Effect(0.5, 0.1, 0, 0, 0.0, 0.0, 0.0).effect == pytest.approx(0.8)
+    assert math.isnan(EditEffect(0.0, 0.0, 0, 0, 0.0, 0.0, 0.0).effect)
+    assert EditEffect(0.5, 0.1, 0, 0, 0.0, 0.0, 0.0).effect == pytest.approx(0.8)
 
 
 def test_measuring_equal_models_gives_nothing(decomposition: Decomposition) -> None:

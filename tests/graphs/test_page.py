@@ -11,7 +11,7 @@ from pathlib import Path
 import networkx as nx
 import pytest
 
-from spd_lens.graphs import AttributionCheck, AttributionGraph, GraphSettings, removing
+from spd_lens.graphs import AttributionCheck, AttributionGraph, GraphSettings, removal
 from tests.chromium import Browser, chromium, needs_chromium
 from tests.graphs.test_export import CONTEXTS, HOSTILE, hostile_graph
 
@@ -204,7 +204,7 @@ def test_nodes_that_are_ablated_change_the_readouts_as_python_predicts(tab: Brow
     for name in names:
         click(tab, name)
         tab.key("x")
-    fallen = removing.predicted_falls(graph.graph, set(names))
+    fallen = removal.predicted_falls(graph.graph, set(names))
     got = tab.do("(()=>{const f=predicted(removed);return data.nodes.map((n,i)=>[n.name,f[i]])})()")
     for name, value in got:
         assert value == pytest.approx(fallen[name], rel=1e-3, abs=1e-3), name

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from spd_lens.core import Unit
-from spd_lens.editing import EditReport, Effect
+from spd_lens.editing import EditEffect, EditReport
 from spd_lens.graphs import AttributionCheck, AttributionGraph, Context, GraphSettings, Removal
 from spd_lens.patching import Effects
 from spd_lens.pictures import effects_heatmap, importance_figure, importance_page
@@ -80,7 +80,7 @@ def effects_of(text: str) -> Effects:
 
 
 def edit_page(text: str, folder: Path) -> str:
-    effect = Effect(before=0.5, after=0.1, count_before=3, count_after=1, kl_at=0.1, kl_near=0.1, kl_elsewhere=0.0)
+    effect = EditEffect(before=0.5, after=0.1, count_before=3, count_after=1, kl_at=0.1, kl_near=0.1, kl_elsewhere=0.0)
     made = EditReport(
         habit=text, lines=(text, text), n_prompts=1, n_generated=4, here=effect, wordings={text: effect},
         random=(effect,), parameters_changed={text: 3}, ranks={text: 1}, baked_difference=None, largest_change=1.0,
@@ -184,7 +184,7 @@ def test_a_browser_shows_all_of_them_and_runs_none(kind: str, tmp_path: Path) ->
         made = AttributionGraph(made.graph, made.check, tuple(PAYLOADS[:6]), GraphSettings())
         path = made.to_html(tmp_path / "page.html", title="harmless")
     elif kind == "edit":
-        effect = Effect(0.5, 0.1, 3, 1, 0.1, 0.1, 0.0)
+        effect = EditEffect(0.5, 0.1, 3, 1, 0.1, 0.1, 0.0)
         many = dict.fromkeys(PAYLOADS, 1)
         report = EditReport(
             habit=PAYLOADS[0], lines=tuple(PAYLOADS), n_prompts=1, n_generated=4, here=effect,

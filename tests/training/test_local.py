@@ -15,7 +15,7 @@ from spd_lens.core import SiteMask
 from spd_lens.data import Batch, TokenBatches, cache_residuals
 from spd_lens.hosts import open_host
 from spd_lens.objective import Merged, Persistent
-from spd_lens.training import Readout, accumulate_gradients, make_learner, train_many, tune_readout
+from spd_lens.training import TunedReadout, accumulate_gradients, make_learner, train_many, tune_readout
 from tests.bridge_models import CONFIGS, boot, pristine, random_tokens
 from tests.conftest import TL_MAJOR
 from tests.small_models import TiedAutoencoder, tiny_transformer, tokens
@@ -92,7 +92,7 @@ def test_a_readout_is_compared_instead_of_the_stream() -> None:
     matrix = torch.randn(16, 5)
     size = clean.square().mean(-1, keepdim=True).sqrt()
     expected = (((clean - masked) / size) @ matrix.double()).square().mean()
-    found = _loss(decomposition, Batch(batch), divergence="mse", readout=Readout(matrix))
+    found = _loss(decomposition, Batch(batch), divergence="mse", readout=TunedReadout(matrix))
     assert found == pytest.approx(float(expected), rel=1e-4)
 
 
@@ -154,7 +154,7 @@ def test_local_training_lowers_the_kl_on_the_logits(tmp_path: Path) -> None:
 
 
 def test_a_resumed_local_run_equals_the_uninterrupted_one(tmp_path: Path) -> None:
-    readout = Readout(torch.randn(16, 16))
+    readout = TunedReadout(torch.randn(16, 16))
     config = TrainConfig(
         steps=6, stop_at=1, divergence="mse", readout=readout, checkpoint_every=2, keep_checkpoints=9, log_every=1
     )
@@ -164,7 +164,7 @@ def test_a_resumed_local_run_equals_the_uninterrupted_one(tmp_path: Path) -> Non
     checkpoint = tmp_path / "run" / "checkpoints" / "step-00000002"
     with pytest.raises(ValueError, match="readout"):
         train(again, TokenBatches(_words(16), 4), resume_from=checkpoint)
-    other = config.changed(readout=Readout(torch.randn(16, 16)))
+    other = config.changed(readout=TunedReadout(torch.randn(16, 16)))
     with pytest.raises(ValueError, match="readout"):
         train(again, TokenBatches(_words(16), 4), other, resume_from=checkpoint)
     train(again, TokenBatches(_words(16), 4), config, resume_from=checkpoint)
@@ -241,8 +241,8 @@ def test_a_readout_is_refused_where_the_logits_depend_on_more_than_the_stream(wi
         ({"stop_at": 1}, "relative_mse"),
         ({"stop_at": 0, "divergence": "mse"}, "stop_at"),
         ({"stop_at": True, "divergence": "mse"}, "stop_at"),
-        ({"readout": Readout(torch.eye(4)), "divergence": "mse"}, "the block that it was tuned for"),
-        ({"readout": Readout(torch.eye(4)), "divergence": "relative_mse", "stop_at": 1}, "divergence='mse'"),
+        ({"readout": TunedReadout(torch.eye(4)), "divergence": "mse"}, "the block that it was tuned for"),
+        ({"readout": TunedReadout(torch.eye(4)), "divergence": "relative_mse", "stop_at": 1}, "divergence='mse'"),
     ],
 )
 def test_choices_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -254,4 +254,4 @@ def test_a_readout_is_no_tensor() -> None:
     with pytest.raises(TypeError, match="tune_readout"):
         TrainConfig(stop_at=1, divergence="mse", readout=torch.eye(4))
     with pytest.raises(ValueError, match="NaN"):
-        Readout(torch.full((4, 4), torch.nan))
+        TunedReadout(torch.full((4, 4), torch.nan))

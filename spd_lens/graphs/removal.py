@@ -23,8 +23,8 @@ from torch import Tensor
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.graphs.direct_pass import sender_of
 from spd_lens.graphs.graph_settings import GraphSettings
+from spd_lens.graphs.measured_removals import removed_together
 from spd_lens.graphs.readouts import ReadoutsGiven, chosen_readouts
-from spd_lens.graphs.removals import removed_together
 from spd_lens.patching.arguments import Metric, checked_input
 from spd_lens.statistics.saved import tensors_sha256
 from spd_lens.support.given import given_list

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from spd_lens import Decomposition, decompose
-from spd_lens.graphs import AttributionGraph, attribution_graph, dataset_graph, removing
+from spd_lens.graphs import AttributionGraph, attribution_graph, dataset_graph, removal
 from spd_lens.pictures import graph_view
 from tests.conftest import needs_hooked
 from tests.graphs.test_page import N_READOUTS, SITES, random_graph
@@ -36,7 +36,7 @@ def graph(decomposition: Decomposition) -> AttributionGraph:
 def test_a_prediction_is_the_sum_over_all_paths() -> None:
     inner, lengths = random_graph(3).graph, set()
     gone = [f"{SITES[0]}[{c}] @{t}" for c in range(2) for t in range(6)] + [f"{SITES[1]}[0] @{t}" for t in range(6)]
-    fallen = removing.predicted_falls(inner, gone)
+    fallen = removal.predicted_falls(inner, gone)
     for r in range(N_READOUTS):
         total = 0.0
         for first in gone:

@@ -18,7 +18,7 @@ from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.interventions import HookList
 from spd_lens.core.units import DELTA, Unit
 from spd_lens.graphs.direct_pass import Start, delta_outputs, origin_of, start_of
-from spd_lens.patching.frozen import Change, Frozen, Held, change_hooks
+from spd_lens.patching.frozen import Frozen, HeldPass, SiteChange, change_hooks
 from spd_lens.patching.hooks import store, zero
 
 
@@ -55,7 +55,7 @@ def removals(
     clean = None
     if held:
         deltas = delta_outputs(decomposition, tokens)
-        clean = Held(decomposition, frozen, lambda: start.run(decomposition, start.rows(1)), deltas)
+        clean = HeldPass(decomposition, frozen, lambda: start.run(decomposition, start.rows(1)), deltas)
     # Nobody removed: rounding differences between held and plain passes cancel.
     base_acts, base_readouts = _removal_pass(decomposition, start, clean, readouts, [()], tokens.shape[1])
     for first in range(0, len(senders), per_pass):
@@ -82,7 +82,7 @@ def removed_together(
 def _removal_pass(
     decomposition: Decomposition,
     start: Start,
-    clean: Held | None,
+    clean: HeldPass | None,
     readouts: Readouts,
     senders: Sequence[Sequence[Unit]],
     length: int,
@@ -109,16 +109,16 @@ def _numbered(senders: Sequence[Sequence[Unit]]) -> Iterator[tuple[int, Unit]]:
     return ((k, sender) for k, group in enumerate(senders) for sender in group)
 
 
-def _changes(decomposition: Decomposition, senders: Sequence[Sequence[Unit]], length: int) -> dict[str, Change]:
+def _changes(decomposition: Decomposition, senders: Sequence[Sequence[Unit]], length: int) -> dict[str, SiteChange]:
     """What the copies change at every site: activations and deltas that become 0."""
-    changes: dict[str, Change] = {}
+    changes: dict[str, SiteChange] = {}
     for k, sender in _numbered(senders):
         if origin_of(sender)[0] == "embedding":
             continue
         weight = decomposition[sender.site]
         if sender.site not in changes:
             where = torch.zeros(len(senders), length, weight.n_subcomponents, dtype=torch.bool, device=weight.V.device)
-            changes[sender.site] = Change(where, torch.zeros((), device=weight.V.device), where.any(-1))
+            changes[sender.site] = SiteChange(where, torch.zeros((), device=weight.V.device), where.any(-1))
         change = changes[sender.site]
         if sender.id == DELTA:
             assert change.no_delta is not None

@@ -18,11 +18,11 @@ from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.inputs import checked_decomposition
 from spd_lens.graphs.contexts import described
 from spd_lens.graphs.graph import AttributionGraph
-from spd_lens.graphs.removing import Removal
+from spd_lens.graphs.removal import Removal
 from spd_lens.patching.arguments import Metric
 from spd_lens.pictures.inline import framed
+from spd_lens.statistics.harvests import Harvest
 from spd_lens.statistics.labels import Labels
-from spd_lens.statistics.result import Harvest
 from spd_lens.support.pages import shortened, visible
 from spd_lens.support.shown import with_widget
 

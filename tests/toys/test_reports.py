@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spd_lens import decompose
 from spd_lens.core import DecomposedWeight, Decomposition
-from spd_lens.toys import TMS, ResidMLP, known_solution, one_hot_inputs, recovery, resid_mlp_report, tms_report
+from spd_lens.toys import TMS, ResidMLP, one_hot_inputs, recovery, reports, resid_mlp_report, tms_report
 from tests.small_models import generator, rand, randn
 
 N_FEATURES, C = 5, 12
@@ -77,7 +77,7 @@ def test_one_subcomponent_per_feature_is_a_success() -> None:
     report = tms_report(decomposed_tms(torch.eye(5), pentagon()))
     assert report.problems == ()
     assert report.success
-    assert report.encoder == report.decoder == known_solution.FeatureSite(5, n_alive=5, one_each=True, identity_error=0)
+    assert report.encoder == report.decoder == reports.FeatureSite(5, n_alive=5, one_each=True, identity_error=0)
     assert report.recovery.mmcs == pytest.approx(1)
     assert report.recovery.ml2r == pytest.approx(1)
     assert str(report).endswith("\nthe known solution")
@@ -160,13 +160,13 @@ def test_nothing_alive_is_no_success_and_no_error() -> None:
     report = tms_report(decomposition)
     assert (report.recovery.mmcs, report.recovery.ml2r) == (0, 0)
     assert report.recovery.mmcs_all == pytest.approx(1)
-    assert report.encoder == known_solution.FeatureSite(5, n_alive=0, one_each=False, identity_error=5)
+    assert report.encoder == reports.FeatureSite(5, n_alive=0, one_each=False, identity_error=5)
     assert not report.success
 
 
 def test_importance_below_one_on_what_is_needed_fails() -> None:
-    assert known_solution.FeatureSite.of(0.95 * torch.eye(5)).problems("W") == []
-    assert known_solution.FeatureSite.of(0.7 * torch.eye(5)).problems("W") == [
+    assert reports.FeatureSite.of(0.95 * torch.eye(5)).problems("W") == []
+    assert reports.FeatureSite.of(0.7 * torch.eye(5)).problems("W") == [
         "W: 5 importances differ from one subcomponent per feature"
     ]
 
@@ -178,7 +178,7 @@ def test_identity_as_two_subcomponents_is_right_in_any_basis() -> None:
         set_factors(decomposition["W_id"], rotation(degrees), rotation(degrees).T)
         report = tms_report(decomposition)
         assert report.success
-        assert report.identity == known_solution.DenseSite(2, n_alive=2, n_always_on=always_on, error=0)
+        assert report.identity == reports.DenseSite(2, n_alive=2, n_always_on=always_on, error=0)
 
 
 def test_identity_as_three_subcomponents_is_wrong() -> None:
