@@ -73,12 +73,12 @@ def peak_memory(run: Step, device: torch.device) -> int:
 
 def kept_workspace() -> int:
     """Bytes of the workspace that this thread keeps."""
-    return sum(room.nbytes for rooms in blocks._kept.__dict__.values() for room in rooms)
+    return sum(room.nbytes for rooms in blocks._kept.rooms.values() for room in rooms)
 
 
 def drop_workspace() -> None:
     """Start without one, so that what a step then keeps is its own."""
-    blocks._kept.__dict__.clear()
+    blocks._kept.rooms.clear()
 
 
 # -- shares of terms ------------------------------------------------------------------------------------------------

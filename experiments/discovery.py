@@ -152,7 +152,7 @@ def named_by_decomposition(decomposition: Decomposition, tokens: Tensor) -> tupl
 
 @torch.no_grad()
 def loss_without(decomposition: Decomposition, tokens: Tensor, subcomponent: int, token: int) -> float:
-    """What the patients' log odds of "ill" lose in all if the embedding's subcomponent is taken away at one token."""
+    """What the patients' log odds of "ill" lose in all if the embedding's subcomponent is ablated at one token."""
     point = decomposition["embed.W_E"].site.point_names()[0]
 
     def without(value: Tensor, hook: Any) -> Tensor:

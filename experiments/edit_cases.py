@@ -1,4 +1,4 @@
-"""Cases of `edits.py`: a model with a decomposition, a habit to take away, and text that is to stay as it is.
+"""Cases of `edits.py`: a model with a decomposition, a habit to remove, and text that is to stay as it is.
 
 The tiny language model: semicolons and archaic pronouns of its whaling book, words of the speeches that it writes
 itself, and one fact, "Ahab" after "Captain". The induction model: the token that comes again. SmolLM2-135M with some of

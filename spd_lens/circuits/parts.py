@@ -60,6 +60,9 @@ class Parts(ABC):
     def __len__(self) -> int:
         return len(self.labels)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self)} parts on {len(self.task.clean)} prompts: {self.what})"
+
     @abstractmethod
     def hooks(self, kept: Bool[Tensor, " part"]) -> HookList:
         """Hooks for a pass over the clean prompts in which only the parts in `kept` are live."""

@@ -1,4 +1,4 @@
-"""Causal evidence for grouping: which outputs each subcomponent moves when it is taken away: `coeffects`.
+"""Causal evidence for grouping: which outputs each subcomponent moves when it is ablated: `coeffects`.
 
 Two subcomponents that fire together may have nothing to do with each other, and two that make one mechanism may fire
 at different rates: one reads whenever a feature is there, the other writes only where it passes a threshold. What

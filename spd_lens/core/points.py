@@ -53,7 +53,7 @@ class ReadPoint(HookPoint):
 class HeadResults(HookPoint):
     """What each head adds to `W_O`'s output, where the host computes that: masks act here, before the user's hooks.
 
-    A hook that takes a head away then takes away what the masked weight makes of it.
+    A hook that ablates a head then ablates what the masked weight makes of it.
     """
 
     weights: Sequence[Reader] = ()

@@ -17,6 +17,7 @@ from torch import Tensor
 from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.units import Unit, check_site, units_of
 from spd_lens.support.given import given_instance, given_number
+from spd_lens.support.shown import short_repr
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +31,8 @@ class Rewrite:
     writes: Tensor | None = None
     reads: Tensor | None = None
     scale: float | int = 1.0
+
+    __repr__ = short_repr
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ class Change:
     scale: float
     writes: Tensor | None = None
     reads: Tensor | None = None
+
+    __repr__ = short_repr
 
     @property
     def is_rewrite(self) -> bool:
@@ -133,7 +138,7 @@ def _by_ids(decomposition: Decomposition, site: str, value: Any) -> list[tuple[l
     if isinstance(value, (Real, Rewrite)) and not isinstance(value, bool):
         raise TypeError(
             f"the edit of {site} is {value!r}, which names no subcomponent; expected {{ids: {value!r}}} there, or a "
-            "list of ids that are taken away"
+            "list of ids that are ablated"
         )
     return [([unit.id], 0.0) for unit in units_of(decomposition, {site: value})]
 

@@ -1,4 +1,4 @@
-"""`edit`: subcomponents scaled, taken away, or turned to other directions, tried as hooks before anything is written.
+"""`edit`: subcomponents scaled, ablated, or turned to other directions, tried as hooks before anything is written.
 
     W' = W + sum_c (s_c - 1) V_c U_c                      by subcomponent or component (C4)
     W' = W - V_c U_c + s_c V'_c U'_c                      by direction (`Rewrite`)
@@ -254,7 +254,7 @@ def _largest_difference(a: Tensor, b: Tensor) -> float:
 def edit(decomposition: Decomposition, changes: Changes, *, when: Above | None = None) -> Edit:
     """An edit of a decomposed model's weights, to be tried (`applied`), measured (`report`) and baked (`bake`).
 
-    - `{site: {3: 0.0, (5, 7): 0.5}}`: subcomponent 3 is taken away, 5 and 7 are halved: the matrix becomes
+    - `{site: {3: 0.0, (5, 7): 0.5}}`: subcomponent 3 is ablated, 5 and 7 are halved: the matrix becomes
       `W + sum_c (s_c - 1) V_c U_c`. `{site: [3, 5]}` takes both away.
     - `{unit: 0.5}`, a `Unit` or a list of units (components, the units of a circuit), also over several sites.
     - `{site: {3: Rewrite(writes=..., reads=...)}}`: the subcomponent writes, or reads, another direction.

@@ -1,6 +1,6 @@
 """`find`: which subcomponents, and components, a habit hangs on, and which of them other text does not need.
 
-Gradients say quickly which of thousands are worth a try; those are then taken away one by one, exactly, on the habit's
+Gradients say quickly which of thousands are worth a try; those are then ablated one by one, exactly, on the habit's
 prompts and on control text. The estimate's agreement with what was measured stands beside the result.
 
 Cost: one forward and backward pass over the prompts; `n_measured` passes over the prompts and over the controls.
@@ -40,7 +40,7 @@ def find(
     n_checked: int = 32,
     per_pass: int | None = None,
 ) -> Findings:
-    """Units ranked by the measured effect of taking them away: on the behaviour, against that on control text.
+    """Units ranked by the measured effect of ablating them: on the behaviour, against that on control text.
 
     - `behaviour`: a `Habit`, or a `Task` (its answers after its clean prompts).
     - `controls`: tokens of text that is to stay as it is.
@@ -58,7 +58,7 @@ def find(
     units = units_of(decomposition, ids)
     few = habit[:_ESTIMATED_ON]
     lead = few.prompts.shape
-    # A run whose activations are all 0: to patch it in is to take a subcomponent away.
+    # A run whose activations are all 0: to patch it in is to ablate a subcomponent.
     nothing = {decomposition[s].site.point_names()[0]: torch.zeros(*lead, 1) for u in units for s in u.sites}
     estimates = attribution_patching(
         decomposition,

@@ -59,7 +59,7 @@ class Findings:
         return [c.unit for c in self.candidates if c.drop > 2 * c.standard_error]
 
     def smallest(self, effect: float, *, at_most: int = 64) -> Edit:
-        """The smallest edit found that takes away the share `effect` of the habit's probability on its prompts.
+        """The smallest edit found that lowers the habit's probability on its prompts by the share `effect`.
 
         Units are taken in order until the effect is reached, then those that are not needed are given back, the
         costliest first, until none of what is left can be left out. Which set is smallest of all nobody knows without
@@ -75,9 +75,7 @@ class Findings:
             )
         before = float(self._probability([]))
         if before == 0:
-            raise ValueError(
-                f"the model gives {self.habit.name!r} no probability at all, so there is none to take away"
-            )
+            raise ValueError(f"the model gives {self.habit.name!r} no probability at all, so there is nothing to lower")
 
         def reached(units: Sequence[Unit]) -> float:
             return 1 - float(self._probability(units)) / before

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from spd_lens.editing.baking import given_plain, outputs_of
 from spd_lens.editing.habit import Habit, checked_habit
 from spd_lens.support.given import given_number, given_whole
+from spd_lens.support.shown import short_repr, text_html
 
 # Back means: this share of the probability before the edit.
 BACK_AT = 0.9
@@ -34,6 +35,9 @@ class Relearning:
     probability: tuple[float, ...]
     n_examples: int
     learning_rate: float
+
+    __repr__ = short_repr
+    _repr_html_ = text_html
 
     @property
     def back_after(self) -> int | None:

@@ -17,6 +17,7 @@ from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.inputs import checked_tokens
 from spd_lens.objective.divergences import divergence_per_position, log_probs
 from spd_lens.support.given import given_function, given_instance, given_seed, given_whole, given_wholes, shown
+from spd_lens.support.shown import short_repr
 from spd_lens.tasks.task import Task, row_with_repeats
 
 # Tokens [row pos] -> logits [row pos d_vocab].
@@ -39,6 +40,8 @@ class Habit:
     prompts: Int[Tensor, "row pos"]
     answers: Int[Tensor, "row _k"]
     continuations: Int[Tensor, "row _n"] | None = None
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         for field in ("prompts", "answers", "continuations"):

@@ -25,6 +25,7 @@ from torch import Tensor
 from spd_lens.core.masks import SiteMask
 from spd_lens.core.units import ALIVE_ABOVE
 from spd_lens.evaluation.held import Held
+from spd_lens.support.shown import short_repr
 
 CONTROL_POSITIONS = 64
 # Positions of the sample that controls are drawn from; more would only cost memory.
@@ -47,6 +48,8 @@ class Deletion:
     never_needed: dict[str, int]
     sample_positions: int
     kept: dict[str, float]
+
+    __repr__ = short_repr
 
 
 class Needs:

@@ -18,6 +18,7 @@ from spd_lens.evaluation.verdict import Verdict, judge
 from spd_lens.objective.divergences import Divergence
 from spd_lens.support.checked_json import read_checked_values, write_checked
 from spd_lens.support.files import given_path
+from spd_lens.support.shown import short_repr, text_html
 from spd_lens.support.tables import format_table
 
 FORMAT, FORMAT_VERSION = "spd_lens evaluation", 1
@@ -34,6 +35,9 @@ class AttackReport:
     span_rows: int
     span_positions: int
     spans: int
+
+    __repr__ = short_repr
+    _repr_html_ = text_html
 
     def __str__(self) -> str:
         starts = "one start" if self.starts == 1 else f"worst of {self.starts} starts"

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from spd_lens.core.units import ALIVE_ABOVE
+from spd_lens.support.shown import short_repr, text_html
 
 # Ours: a quarter of everything off still stands between "damaged" and "gone".
 SHARE_OF_OFF = 0.25
@@ -37,6 +38,9 @@ class Verdict:
     holds: bool
     judged: bool
     sentences: tuple[str, ...]
+
+    __repr__ = short_repr
+    _repr_html_ = text_html
 
     def __bool__(self) -> bool:
         return self.holds

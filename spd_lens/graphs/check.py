@@ -17,6 +17,7 @@ from spd_lens.graphs.measured_removals import Drop, Readouts, removals
 from spd_lens.patching.agreement import Agreement, sampled
 from spd_lens.patching.frozen import Frozen
 from spd_lens.support.progress import tqdm
+from spd_lens.support.shown import short_repr, text_html
 from spd_lens.support.tables import format_table
 
 # What an edge is about besides its sender: how to read its receiver off what fell.
@@ -87,6 +88,9 @@ class AttributionCheck(Agreement):
     edges: tuple[tuple[str, str], ...]
     total: tuple[float, ...]
     frozen: str
+
+    __repr__ = short_repr
+    _repr_html_ = text_html
 
     def summary(self) -> str:
         """One line: what was measured, and how it compares."""

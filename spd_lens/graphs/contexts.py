@@ -11,6 +11,7 @@ from spd_lens.graphs.graph_settings import GraphSettings
 from spd_lens.statistics.harvests import Harvest
 from spd_lens.statistics.labels import Labels, checked_labels, read_labels, template_label
 from spd_lens.support.given import given_instance
+from spd_lens.support.shown import short_repr
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -27,6 +28,8 @@ class Context:
 
     tokens: Sequence[str]
     importances: Sequence[float] | None = None
+
+    __repr__ = short_repr
 
 
 @dataclass(frozen=True)

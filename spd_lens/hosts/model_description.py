@@ -20,6 +20,9 @@ class ModelDescription(ABC):
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.provenance().model_name}, {self.n_layers()} blocks)"
+
     @abstractmethod
     def site_names(self) -> list[str]:
         """Names of every weight matrix that this model has, whether it can be decomposed or not."""

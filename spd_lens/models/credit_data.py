@@ -24,6 +24,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from spd_lens.support.names import near_names
+from spd_lens.support.shown import short_repr
 
 CREDIT_DIRECTORY = Path(__file__).resolve().parent / "shipped" / "credit"
 TABLE = "german_credit.csv.gz"
@@ -105,6 +106,8 @@ class CreditApplicants:
     labels: Int[Tensor, " n"]
     rows: tuple[Mapping[str, str], ...]
     numbers: tuple[int, ...]
+
+    __repr__ = short_repr
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -100,6 +100,10 @@ class RepeatedSequences:
         self.batch_size, self.seed, self.n_ctx, self.d_vocab = batch_size, seed, n_ctx, d_vocab
         self.min_period, self.max_period = min_period, max_period
 
+    def __repr__(self) -> str:
+        periods = f"periods {self.min_period} to {self.max_period}"
+        return f"RepeatedSequences({self.n_ctx} tokens, {periods}, batches of {self.batch_size}, seed {self.seed})"
+
     def __iter__(self) -> Iterator[Int[Tensor, "batch pos"]]:
         return self.batches_from(0)
 

@@ -71,6 +71,9 @@ class ModularSums:
         self.batch_size, self.seed, self.p = batch_size, seed, p
         self.sums = all_sums(p)
 
+    def __repr__(self) -> str:
+        return f"ModularSums(p={self.p}, batches of {self.batch_size}, seed {self.seed})"
+
     def __iter__(self) -> Iterator[Int[Tensor, "batch 3"]]:
         return self.batches_from(0)
 

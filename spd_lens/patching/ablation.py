@@ -1,4 +1,4 @@
-"""Ablation: what a metric loses when subcomponents are taken away, or keeps when only they are left.
+"""Ablation: what a metric loses when subcomponents are ablated, or keeps when only they are left.
 
 Removing subcomponent c by zero ablation is the same as running a model with `W - V_c U_c` in place of `W`: the
 delta `W - V U` and everything else stay. `necessity` asks what breaks without a unit, `sufficiency` what is left

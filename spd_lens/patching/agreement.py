@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spd_lens.support.given import given_instance, given_whole
+from spd_lens.support.shown import short_repr, text_html
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,9 @@ class Agreement:
     predicted: tuple[float, ...]
     measured: tuple[float, ...]
     n_strongest: int
+
+    __repr__ = short_repr
+    _repr_html_ = text_html
 
     @property
     def not_finite(self) -> int:

@@ -19,6 +19,7 @@ from spd_lens.specialists.directions import Directions, ordered
 from spd_lens.specialists.domain import Domain
 from spd_lens.specialists.matrices import SmallMatrix
 from spd_lens.specialists.whitening import whitened_factors
+from spd_lens.support.shown import short_repr
 
 Allocation = Literal["measured", "effect", "uniform"]
 Write = Literal["subcomponents", "refitted", "whitened"]
@@ -37,6 +38,8 @@ class Candidate:
     matrices: Mapping[str, SmallMatrix]
     chosen: Kept
     share: float | None = None
+
+    __repr__ = short_repr
 
 
 def candidates(

@@ -10,6 +10,7 @@ from torch import Tensor
 from spd_lens.specialists.allocation import Kept
 from spd_lens.specialists.domain import Domain
 from spd_lens.specialists.matrices import SmallMatrix, cheapest_form
+from spd_lens.support.shown import short_repr
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +24,8 @@ class Directions:
     U: Mapping[str, Tensor]
     worth: Mapping[str, Tensor]
     numbers: Mapping[str, Tensor]
+
+    __repr__ = short_repr
 
     def kept(self, kept: Kept, whole: Mapping[str, Tensor]) -> dict[str, SmallMatrix]:
         """The matrices with the first `kept[site]` directions each."""

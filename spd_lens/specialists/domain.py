@@ -24,6 +24,7 @@ from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.inputs import checked_decomposition, checked_tokens
 from spd_lens.data.batches import as_batch, is_one_batch
 from spd_lens.support.given import given_seed, shown
+from spd_lens.support.shown import short_repr
 
 _ROWS_PER_PASS = 16
 
@@ -41,6 +42,8 @@ class Domain:
     gradients: Mapping[str, list[Tensor]]
     moments: Mapping[str, Tensor]
     gradient_moments: Mapping[str, Tensor]
+
+    __repr__ = short_repr
 
     @property
     def sites(self) -> tuple[str, ...]:

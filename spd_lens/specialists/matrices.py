@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from spd_lens.support.shown import short_repr
+
 
 @dataclass(frozen=True, eq=False)
 class SmallMatrix:
@@ -15,6 +17,8 @@ class SmallMatrix:
 
     A: Tensor
     B: Tensor | None = None
+
+    __repr__ = short_repr
 
     @property
     def rank(self) -> int | None:

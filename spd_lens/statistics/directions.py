@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from spd_lens.core.decomposition import Decomposition
+from spd_lens.support.shown import short_repr
 
 N_SIMILAR, N_LOGITS = 8, 10
 _NAMES = ("size", "similar_ids", "similar", "raised_ids", "raised", "lowered_ids", "lowered")
@@ -36,6 +37,8 @@ class SiteDirections:
     raised: Tensor | None = None
     lowered_ids: Tensor | None = None
     lowered: Tensor | None = None
+
+    __repr__ = short_repr
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that it holds, by name."""

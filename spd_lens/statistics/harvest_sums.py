@@ -12,6 +12,7 @@ from torch import Tensor
 from spd_lens.statistics.events import EventSample
 from spd_lens.statistics.reservoir import random_keys, row_hashes
 from spd_lens.statistics.sums import HarvestSettings, Positions, SiteSums
+from spd_lens.support.shown import short_repr
 
 
 @dataclass(eq=False)
@@ -72,6 +73,8 @@ class HarvestSums:
     events: EventSample = field(init=False)
     input_totals: Tensor = field(init=False)
     predicted_totals: Tensor = field(init=False)
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         self.sites = {

@@ -14,6 +14,7 @@ from spd_lens.statistics.directions import SiteDirections
 from spd_lens.statistics.reservoir import Reservoir
 from spd_lens.statistics.sums import ACTIVATION_BINS, ACTIVATION_RANGE, IMPORTANCE_BINS, SiteSums
 from spd_lens.statistics.token_counts import TokenCounts, TokenOrder, TokenStatistic
+from spd_lens.support.shown import short_repr
 
 ExampleKind: TypeAlias = Literal["top", "random", "stratified"]
 
@@ -32,6 +33,8 @@ class Example:
     importances: tuple[float, ...] = ()
     activations: tuple[float, ...] = ()
 
+    __repr__ = short_repr
+
 
 @dataclass(frozen=True)
 class Histogram:
@@ -39,6 +42,8 @@ class Histogram:
 
     edges: tuple[float, ...]
     counts: tuple[int, ...]
+
+    __repr__ = short_repr
 
 
 class SiteHarvest:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
 
 import torch
 from torch import Tensor
 
-_kept = threading.local()
+
+class Kept(threading.local):
+    """The tensors that a thread keeps, by dtype."""
+
+    def __init__(self) -> None:
+        self.rooms: dict[torch.dtype, list[Tensor]] = {}
+
+
+_kept = Kept()
 
 
 def block_entries(device: torch.device) -> int:
@@ -25,7 +32,7 @@ def workspace(count: int, entries: int, like: Tensor) -> list[Tensor]:
     """
     if like.device.type != "cpu":
         return [like.new_empty(entries) for _ in range(count)]
-    rooms: dict[Any, list[Tensor]] = _kept.__dict__
+    rooms = _kept.rooms
     own = rooms.setdefault(like.dtype, [])
     if len(own) < count or len(own[0]) < entries:
         size = max(entries, block_entries(like.device))

@@ -45,6 +45,10 @@ class SparseFeatures:
         self.n_features, self.batch_size, self.seed = n_features, batch_size, seed
         self.probability, self.low, self.high = probability, low, high
 
+    def __repr__(self) -> str:
+        drawn = f"{self.n_features} features, probability {self.probability:g}, U({self.low:g}, {self.high:g})"
+        return f"{type(self).__name__}({drawn}, batches of {self.batch_size}, seed {self.seed})"
+
     def __iter__(self) -> Iterator[Float[Tensor, "batch features"]]:
         return self.batches_from(0)
 

@@ -16,6 +16,7 @@ from spd_lens.data.batches import Batch
 from spd_lens.data.streams import first_batches
 from spd_lens.evaluation.evaluating import evaluate
 from spd_lens.support.names import near_names
+from spd_lens.support.shown import short_repr
 from spd_lens.support.validated import Count, validated
 
 # What `evaluate` takes besides the decomposition and its batches, and what is not the user's to set here.
@@ -39,6 +40,8 @@ class Evaluations:
     fast_every: Count | None = None
     slow_every: Count | None = None
     options: dict[str, Any] = field(default_factory=dict)
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         if self.fast_every is None and self.slow_every is None:

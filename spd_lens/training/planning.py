@@ -17,6 +17,7 @@ from typing import Any, get_args
 
 from spd_lens.core.gates import DEFAULT_WIDTH
 from spd_lens.support.names import near_names
+from spd_lens.support.shown import short_repr, text_html
 from spd_lens.support.tables import format_table
 from spd_lens.training.config import TrainConfig
 from spd_lens.training.model_shape import ModelShape
@@ -63,6 +64,9 @@ class Plan:
     largest_batch: int | None = None
     tokens_per_second: float | None = None
     notes: tuple[str, ...] = field(default=())
+
+    __repr__ = short_repr
+    _repr_html_ = text_html
 
     @property
     def bytes(self) -> float:

@@ -26,6 +26,7 @@ from spd_lens.data.batches import Batch
 from spd_lens.data.streams import first_batches
 from spd_lens.support.given import given_number, given_seed, given_whole
 from spd_lens.support.progress import tqdm
+from spd_lens.support.shown import short_repr
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +37,8 @@ class TunedReadout:
     """
 
     matrix: Float[Tensor, "d_model k"]
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         if not bool(self.matrix.isfinite().all()):

@@ -24,6 +24,7 @@ from spd_lens.objective.losses import (
     mean_relative_error,
     minimality_loss,
 )
+from spd_lens.support.shown import short_repr
 from spd_lens.training.config import TrainConfig
 
 
@@ -37,6 +38,8 @@ class StepView:
     position_mask: Bool[Tensor, ...] | None = None
     minimality_factors: Mapping[str, float] = field(default_factory=dict)
     sum_over_processes: Callable[[Tensor], Tensor] | None = None
+
+    __repr__ = short_repr
 
 
 @runtime_checkable

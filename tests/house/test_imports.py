@@ -145,6 +145,50 @@ def test_a_class_stands_in_the_file_of_its_name(name: str, module: str) -> None:
     assert getattr(face, name).__module__ == f"spd_lens.{module}"
 
 
+def _shown_in_notebooks() -> Iterator[type]:
+    for face in _faces():
+        for name in face.__all__:
+            value = getattr(face, name)
+            if inspect.isclass(value) and hasattr(value, "_repr_html_") and value.__module__.startswith("spd_lens."):
+                yield value
+
+
+def test_what_notebooks_show_stands_in_a_file_of_its_name() -> None:
+    """A word of the class's name begins as a word of the file's: `CircuitReport` in circuit_report, `Edit` in edits."""
+    found = list(_shown_in_notebooks())
+    assert len(found) > 20
+    for each in found:
+        words = {word.lower()[:4] for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z][a-z]*", each.__name__)}
+        file = each.__module__.rpartition(".")[2]
+        assert words & {word[:4] for word in file.split("_")}, f"{each.__name__} stands in {each.__module__}"
+
+
+def test_a_public_name_means_one_thing() -> None:
+    known: dict[str, object] = {}
+    for face in (spd_lens, *_faces()):
+        for name in face.__all__:
+            assert known.setdefault(name, getattr(face, name)) is getattr(face, name), f"{face.__name__}.{name}"
+
+
+# Pairs that are left: a case's and a specialist's candidate, an edit's change and that of a reason, settings in a file.
+TWICE = {"Candidate", "Change", "Settings", "Block", "MLP"}
+
+
+def test_a_name_of_a_class_stands_once() -> None:
+    where: dict[str, list[str]] = {}
+    for path in SOURCES:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                where.setdefault(node.name, []).append(str(path.relative_to(PACKAGE)))
+    assert {name for name, files in where.items() if len(files) > 1} == TWICE, where
+
+
+def test_no_file_holds_two_concepts() -> None:
+    """Past 350 lines there were always two."""
+    long = {str(path): n for path in SOURCES if (n := len(path.read_text().splitlines())) > 350}
+    assert long == {}
+
+
 def _readers() -> Iterator[tuple[Path, str]]:
     """What readers and users see: tutorials, examples in pages, and all programs beside the package."""
     for folder in ("tests", "benchmarks", "experiments", "scripts", "tutorials"):

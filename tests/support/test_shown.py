@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
+import inspect
+import pkgutil
 from typing import Any
 
 import pytest
 import torch
 
+import spd_lens
 from spd_lens import decompose
 from spd_lens.baselines import APD, APDConfig
 from spd_lens.core import SiteMask
@@ -40,6 +45,32 @@ def objects() -> dict[str, Any]:
         "summary": d.summary(BIG),
         "task": Task("copy", tokens, tokens, tokens[:, :1], tokens[:, :1] + 1, torch.full((300,), 3)),
     }
+
+
+# Protocols, and what no user makes or holds.
+NAMELESS = {
+    "APDLearner", "AdversarialMasks", "Bench", "BlockStarts", "CommandJob", "GateMaker", "GateOfAll", "Gates",
+    "GatesBySite", "GraphedStep", "LossTerm", "MaskSource", "MemberAdam", "MemberLearner", "MergedMasks", "Needs",
+    "Passes", "PersistentMasks", "PersistentSources", "Provider", "RowsGenerator", "SampledMasks", "Tally",
+    "TokenCounts", "WorstMasks", "tqdm",
+}  # fmt: skip
+
+
+def test_what_holds_tensors_or_tables_does_not_print_them_and_what_users_make_has_a_name() -> None:
+    shown, nameless = [], set()
+    for found in pkgutil.iter_modules(spd_lens.__path__):
+        face = importlib.import_module(f"spd_lens.{found.name}")
+        for name in getattr(face, "__all__", ()):
+            value = getattr(face, name)
+            if not inspect.isclass(value) or not value.__module__.startswith("spd_lens."):
+                continue
+            if value.__repr__ is object.__repr__:
+                nameless.add(name)
+            elif dataclasses.is_dataclass(value) and hasattr(value.__repr__, "__wrapped__"):
+                kinds = [str(field.type) for field in dataclasses.fields(value) if field.repr]
+                shown += [name] if any("Tensor" in k and not k.startswith("Callable") for k in kinds) else []
+    assert shown == ["Cases"], shown  # spd_lens.audit's own digest counts every change there
+    assert nameless == NAMELESS
 
 
 def test_a_repr_is_one_short_line() -> None:
