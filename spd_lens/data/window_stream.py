@@ -49,7 +49,7 @@ class Cutting:
 
 
 @dataclass(frozen=True)
-class Place:
+class StreamPlace:
     """Where a window begins: before which document (the data set's state), behind what, and which of their windows.
 
     `first` and `here`: digests of the stream's first document and of this one, compared when the reading goes on.
@@ -83,7 +83,7 @@ class WindowStream:
         self._shuffle = max(shuffle, 1)
         self._seed = seed
         given = {"place": {}, "block": 0, "within": 0} if position is None else position
-        self._place = Place(**{**given["place"], "carry": tuple(given["place"].get("carry", ()))})
+        self._place = StreamPlace(**{**given["place"], "carry": tuple(given["place"].get("carry", ()))})
         self._block, self._within = int(given["block"]), int(given["within"])
 
     @property
@@ -106,7 +106,7 @@ class WindowStream:
     def _order(self, n: int) -> list[int]:
         return np.random.default_rng((*self._seed, self._block)).permutation(n).tolist()
 
-    def _ordered(self, place: Place) -> Iterator[tuple[list[int], Place]]:
+    def _ordered(self, place: StreamPlace) -> Iterator[tuple[list[int], StreamPlace]]:
         """Windows in the order of the documents, each with its place."""
         cutting = self._cutting
         first, expected = place.first, place
@@ -118,9 +118,9 @@ class WindowStream:
                 first = first or document.digest
                 if expected.here is not None:
                     _compare(document, expected.here, "next")
-                    expected = Place()
+                    expected = StreamPlace()
                 n, tokens = cutting.windows(carry, document.ids)
-                begins = Place(place.epoch, document.before, tuple(carry), 0, first, document.digest)
+                begins = StreamPlace(place.epoch, document.before, tuple(carry), 0, first, document.digest)
                 for k in range(cut, n):
                     yield cutting.window(tokens, k), replace(begins, cut=k)
                 n_given += n
@@ -130,7 +130,7 @@ class WindowStream:
                     f"a stream's documents give fewer than {cutting.body} tokens: not one window; expected more text, "
                     "or fewer streams"
                 )
-            place = Place(epoch=place.epoch + 1)
+            place = StreamPlace(epoch=place.epoch + 1)
 
 
 def _compare(document: Document | None, expected: str, which: str) -> None:

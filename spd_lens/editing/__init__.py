@@ -7,9 +7,9 @@ from spd_lens.editing.change import Above, Change, Rewrite
 from spd_lens.editing.edits import Edit, edit
 from spd_lens.editing.finding import find
 from spd_lens.editing.findings import Findings, MeasuredUnit
-from spd_lens.editing.fine_tuning import Relearning, relearning
 from spd_lens.editing.habit import Forward, Habit, generate, kl_from
 from spd_lens.editing.keeping import load_edit, save_baked, save_edit
+from spd_lens.editing.relearning_steps import Relearning, relearning
 from spd_lens.editing.reporting import EditEffect, EditReport, measure, random_edits, report
 
 __all__ = [

@@ -21,8 +21,8 @@ from spd_lens.core.decomposition import Decomposition
 from spd_lens.core.units import ALIVE_ABOVE, Unit
 from spd_lens.editing.change import Change
 from spd_lens.editing.edits import Edit, checked_edit
-from spd_lens.editing.fine_tuning import Relearning, relearning
 from spd_lens.editing.habit import NEAR, Forward, Habit, check_other_text, checked_habit, generate, kl_from
+from spd_lens.editing.relearning_steps import Relearning, relearning
 from spd_lens.patching.arguments import checked_input
 from spd_lens.support.files import given_path, write_text
 from spd_lens.support.given import given_function, given_seed, given_whole, shown

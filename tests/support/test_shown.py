@@ -66,7 +66,7 @@ def test_what_holds_tensors_or_tables_does_not_print_them_and_what_users_make_ha
                 continue
             if value.__repr__ is object.__repr__:
                 nameless.add(name)
-            elif dataclasses.is_dataclass(value) and hasattr(value.__repr__, "__wrapped__"):
+            elif dataclasses.is_dataclass(value) and inspect.unwrap(value.__repr__).__code__.co_filename == "<string>":
                 kinds = [str(field.type) for field in dataclasses.fields(value) if field.repr]
                 shown += [name] if any("Tensor" in k and not k.startswith("Callable") for k in kinds) else []
     assert shown == ["Cases"], shown  # spd_lens.audit's own digest counts every change there
