@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
+
+from experiments import edits
 
 RESULTS = sorted((Path(__file__).parents[2] / "experiments" / "results" / "edits").glob("*_*.json"))
 COUNTS = ("generation_count_before", "generation_count_after", "parameters_changed")
@@ -32,3 +35,15 @@ def test_a_result_says_what_was_measured_and_with_what(path: Path) -> None:
     assert {"torch", "transformer_lens", "peft", "concept-erasure"} <= set(result["versions"])
     assert result["command"].startswith("python experiments/edits.py")
     assert isinstance(result["seed"], int)
+
+
+def test_the_command_prints_what_it_promises_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["edits.py", "--json", "--cases", "induction", "--examples", "4"])
+    edits.main()
+    (result,) = json.loads(capsys.readouterr().out)
+    assert (result["case"], result["n_examples"]) == ("induction", 4)
+    assert len(result["methods"]) == 10
+    for name, numbers in result["methods"].items():
+        assert all(isinstance(numbers[key], (int, float)) for key in NUMBERS), name

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
+
+from experiments import specialists
 
 RESULTS = sorted((Path(__file__).parents[2] / "experiments" / "results" / "specialists").glob("tiny_lm_*.json"))
 NUMBERS = ("parameters", "milliseconds", "loss_in", "loss_out", "bytes", "flops")
@@ -35,3 +38,15 @@ def test_every_method_stands_at_every_size_with_what_was_measured(path: Path) ->
         assert max(sizes.values()) - min(sizes.values()) < 0.05 * saved
     assert {"torch", "transformer_lens"} <= set(result["versions"])
     assert isinstance(result["seed"], int)
+
+
+def test_the_command_prints_what_it_promises_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = "--rows 4 --held-out 2 --measured-on 2 --timed-rows 1 --repeats 1 --distil 0 --shares 0.5 --cases book"
+    monkeypatch.setattr(sys, "argv", ["specialists.py", "--json", *few.split(), "--methods", "whitened SVD", "Wanda"])
+    specialists.main()
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["method"] for row in rows] == ["whole", "whitened SVD", "Wanda"]
+    for row in rows:
+        assert all(math.isfinite(row[key]) for key in NUMBERS)
