@@ -47,3 +47,26 @@ def test_the_command_prints_what_it_promises_and_nothing_else(
     assert len(result["methods"]) == 10
     for name, numbers in result["methods"].items():
         assert all(isinstance(numbers[key], (int, float)) for key in NUMBERS), name
+
+
+CASES = ("semicolon", "pronouns", "speeches", "fact")
+SUBCOMPONENTS = {"subcomponents, scaled": "components", "subcomponents, trained writes": "components, trained writes"}
+
+
+@pytest.mark.parametrize("n", [10, 100])
+def test_the_tables_of_the_docs_are_the_results(n: int) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "editing.md").read_text(encoding="utf-8")
+    table = page.split("| method | semicolon | pronouns | speeches | fact |")[1 if n == 10 else 2].split("\n\n")[0]
+    results = {case: json.loads((RESULTS[0].parent / f"{case}_{n}.json").read_text())["methods"] for case in CASES}
+    lines = [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in table.strip().splitlines()[1:]]
+    assert {SUBCOMPONENTS.get(name, name) for name, *_ in lines} == set(results["fact"])
+    for name, *cells in lines:
+        for case, cell in zip(CASES, cells, strict=True):
+            numbers = results[case][SUBCOMPONENTS.get(name, name)]
+            reached = numbers["effect_where_set"] >= 0.8 or name == "random subcomponents"
+            assert (cell != "none") == reached, (name, case)
+            if not reached:
+                continue
+            effect, kl = cell.split(" %, ")
+            assert int(effect) == round(100 * numbers["effect"]), (name, case)
+            assert abs(float(kl) - numbers["kl_elsewhere"]) <= 0.51 * 10.0 ** -len(kl.partition(".")[2]), (name, case)
