@@ -16,10 +16,10 @@ whitened" chooses so, too, how many subcomponents choose (`chosen_from`). `loss_
 on held-out rows (32) of the domain and of the other source; `distilled`: after so many steps of distillation from the
 whole model on the domain's rows, the same for all methods.
 
-`parameters` of magnitude and Wanda are those that are not 0; their matrices stay as they are, so `bytes`, `flops` and
-times do, too. `milliseconds` is the shortest of 20 passes over 8 rows (`timed_on`) on one thread, `cpu_milliseconds`
-its processor time, which other programs disturb less, `cpu_milliseconds_whole` that of the whole model at the same
-time. A file that is there is gone on with.
+`parameters` of magnitude and Wanda are without the entries that they set to 0; their matrices stay as they are, so
+`bytes`, `flops` and times do, too. `milliseconds` is the shortest of 20 passes over 8 rows (`timed_on`) on one thread,
+`cpu_milliseconds` its processor time, which other programs disturb less, `cpu_milliseconds_whole` that of the whole
+model at the same time. A file that is there is gone on with.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def run_case(case: str, decomposition: Decomposition, args: argparse.Namespace, 
 
     done = {(r["method"], r["share"], r["distilled"]) for r in result["rows"]}
     if ("whole", 1.0, 0) not in done:
-        note(row(SmallModel("whole", whole, False), share=1.0, distilled=0))
+        note(row(SmallModel("whole", whole), share=1.0, distilled=0))
     for share in args.shares:
         room = matrix_budget(decomposition, domain, whole, fixed + int(share * total), None)
         for method in args.methods:
@@ -126,7 +126,7 @@ def blocks_of(decomposition: Decomposition) -> str:
 
 def distilled(made: SmallModel, decomposition: Decomposition, domain: Domain, steps: int, seed: int) -> SmallModel:
     """The model after a short distillation."""
-    distil(made.model, decomposition.host.forward, domain.rows, steps=steps, seed=seed, keep_zeros=made.is_sparse)
+    distil(made.model, decomposition.host.forward, domain.rows, steps=steps, seed=seed, keep_zeros=made.zeroed > 0)
     return made
 
 

@@ -3,8 +3,8 @@
 Low rank, with the same allocations and the same way to write factors: truncated SVD, SVD of what the domain's inputs
 bring out (whitened), also weighted by what the loss's gradients say of the outputs (both sides), random subcomponents.
 Entries set to zero: the smallest (magnitude), and the smallest of `|W_ij|` times the size of input i (Wanda, for every
-output by itself). Those stay whole matrices: their parameters are counted as what is not zero, without the indices that
-storing them so would need, and they are no faster.
+output by itself). Those stay whole matrices: their parameters are counted without the entries that were set to zero,
+and without the indices that storing them so would need, and they are no faster.
 """
 
 from __future__ import annotations
@@ -46,19 +46,19 @@ SMALL_METHODS: tuple[SmallMethod, ...] = get_args(SmallMethod)
 class SmallModel:
     """A model that a method made.
 
-    - `is_sparse`: its parameters are those that are not zero.
+    - `zeroed`: entries of its matrices that the method has set to zero.
     - `chosen_from`: the share of every matrix's subcomponents whose sum was written anew; None where nothing was.
     """
 
     method: str
     model: PlainTransformer
-    is_sparse: bool
+    zeroed: int = 0
     chosen_from: float | None = None
 
     @property
     def parameters(self) -> int:
-        """Numbers that count."""
-        return sum(int(p.count_nonzero()) if self.is_sparse else p.numel() for p in self.model.parameters())
+        """Numbers that count: all but those that were set to zero; zeros that the model had elsewhere count."""
+        return sum(p.numel() for p in self.model.parameters()) - self.zeroed
 
 
 def small_model(
@@ -84,8 +84,9 @@ def small_model(
     if method in ("magnitude", "Wanda"):
         share = room / sum(W.numel() for W in whole.values())
         score = magnitude if method == "magnitude" else wanda
-        pruned = {site: SmallMatrix(score(W, domain.moments[site], share)) for site, W in whole.items()}
-        return SmallModel(method, plain_copy(decomposition, pruned), True)
+        pruned = {site: score(W, domain.moments[site], share) for site, W in whole.items()}
+        zeroed = sum(W.numel() - int(W.count_nonzero()) for W in pruned.values())
+        return SmallModel(method, plain_copy(decomposition, {s: SmallMatrix(W) for s, W in pruned.items()}), zeroed)
     directions = _directions(decomposition, domain, whole, method, seed)
     write: Write = (
         "refitted" if method.endswith("refitted") else "whitened" if method.endswith("whitened") else "subcomponents"
@@ -98,7 +99,7 @@ def small_model(
         shares = tuple(share for share in SHARES if share == taken.share)
     offered = candidates(domain, directions, whole, room, write=write, shares=shares)
     model, taken = best_model(decomposition, domain, offered, measured_on=measured_on)
-    return SmallModel(method, model, False, taken.share)
+    return SmallModel(method, model, chosen_from=taken.share)
 
 
 def _directions(
