@@ -56,9 +56,8 @@ def _best(values: Tensor, shape: tuple[int, int], price: float) -> int | None:
 
 def _filled_up(chosen: Kept, values: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]], budget: int) -> Kept:
     room = budget - _cost(chosen, shapes)
-    steps = sorted(
-        ((float(v[k]) / sum(shapes[site]), site, k) for site, v in values.items() for k in range(len(v))), reverse=True
-    )
+    # Of equal worth the earlier direction comes first: the next one is only reached through it.
+    steps = sorted((-float(v[k]) / sum(shapes[site]), site, k) for site, v in values.items() for k in range(len(v)))
     for _, site, k in steps:
         now = chosen[site]
         if now is not None and k == now:

@@ -162,6 +162,9 @@ def test_the_best_directions_for_a_gradient_are_kept() -> None:
     shapes = {"a": (10, 10), "b": (10, 10)}
     assert effect_allocation(values, shapes, 60) == {"a": 1, "b": 2}
     assert effect_allocation(values, shapes, 200) == {"a": 3, "b": 3}
+    # Directions of equal worth fill the room, too.
+    tied = torch.tensor([3.0, *[1.0] * 9])
+    assert effect_allocation({"a": tied}, {"a": (20, 20)}, 300) == {"a": 7}
     assert uniform_allocation(shapes, 100) == {"a": 2, "b": 2}
     assert uniform_allocation(shapes, 200) == {"a": None, "b": None}
 
