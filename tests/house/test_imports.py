@@ -184,8 +184,8 @@ def test_a_name_of_a_class_stands_once() -> None:
 
 
 def test_no_file_holds_two_concepts() -> None:
-    """Past 350 lines there were always two."""
-    long = {str(path): n for path in SOURCES if (n := len(path.read_text().splitlines())) > 350}
+    """Past 400 lines there were always two."""
+    long = {str(path): n for path in SOURCES if (n := len(path.read_text().splitlines())) > 400}
     assert long == {}
 
 
