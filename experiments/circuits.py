@@ -2,6 +2,7 @@
 
     python experiments/circuits.py induction --json
     python experiments/circuits.py smollm2 --decomposition demo_output/decomposition --json
+    python experiments/circuits.py smollm2 --decomposition RUN/decomposition --host hooked --tasks greater_than --json
 
 **induction**: the toy model with a previous-token head in layer 0 and an induction head in layer 1, all eight attention
 matrices decomposed (as shipped; `--train` makes a new one, `--decomposition` loads any). Two circuits for the
@@ -14,7 +15,8 @@ Then curves and a comparison with whole heads at equal faithfulness, on two task
 nothing repeats).
 
 **smollm2**: SmolLM2-135M-Instruct with the blocks that the saved decomposition has (`make demo` writes one): induction,
-indirect object, greater-than and agreement, where the model does them.
+indirect object, greater-than and agreement, where the model does them. Both circuits are also measured on fresh prompts
+(`fresh`: other draws from the same lists of words, two starts of the adversary).
 
 `cpr`, `cmd`: of the subcomponents ranked by attribution, deltas left out, on `context` (smollm2: on the task itself).
 Cost: induction two to three CPU-minutes, and two for `--train`; smollm2 several minutes. Needs transformer_lens 3.
@@ -222,19 +224,21 @@ def run_smollm2(args: Namespace) -> dict[str, Any]:
     """Each task that the model does: effects, both circuits, faithfulness."""
     if args.decomposition is None:
         raise SystemExit("smollm2 needs --decomposition DIRECTORY; `make demo` writes demo_output/decomposition")
-    decomposition = Decomposition.from_pretrained(args.decomposition, load_smollm2(host="bridge"))
-    tasks = language_tasks(decomposition.model.tokenizer, args.rows, args.seed)
-    results = {name: on_task(decomposition, tasks[name], args) for name in args.tasks or tasks}
+    decomposition = Decomposition.from_pretrained(args.decomposition, load_smollm2(host=args.host))
+    tasks, fresh = (
+        language_tasks(decomposition.model.tokenizer, args.rows, seed) for seed in (args.seed, args.seed + TEST_SEED)
+    )
+    results = {name: on_task(decomposition, tasks[name], fresh[name], args) for name in args.tasks or tasks}
     return {
         "sites": {name: weight.n_subcomponents for name, weight in decomposition.items()},
         "rows": args.rows,
         "tasks": results,
-        "seeds": {"tasks": args.seed},
+        "seeds": {"tasks": args.seed, "fresh": args.seed + TEST_SEED},
     }
 
 
-def on_task(decomposition: Decomposition, task: Task, args: Namespace) -> dict[str, Any]:
-    """Numbers of one task."""
+def on_task(decomposition: Decomposition, task: Task, fresh: Task, args: Namespace) -> dict[str, Any]:
+    """Numbers of one task; circuits are found on `task` and measured on both."""
     started = time.process_time()
     with torch.no_grad():
         clean, corrupted = (decomposition.model(tokens) for tokens in (task.clean, task.corrupted))
@@ -261,15 +265,20 @@ def on_task(decomposition: Decomposition, task: Task, args: Namespace) -> dict[s
             {"unit": str(e.unit), "effect": e.effect, "standard_error": e.standard_error} for e in effects.top(5)
         ],
     }
-    for name, masks in MASKS.items():
+    for name in args.searches:
         report = find_circuit(
-            decomposition, task, masks=masks, steps=args.steps, lr=0.1, pgd=PGD(3, 0.4), prune_tries=4, minimality=1e-4,
-            budgets=(20, 40), restarts=1, seed=args.seed,
+            decomposition, task, masks=MASKS[name], steps=args.steps, lr=0.1, pgd=PGD(3, 0.4), prune_tries=4,
+            minimality=args.minimality, budgets=(20, 40), restarts=1, seed=args.seed,
         )  # fmt: skip
         values[name] = numbers(report, None)
         values[name] |= {"faithfulness_circuit": report.importance.faithfulness}
         values[name] |= {"faithfulness_without_circuit": report.knocked_out.faithfulness}
-        print(f"{task.name}, {name}: {report}", file=sys.stderr)
+        checked = check_circuit(
+            decomposition, report.circuit, fresh, budgets=(20, 40), restarts=2, seed=args.seed + 1
+        )  # fmt: skip
+        sizes = {site: len(own) for site, own in report.circuit.ids.items()}
+        values[name] |= {"fresh": numbers(checked, None), "nodes_by_site": sizes, "ids": report.circuit.ids}
+        print(f"{task.name}, {name}: {report}\nfresh prompts: {checked}", file=sys.stderr)
     return values | {"cpu_seconds": round(time.process_time() - started, 1)}
 
 
@@ -282,9 +291,12 @@ def main() -> None:
     parser.add_argument("--train", action="store_true", help="induction: train one instead")
     parser.add_argument("--train-steps", type=int, default=800, help="induction: training steps")
     parser.add_argument("--adversary", type=float, default=0.5, help="induction: its coefficient in training; 0: none")
+    parser.add_argument("--host", choices=("bridge", "hooked"), default="bridge", help="smollm2: how it is loaded")
+    parser.add_argument("--minimality", type=float, default=1e-4, help="smollm2: what a node has to be worth")
     parser.add_argument("--rows", type=int, default=4, help="smollm2: prompts per task")
     parser.add_argument("--steps", type=int, default=20, help="smollm2: steps of each search")
     parser.add_argument("--tasks", nargs="*", help="smollm2: some of induction indirect_object greater_than agreement")
+    parser.add_argument("--searches", nargs="*", choices=MASKS, default=list(MASKS), help="smollm2: which searches")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()
