@@ -6,6 +6,7 @@ the number in a cell is the mean ML2R of those runs, which is 1 where lengths ar
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,12 +90,12 @@ def save_map(
     )
     bar.set_ticks([0, 1 / 3, 2 / 3, 1], labels=["none", "1/3", "2/3", "all"])
     low, high = ML2R_RANGE
-    figure.suptitle(
-        "How much the settings matter: does a run find one subcomponent per feature of TMS 5-2, in its direction?\n"
+    about = (
         f"Number: mean length of what was found over the true length ({low} to {high} is right; else in brackets).  "
-        "Orange: the setting used elsewhere (dotted: with another C).",
-        fontsize=10,
+        "Orange: the setting used elsewhere (dotted: with another C)."
     )
+    title = "How much the settings matter: does a run find one subcomponent per feature of TMS 5-2, in its direction?"
+    figure.suptitle("\n".join([title, *textwrap.wrap(about, int(12 * figure.get_figwidth()))]), fontsize=10)
     figure.savefig(path, dpi=130)
     plt.close(figure)
     return path
@@ -110,9 +111,10 @@ def _with_gap(labels: Sequence[str]) -> list[str | None]:
     return spaced
 
 
-def _ordinate(method: str, _: int, cells: Sequence[Mapping[str, Any]]) -> tuple[str, list[float]]:
-    """What goes upwards in a panel: its name and values."""
-    return AXES[method][0], sorted({cell["coefficient"] for cell in cells})
+def _ordinate(method: str, C: int, cells: Sequence[Mapping[str, Any]]) -> tuple[str, list[float], int]:
+    """What goes upwards in a panel, its name and values, and the number of columns, on which their height depends."""
+    name, _, second = AXES[method]
+    return name, sorted({cell["coefficient"] for cell in cells}), len({cell[second] for cell in cells})
 
 
 def _panel(axis: Axes, cells: Sequence[Mapping[str, Any]], second: str, outline: str) -> Any:
