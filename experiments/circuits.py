@@ -2,7 +2,7 @@
 
     python experiments/circuits.py induction --json
     python experiments/circuits.py smollm2 --decomposition demo_output/decomposition --json
-    python experiments/circuits.py smollm2 --decomposition RUN/decomposition --host hooked --tasks greater_than --json
+    python experiments/circuits.py smollm2 --decomposition RUN/decomposition --host hooked --tasks induction --json
 
 **induction**: the toy model with a previous-token head in layer 0 and an induction head in layer 1, all eight attention
 matrices decomposed (as shipped; `--train` makes a new one, `--decomposition` loads any). Two circuits for the
