@@ -781,11 +781,11 @@ def test_left_padding_on_another_device_never_touches_the_cpu() -> None:
 
 @pytest.mark.slow
 def test_an_unwatched_swap_costs_less_than_two_percent_of_a_forward() -> None:
-    """In a process of its own: this one checks types at every call, which costs several per cent."""
+    """In a process of its own: this one may check types at every call, which costs several per cent."""
     script = Path(__file__).parents[2] / "benchmarks" / "overhead.py"
     found = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
     measured = json.loads(found.stdout)
-    assert measured["added_ms"] < 0.02 * 50, measured
+    assert measured["added_ms"] < 0.02 * measured["forward_ms"], measured
     assert measured["forward_ms"] >= 50, "a forward is too short to measure 2 % of it"
     assert measured["ratio"] < 1.02, measured
