@@ -109,7 +109,7 @@ def test_derivatives_by_masks_are_those_of_differences() -> None:
 def test_a_first_pass_in_inference_mode_leaves_later_passes_free(gate: Any) -> None:
     from spd_lens.support import workspace
 
-    vars(workspace._kept).clear()
+    workspace._kept.rooms.clear()
     decomposition = decomposed(gate=gate)
     with torch.inference_mode():
         inside = decomposition.importance(tokens(2))

@@ -16,10 +16,12 @@ from spd_lens.support import held, own_mark
 def _child_that_holds(path: Path) -> int:
     pid = os.fork()
     if pid == 0:
-        with held(path, "training"):
-            (path.parent / "ready").write_text(own_mark())
-            time.sleep(60)
-        os._exit(0)
+        try:
+            with held(path, "training"):
+                (path.parent / "ready").write_text(own_mark())
+                time.sleep(60)
+        finally:
+            os._exit(0)
     while not (path.parent / "ready").exists() or not (path.parent / "ready").read_text():
         time.sleep(0.01)
     return pid

@@ -71,8 +71,11 @@ def test_a_run_killed_before_its_first_checkpoint_logs_every_step_once(tmp_path:
             if step == 3:
                 os._exit(9)
 
-        train(fresh(), data(), CONFIG.changed(checkpoint_every=None), out_dir=tmp_path, loggers=[kill])
-    os.waitpid(pid, 0)
+        try:
+            train(fresh(), data(), CONFIG.changed(checkpoint_every=None), out_dir=tmp_path, loggers=[kill])
+        finally:
+            os._exit(1)  # never on into the tests of the parent
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
     with (tmp_path / "log.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')
     train(fresh(), data(), resume_from=tmp_path)
