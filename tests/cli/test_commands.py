@@ -126,7 +126,9 @@ def test_errors_of_sections_name_the_line_and_what_may_be_meant(runs: Path, tmp_
     assert f"{file}, line 2: decompose.sites.blocks.1.mlp.W_inn: " in sites
     assert "'blocks.1.mlp.W_in'" in sites
     assert f"{file}, line 1: model.device: 'gpu' is not to be had here" in told("model.device=gpu")
-    assert "data.files: there is no file none.txt" in told("data={files: [none.txt], context: 16}")
+    files = "data={files: [none.txt], context: 16}"
+    assert "line 5: evaluate.data: split: held_out with files" in told(files)
+    assert "data.files: there is no file none.txt" in told(files, "evaluate.data={max_rows: 8}")
     assert not (tmp_path / "x").exists()
     missing = invoke("evaluate", runs / "aa", status=2).stderr
     assert f"there is no directory {runs / 'aa'}; near: '{runs / 'a'}'" in missing
