@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -70,3 +71,28 @@ def test_the_tables_of_the_docs_are_the_results(n: int) -> None:
             effect, kl = cell.split(" %, ")
             assert int(effect) == round(100 * numbers["effect"]), (name, case)
             assert abs(float(kl) - numbers["kl_elsewhere"]) <= 0.51 * 10.0 ** -len(kl.partition(".")[2]), (name, case)
+
+
+def test_the_table_of_smollm2_is_the_results() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "editing.md").read_text(encoding="utf-8")
+    header = "| method | semicolon, 4: effect, KL | semicolon, 10 |"
+    table = page.split(header)[1].split("\n\n")[0]
+    runs = ("semicolon_4", "semicolon_10", "fact_4", "fact_10")
+    results = [json.loads((RESULTS[0].parent / f"smollm2_28_{run}.json").read_text())["methods"] for run in runs]
+    lines = [[cell.strip(" ") for cell in line.strip("|").split("|")] for line in table.strip().splitlines()[2:]]
+    assert {SUBCOMPONENTS.get(name, name) for name, *_ in lines} == set(results[0])
+    for name, *cells in lines:
+        for run, methods, cell in zip(runs, results, cells, strict=True):
+            numbers = methods[SUBCOMPONENTS.get(name, name)]
+            found = re.fullmatch(r"(-?\d+) %(?: \(set (-?\d+) %\))?, ([\d.]+)(?: \(([\d.]+)\))?", cell.replace("*", ""))
+            assert found is not None, cell
+            effect, reached, kl, neighbours = found.groups()
+            assert int(effect) == round(100 * numbers["effect"]), (name, run)
+            missed = numbers["effect_where_set"] < 0.8 and name != "random subcomponents"
+            assert (reached is not None) == missed, (name, run)
+            if reached is not None:
+                assert int(reached) == round(100 * numbers["effect_where_set"]), (name, run)
+            assert abs(float(kl) - numbers["kl_elsewhere"]) <= 0.51 * 10.0 ** -len(kl.partition(".")[2]), (name, run)
+            assert (neighbours is not None) == run.startswith("fact")
+            if neighbours is not None:
+                assert abs(float(neighbours) - numbers["neighbours_after"]) < 5.1e-4, (name, run)

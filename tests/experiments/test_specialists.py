@@ -52,3 +52,19 @@ def test_the_command_prints_what_it_promises_and_nothing_else(
     assert [row["method"] for row in rows] == ["whole", "whitened SVD", "Wanda"]
     for row in rows:
         assert all(math.isfinite(row[key]) for key in NUMBERS)
+
+
+def test_the_table_of_smollm2_is_the_results() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "specialists.md").read_text(encoding="utf-8")
+    table = page.split("| method | 1/2: in, out | 1/4: in, out |")[1].split("\n\n")[0]
+    rows = json.loads((FOLDER / "smollm2_block_28_speeches.json").read_text(encoding="utf-8"))["rows"]
+    losses = {(r["method"], r["share"]): (r["loss_in"], r["loss_out"]) for r in rows}
+    seen = 0
+    for line in table.strip().splitlines()[1:]:
+        name, *cells = [cell.strip() for cell in line.replace("*", "").strip("|").split("|")]
+        method = "whole" if name == "whole block" else name.removesuffix(" (zeros, not smaller)")
+        for share, cell in zip((1.0,) if method == "whole" else (0.5, 0.25), cells, strict=False):
+            found = tuple(float(number) for number in cell.split(", "))
+            assert found == tuple(round(loss, 3) for loss in losses[method, share]), (name, share)
+            seen += 1
+    assert seen == len(losses)
