@@ -39,7 +39,7 @@ from spd_lens import (
 from spd_lens.evaluation import EvaluationReport
 from spd_lens.models import HostName, load_moby_dick, load_smollm2
 from spd_lens.objective import Merged, Persistent
-from spd_lens.support import library_versions
+from spd_lens.support import library_versions, read_tensors, write_tensors
 from spd_lens.training import TunedReadout, tune_readout
 
 CONTEXT = 64
@@ -114,12 +114,12 @@ def train_run(args: argparse.Namespace) -> dict[str, Any]:
     text = windows_of(decomposition.model, load_moby_dick("train"), args.windows)
     batches = cache_residuals(decomposition, TokenBatches(text, args.rows, seed=args.seed))
     args.out.mkdir(parents=True, exist_ok=True)
-    if (kept := args.out / "readout.pt").exists():
-        readout = TunedReadout(torch.load(kept, weights_only=True))
+    if (kept := args.out / "readout.safetensors").exists():
+        readout = TunedReadout(read_tensors(kept)["matrix"].to(decomposition.device))
     else:
         tuning = TokenBatches(text[:: max(1, len(text) // 16)][:16], 4)
         readout = tune_readout(decomposition, tuning, args.block + 1, max_batches=4)
-        torch.save(readout.matrix, kept)
+        write_tensors(kept, {"matrix": readout.matrix.cpu()})
     config = configuration(args.block, readout, args.steps, args.minimality, args.seed)
     if args.cuda_graphs:
         began = time.perf_counter()
