@@ -11,7 +11,7 @@ import pytest
 
 from experiments import settings_study
 from experiments.settings_figure import save_basins
-from experiments.settings_study import START, How, Variant, read, rows_of, run_toy, table
+from experiments.settings_study import KEPT, START, How, Variant, one_per_run, read, rows_of, run_toy, sparsest, table
 from spd_lens.toys import TMS
 
 
@@ -45,12 +45,19 @@ def test_what_was_run_is_not_run_again(tmp_path: Path, monkeypatch: pytest.Monke
     assert more[0] == first[0]
     assert [(r["value"], r["run"]) for r in more] == [(0.01, 0), (0.01, 1), (0.1, 0), (0.1, 1)]
     assert all(r["steps"] == 3 and r["adversary"] and r["coefficient"] > 0 and not r["success"] for r in more)
+    run_toy("tms_5-2", variant, [0.01], 1, path=path, work=tmp_path / "work", how=How("cpu", 3), starts=(START, 0.03))
+    assert [(r["value"], r["run"], r["start"]) for r in read(path)[4:]] == [(0.01, 0, 0.03)]
+    assert read(path)[4]["coefficient"] == pytest.approx(0.1 * first[0]["coefficient"], rel=0.2)
 
 
 RECORDS = [
-    {"rule": "share", "penalty": "smooth", "adversary": False, "toy": toy, "value": value, "success": success}
-    for toy, value, success in (
-        ("tms_40-10", 0.0316, True), ("tms_5-2", 0.0316, True), ("tms_5-2", 0.032, False), ("tms_5-2", 0.1, True)
+    {
+        "rule": "share", "penalty": "smooth", "adversary": False, "start": START,
+        "toy": toy, "value": value, "run": run, "success": success,
+    }
+    for toy, value, run, success in (
+        ("tms_40-10", 0.0316, 0, True), ("tms_5-2", 0.0316, 0, True), ("tms_5-2", 0.032, 1, False),
+        ("tms_5-2", 0.1, 0, True),
     )
 ]  # fmt: skip
 
@@ -65,8 +72,23 @@ def test_a_table_counts_half_decades_however_they_were_written() -> None:
     assert lines[3].split()[-2:] == ["1/1", "-"]
 
 
+def test_of_several_starts_the_sparsest_counts_that_kept_to_the_tolerance() -> None:
+    def line(start: float, l0: float, spent: float, *, success: bool) -> dict[str, Any]:
+        return {**RECORDS[1], "start": start, "l0": l0, "spent": spent, "success": success}
+
+    dense, sparse = line(0.3, 2.0, 0.03, success=False), line(0.03, 1.5, 0.04, success=True)
+    beyond = line(0.1, 1.0, 1.01 * KEPT * 0.0316, success=False)
+    assert sparsest([dense, sparse, beyond]) == sparse
+    assert sparsest([beyond, {**beyond, "spent": 1.0, "l0": 0.5}]) == beyond
+    others = [RECORDS[0], *RECORDS[2:]]
+    assert one_per_run([*others, dense, sparse]) == [*others, sparse]
+    lines = table([RECORDS[0], RECORDS[2], dense, sparse]).splitlines()
+    assert [row.split()[-1] for row in lines[2:]] == ["1/2", "1/1", "1/1", "0/2"]
+    assert lines[4].startswith("smooth from 0.03")
+
+
 def test_lines_from_before_there_was_an_adversary_had_none(tmp_path: Path) -> None:
-    old = {key: value for key, value in RECORDS[0].items() if key != "adversary"}
+    old = {key: value for key, value in RECORDS[0].items() if key not in ("adversary", "start")}
     (tmp_path / "runs.jsonl").write_text(json.dumps(old) + "\n", encoding="utf-8")
     assert read(tmp_path / "runs.jsonl") == [RECORDS[0]]
     assert save_basins(tmp_path / "basins.png", rows_of(RECORDS)).stat().st_size > 10_000
