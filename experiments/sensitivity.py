@@ -71,7 +71,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "spd_smooth": {"penalty": "smooth_l0", "gamma_end": 0.05},
     "spd_adversary": {"reconstructions": (Reconstruction(masks=PGD(1, 1.0)), Reconstruction(routing="layerwise"))},
     "spd_share": {"penalty": "smooth_l0", "gamma_end": 0.05, "relative_reconstruction": True},
-    "spd_tolerance": {"penalty": "smooth_l0", "gamma_end": 0.05, "relative_reconstruction": True, "minimality": 0.3},
+    "spd_tolerance": {"penalty": "smooth_l0", "gamma_end": 0.2, "relative_reconstruction": True, "minimality": 0.3},
 }
 # The field that a map's coefficient is, where it is not minimality, and the middle of it, where it is not that of SPD.
 FIELDS = {"spd_tolerance": "tolerance"}

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,10 @@ MAY_DIFFER = (
 )  # fmt: skip
 
 
+# A run has kept to its tolerance if it spent at most so many times as much.
+KEPT = 2.0
+
+
 @dataclasses.dataclass(frozen=True)
 class ManyResult:
     """What a run of many leaves: steps done, and one dict of lists (one number per member) per logged step.
@@ -57,6 +61,49 @@ class ManyResult:
     interrupted: bool = False
 
     __repr__ = short_repr
+
+    def sparsest(self, members: Sequence[int] | None = None) -> int:
+        """The member (of `members`, or of all) with the lowest L0, where all were given the same `tolerance`.
+
+        They then spend the same divergence, so one that needs more subcomponents for it is in a worse minimum: it has
+        merged what belongs apart, or has two subcomponents for one thing. Members that differ in their seed, or in
+        where the coefficient starts (`minimality`), are starts among which this chooses, knowing no right answer; how
+        often it is right on toys is in docs/settings.md.
+
+        Means over the last tenth of the log. A member whose reconstruction terms cost more than twice the
+        tolerance counts only if all do, and then the one that spends least is it. ValueError without one tolerance for
+        all, or where no member's loss stayed finite.
+        """
+        chosen = list(range(len(self.configs)) if members is None else members)
+        wrong = [i for i in chosen if not 0 <= i < len(self.configs)]
+        if wrong or not chosen:
+            raise ValueError(f"members={chosen}; expected some of 0 to {len(self.configs) - 1}")
+        tolerances = [self.configs[i].tolerance for i in chosen]
+        tolerance = tolerances[0]
+        if tolerance is None or len(set(tolerances)) > 1:
+            raise ValueError(
+                f"the members have tolerances {tolerances}; expected one and the same: L0 says which is better only "
+                "where all spend the same divergence"
+            )
+        alive = [i for i in chosen if self.failed[i] is None]
+        if not alive or not self.log:
+            raise ValueError(f"no member of {chosen} has a finite loss in the log; nothing to choose among")
+        spent = {i: self._last(lambda line, i=i: _spent(self.configs[i], line, i)) for i in alive}
+        kept = [i for i in alive if spent[i] <= KEPT * tolerance]
+        if not kept:
+            return min(alive, key=lambda i: spent[i])
+        return min(kept, key=lambda i: self._last(lambda line: line["L0"][i]))
+
+    def _last(self, value: Callable[[Mapping[str, Any]], float]) -> float:
+        tail = self.log[-max(1, len(self.log) // 10) :]
+        return sum(value(line) for line in tail) / len(tail)
+
+
+def _spent(config: TrainConfig, line: Mapping[str, Any], member: int) -> float:
+    """What a tolerance is compared with: the reconstruction terms of a logged step, averaged by coefficient."""
+    terms = config.reconstructions
+    mean = sum(t.coefficient * line[t.name][member] for t in terms) / sum(t.coefficient for t in terms)
+    return mean / line["everything_off"][member] if config.relative_reconstruction else mean
 
 
 def train_many(

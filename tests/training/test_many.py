@@ -15,7 +15,7 @@ from spd_lens import Decomposition, Reconstruction, TrainConfig, decompose, trai
 from spd_lens.data import Batch
 from spd_lens.objective import PGD
 from spd_lens.toys import TMS, SparseFeatures, tms_features
-from spd_lens.training import MemberAdam, MemberLearner, train_many
+from spd_lens.training import ManyResult, MemberAdam, MemberLearner, train_many
 from tests.bridge_models import boot, random_tokens
 from tests.conftest import needs_hooked
 from tests.small_models import TiedAutoencoder, tiny_transformer, tokens
@@ -274,3 +274,70 @@ def test_member_adam_is_adam_for_each_member() -> None:
             adam.param_groups[0]["lr"] = float(rates[i]) * factor
             adam.step()
     torch.testing.assert_close(stacked.detach(), torch.stack([p.detach() for p in own]), rtol=1e-7, atol=1e-9)
+
+
+# -- the sparsest of several starts ------------------------------------------------------------------------------------
+
+
+def many(l0: list[float], spent: list[float], *, tolerances: list[float | None], relative: bool = True) -> ManyResult:
+    """Twenty logged steps of members whose two reconstruction terms cost 2 and 1 parts in 4 of three times `spent`."""
+    terms = (Reconstruction(), Reconstruction(0.5, routing="layerwise"))
+    configs = tuple(
+        TrainConfig(tolerance=t, relative_reconstruction=relative, reconstructions=terms, seed=i)
+        for i, t in enumerate(tolerances)
+    )
+    last = {
+        "loss": [1.0] * len(l0),
+        "L0": l0,
+        # 1 * 1.25 + .5 * .5 = 1.5, which the sum of the coefficients divides.
+        "stochastic_all": [1.25 * 4 * s for s in spent],
+        "stochastic_layerwise": [0.5 * 4 * s for s in spent],
+        "everything_off": [4.0] * len(l0),
+    }
+    before = {name: [100.0 - value for value in values] for name, values in last.items()}
+    return ManyResult(20, configs, [before] * 18 + [last] * 2, [None] * len(l0))
+
+
+def test_the_sparsest_is_the_lowest_l0_of_those_that_kept_to_the_tolerance() -> None:
+    three: dict[str, Any] = {"tolerances": [0.1, 0.1, 0.1]}
+    assert many([3.0, 2.0, 4.0], [0.1, 0.12, 0.08], **three).sparsest() == 1
+    assert many([3.0, 2.0, 1.0], [0.1, 0.199, 0.201], **three).sparsest() == 1
+    assert many([3.0, 2.0, 1.0], [0.1, 0.12, 0.1], **three).sparsest([0, 1]) == 1
+    assert many([1.0, 2.0, 3.0], [0.9, 0.4, 0.5], **three).sparsest() == 1
+    failed = dataclasses.replace(many([3.0, 2.0, 1.0], [0.1, 0.1, 0.1], **three), failed=[None, None, 4])
+    assert failed.sparsest() == 1
+
+
+def test_a_tolerance_in_nats_is_compared_with_nats() -> None:
+    assert many([2.0, 1.0], [0.02, 0.051], tolerances=[0.1, 0.1], relative=False).sparsest() == 0
+    assert many([2.0, 1.0], [0.02, 0.049], tolerances=[0.1, 0.1], relative=False).sparsest() == 1
+
+
+def test_what_spends_different_amounts_is_not_compared() -> None:
+    with pytest.raises(ValueError, match=r"tolerances \[0.1, 0.2\]; expected one and the same"):
+        many([2.0, 1.0], [0.1, 0.1], tolerances=[0.1, 0.2]).sparsest()
+    with pytest.raises(ValueError, match=r"tolerances \[None\]"):
+        many([2.0, 1.0], [0.1, 0.1], tolerances=[None, None]).sparsest([1])
+    with pytest.raises(ValueError, match="expected some of 0 to 1"):
+        many([2.0, 1.0], [0.1, 0.1], tolerances=[0.1, 0.1]).sparsest([2])
+    nothing = dataclasses.replace(many([1.0], [0.1], tolerances=[0.1]), failed=[0])
+    with pytest.raises(ValueError, match="has a finite loss in the log"):
+        nothing.sparsest()
+
+
+def test_what_train_many_logs_is_what_the_choice_reads() -> None:
+    members = [member(0), member(0)]
+    config = CONFIG.changed(
+        steps=40, log_every=1, tolerance=0.3, relative_reconstruction=True, minimality=1e-4, frequency=0.0, lr=0.05
+    )
+    configs = [config, config.changed(minimality=0.5, seed=1)]
+    result = train_many(members, [tms_features_in_double(0)] * 2, configs)
+    tail = result.log[-4:]
+    off = [tail[-1]["everything_off"][i] for i in range(2)]
+    spent = [sum(t["stochastic_all"][i] + 0.5 * t["bernoulli_layerwise"][i] for t in tail) / 6 / off[i] for i in (0, 1)]
+    l0 = [sum(t["L0"][i] for t in tail) for i in range(2)]
+    assert max(spent) <= 0.6
+    assert l0[0] != l0[1]
+    assert result.sparsest() == l0.index(min(l0))
+    tight = dataclasses.replace(result, configs=tuple(c.changed(tolerance=min(spent) / 3) for c in configs))
+    assert tight.sparsest() == spent.index(min(spent))
