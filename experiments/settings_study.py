@@ -202,8 +202,7 @@ def one_per_run(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """One record for every run: the sparsest of its starts, in the order of the first of each."""
     same: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for r in records:
-        key = (r["rule"], r["penalty"], r["adversary"], r["toy"], rounded(r["value"]), r["run"])
-        same.setdefault(key, []).append(r)
+        same.setdefault((*_row(r), rounded(r["value"]), r["run"]), []).append(r)
     return [sparsest(own) if len(own) > 1 else own[0] for own in same.values()]
 
 
@@ -212,7 +211,7 @@ def rows_of(records: Sequence[dict[str, Any]]) -> dict[tuple[str, str, bool, str
     found: dict[tuple[str, str, bool, str], dict[float, list[bool]]] = {}
     order = sorted(records, key=lambda r: (r["rule"], r["penalty"], r["adversary"], list(EXPERIMENTS).index(r["toy"])))
     for r in order:
-        row = found.setdefault((r["rule"], r["penalty"], r["adversary"], r["toy"]), {})
+        row = found.setdefault(_row(r), {})
         row.setdefault(rounded(r["value"]), []).append(r["success"])
     return {row: dict(sorted(cells.items())) for row, cells in found.items()}
 
@@ -222,12 +221,31 @@ def rounded(value: float) -> float:
     return float(f"{value:.2g}")
 
 
-def _by_start(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def choice(records: Sequence[dict[str, Any]]) -> str:
+    """How often the sparsest start is a right one, where the starts of a run disagree and where any is right."""
+    runs: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for r in records:
+        runs.setdefault((*_row(r), rounded(r["value"]), r["run"]), []).append(r)
+    several = [own for own in runs.values() if len(own) > 1]
+    solvable = [own for own in several if any(r["success"] for r in own)]
+    split = [own for own in solvable if not all(r["success"] for r in own)]
+    right = [sum(sparsest(own)["success"] for own in some) for some in (solvable, split)]
+    return (
+        f"runs with several starts: {len(several)}; some start succeeds in {len(solvable)}, the sparsest in {right[0]} "
+        f"of these; starts disagree in {len(split)}, the sparsest is right in {right[1]} of these"
+    )
+
+
+def _row(record: dict[str, Any]) -> tuple[str, str, bool, str]:
+    return record["rule"], record["penalty"], record["adversary"], record["toy"]
+
+
+def by_start(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The records of runs with several starts, the start in the name of their penalty."""
     starts: dict[tuple[Any, ...], set[float]] = {}
     for r in records:
-        starts.setdefault((r["rule"], r["penalty"], r["adversary"], r["toy"]), set()).add(r["start"])
-    several = [r for r in records if len(starts[r["rule"], r["penalty"], r["adversary"], r["toy"]]) > 1]
+        starts.setdefault(_row(r), set()).add(r["start"])
+    several = [r for r in records if len(starts[_row(r)]) > 1]
     return [{**r, "penalty": f"{r['penalty']} from {r['start']:g}"} for r in several]
 
 
@@ -237,7 +255,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     Where runs have several starts, the row counts the sparsest of each, and one for every start follows.
     """
     parts = []
-    rows = rows_of([*one_per_run(records), *_by_start(records)])
+    rows = rows_of([*one_per_run(records), *by_start(records)])
     for rule in VALUES:
         own = {row[1:]: cells for row, cells in rows.items() if row[0] == rule}
         values = sorted({v for cells in own.values() for v in cells})
@@ -284,7 +302,7 @@ def main(
             from_ = [float(start) for start in starts.split(",")]
             run_toy(toy, variant, numbers, seeds, path=path, work=work, how=How(device, steps), starts=from_)
     records = read(path)
-    print(table(records))
+    print(table(records), choice(records), sep="\n\n")
     if records:
         print(save_basins(results / "basins.png", rows_of(one_per_run(records))))
 
