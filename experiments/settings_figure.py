@@ -18,7 +18,12 @@ MEANS = {
     "share": "share of everything off per subcomponent",
     "tolerance": "share of everything off that may be spent",
 }
-PENALTIES = {"power": "p 1", "falling": "p 2 to .5", "smooth": "smooth L0", "wide": "smooth L0 to gamma .2, sparser start"}
+PENALTIES = {
+    "power": "p 1",
+    "falling": "p 2 to .5",
+    "smooth": "smooth L0",
+    "wide": "smooth L0 to gamma .2, sparser of two starts",
+}
 
 
 def save_basins(path: Path, rows: Rows) -> Path:

@@ -10,8 +10,22 @@ from typing import Any
 import pytest
 
 from experiments import settings_study
+from experiments.runs import RESULTS
 from experiments.settings_figure import save_basins
-from experiments.settings_study import KEPT, START, How, Variant, one_per_run, read, rows_of, run_toy, sparsest, table
+from experiments.settings_study import (
+    KEPT,
+    START,
+    How,
+    Variant,
+    by_start,
+    choice,
+    one_per_run,
+    read,
+    rows_of,
+    run_toy,
+    sparsest,
+    table,
+)
 from spd_lens.toys import TMS
 
 
@@ -85,6 +99,48 @@ def test_of_several_starts_the_sparsest_counts_that_kept_to_the_tolerance() -> N
     lines = table([RECORDS[0], RECORDS[2], dense, sparse]).splitlines()
     assert [row.split()[-1] for row in lines[2:]] == ["1/2", "1/1", "1/1", "0/2"]
     assert lines[4].startswith("smooth from 0.03")
+    agreed = [{**dense, "run": 5, "success": True}, {**sparse, "run": 5}]
+    wrong = [{**dense, "run": 6, "success": True}, {**sparse, "run": 6, "success": False}]
+    none = [{**dense, "run": 7}, {**sparse, "run": 7, "success": False}]
+    assert choice([RECORDS[0], dense, sparse, *agreed, *wrong, *none]) == (
+        "runs with several starts: 4; some start succeeds in 3, the sparsest in 2 of these; starts disagree in 2, the "
+        "sparsest is right in 1 of these"
+    )
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "settings.md"
+NAMES = {
+    "TMS 5-2": "tms_5-2", "TMS 5-2+ID": "tms_5-2_id", "TMS 40-10": "tms_40-10", "residual MLP, 1 block": "resid_mlp_1",
+}  # fmt: skip
+RULES = {
+    "share": ("share", "smooth", False), "share, adversary": ("share", "smooth", True),
+    "tolerance": ("tolerance", "smooth", False), "tolerance, adversary": ("tolerance", "smooth", True),
+    "sparsest of two starts": ("tolerance", "wide", False), "from .3": ("tolerance", "wide from 0.3", False),
+    "from .03": ("tolerance", "wide from 0.03", False),
+}  # fmt: skip
+
+
+def test_the_page_says_what_the_runs_say() -> None:
+    records = read(RESULTS / "settings" / "runs.jsonl")
+    rows = rows_of([*one_per_run(records), *by_start(records)])
+    values: list[float] = []
+    rule, shown = "", 0
+    for line in PAGE.read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("| rule"):
+            values = [float(cell) for cell in cells[2:]]
+        elif line.startswith("|") and len(cells) > 2 and cells[1] in NAMES and values:
+            rule = cells[0] or rule
+            toy = NAMES[cells[1]]
+            # A model that was trained from one start has no row by start.
+            counts = rows.get((*RULES[rule], toy)) or rows["tolerance", "wide", False, toy]
+            expected = [str(sum(counts[v])) if v in counts else "-" for v in values]
+            assert [cell.strip("*") for cell in cells[2:]] == expected, line
+            assert all(len(counts[v]) == 3 for v in values if v in counts), line
+            shown += 1
+        else:
+            values = [] if line and not line.startswith("|-") and not line.startswith("|--") else values
+    assert shown >= 20
 
 
 def test_lines_from_before_there_was_an_adversary_had_none(tmp_path: Path) -> None:
