@@ -15,6 +15,7 @@ from experiments.credit_table import mended
 from experiments.discovery import KNOWN, MARKERS, VOCABULARY, patients, planted, rank_of, seeds_of
 from experiments.discovery import table as discovery_table
 from spd_lens.audit import Budget, Choices, Judged
+from tests.conftest import needs_hooked
 
 RESULTS = Path(__file__).parents[2] / "experiments" / "results" / "audit"
 
@@ -123,6 +124,7 @@ def test_applicants_are_a_range_of_held_out_ones() -> None:
             applicants(wrong)
 
 
+@needs_hooked
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The set_:PendingDeprecationWarning")
 def test_the_table_does_not_depend_on_the_slices(tmp_path: Path) -> None:
