@@ -192,7 +192,8 @@ def sparsest(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Of runs of one tolerance that differ in where their coefficient started, the one with the lowest L0.
 
     Runs that did not keep to the tolerance (`KEPT`) count only if none did; then the one that spends least. Nothing of
-    the right answer is looked at: this choice can be made where there is none.
+    the right answer is looked at: this choice can be made where there is none. It is that of
+    `ManyResult.sparsest`, made from what `runs.jsonl` keeps of runs that were not all trained in one program.
     """
     kept = [r for r in records if r["spent"] <= KEPT * r["value"]]
     return min(kept, key=lambda r: r["l0"]) if kept else min(records, key=lambda r: r["spent"])
